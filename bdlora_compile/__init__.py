@@ -1,0 +1,1 @@
+"""A `torch.compile` backend that serves one Llama with many LoRA adapters on many GPUs."""

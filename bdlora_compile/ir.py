@@ -1,0 +1,224 @@
+"""The intermediate representation: an FX graph whose nodes carry one typed record each.
+
+The graph is the same on every rank. What differs between ranks (slices of weights, adapter banks, offsets) enters by
+placeholders, and each placeholder's record says where its value comes from. So all ranks issue the same collectives
+in the same order by construction, and one pipeline run serves every rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from bdlora_compile.errors import PassError
+from bdlora_compile.placement import Placement, Replicate
+
+_RECORD = "bdlora"
+"""The one key of ``node.meta`` that this package owns."""
+
+
+class Fact(Enum):
+    """What passes establish about a graph, and what later passes require."""
+
+    CANONICAL = "canonical"
+    """No bookkeeping nodes; sizes that are known are literals."""
+    TAGGED = "tagged"
+    """Every LoRA site in the graph is marked at its linear node."""
+    PARTITIONED = "partitioned"
+    """Every value has a placement; shapes are those of one rank; LoRA is in S-LoRA placement."""
+    LORA_LOCAL = "lora-local"
+    """Every site whose layout is local has no collective between its factors."""
+    FOLDED = "folded"
+    """No two all-reduces feed one addition."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSource:
+    """The value is argument ``index`` of the captured function.
+
+    ``rank_local``: every rank passes its own tensor (a cache of this rank's heads), not the same value.
+    """
+
+    index: int
+    rank_local: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """The value is this rank's slice of a parameter; its placement is the record's."""
+
+    parameter: str
+    shape: tuple[int, ...]
+
+
+class BankField(Enum):
+    """The tensors of an adapter bank."""
+
+    POOL = "pool"
+    SLOTS = "slots"
+    SCALES = "scales"
+    TOKEN_SLOT = "token_slot"
+
+
+@dataclass(frozen=True, slots=True)
+class BankSource:
+    """The value is a tensor of this rank's adapter bank."""
+
+    field: BankField
+
+
+@dataclass(frozen=True, slots=True)
+class RankIndices:
+    """The value is the indices of the piece that this rank owns, int64 [length], of a dim cut into ``pieces``."""
+
+    length: int
+    pieces: int
+
+
+Source = InputSource | WeightSource | BankSource | RankIndices
+
+
+class Origin(Enum):
+    """What a node computes for; the census and the inspector sort by it."""
+
+    BASE = "base"
+    LORA = "lora"
+    FALLBACK = "fallback"
+    """A gather that no rule asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the compiler knows of a node.
+
+    Attributes:
+        placement: where the value lies on the ranks.
+        origin: what the node computes for.
+        site: name of the LoRA site that the node belongs to.
+        source: where a placeholder's value comes from.
+        stage: name of the pass that made the node, empty for captured ones.
+    """
+
+    placement: Placement = Replicate()
+    origin: Origin = Origin.BASE
+    site: str | None = None
+    source: Source | None = None
+    stage: str = ""
+
+
+def record(node: Node) -> Record:
+    """The node's record (the default one if no pass wrote it)."""
+    found = node.meta.get(_RECORD, Record())
+    assert isinstance(found, Record), f"{node.name}: meta[{_RECORD!r}] is a {type(found).__name__}, not a Record"
+    return found
+
+
+def set_record(node: Node, **changes: object) -> None:
+    """Change fields of the node's record."""
+    node.meta[_RECORD] = replace(record(node), **changes)  # type: ignore[arg-type]  # checked by the dataclass
+
+
+def fake_value(node: Node) -> object:
+    """The fake value that Dynamo or the last propagation gave the node."""
+    return node.meta.get("example_value")
+
+
+def fake_tensor(node: Node) -> torch.Tensor:
+    """The node's fake tensor.
+
+    Raises:
+        PassError: the node's value is not a tensor.
+    """
+    value = fake_value(node)
+    if isinstance(value, torch.Tensor):
+        return value
+    raise PassError(
+        f"node {node.name}",
+        found=f"a value of type {type(value).__name__}",
+        expected="a tensor",
+        remedy="report this with the graph: a pass placed a value that is no tensor",
+    )
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(fake_value(node), torch.Tensor)
+
+
+def operator_name(node: Node) -> str:
+    """One name for an operator however it was called: ``add`` for operator.add, torch.add and Tensor.add.
+
+    Operators of a library keep their namespace: ``bdlora::lora_shrink``.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        namespace, name = str(target._qualified_op_name).split("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    name = getattr(target, "__name__", str(target))
+    return name.strip("_") if name.startswith("__") else name
+
+
+def placeholders(graph: Graph) -> Sequence[Node]:
+    """The graph's placeholders in order."""
+    return graph.find_nodes(op="placeholder")
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that the node was captured in, for example ``model.layers.3.self_attn``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return _plain_path(str(path))
+
+
+def _plain_path(source: str) -> str:
+    """``L['self']._modules['model']._modules['layers']._modules['3']`` and ``L['self'].model.layers[3]`` alike."""
+    inner = source.split("]", 1)[1] if source.startswith("L[") else source
+    cleaned = inner.replace("._modules['", ".").replace("']", "").replace("[", ".").replace("]", "").replace("'", "")
+    return cleaned.strip(".")
+
+
+def stage_nodes(graph: Graph, name: str) -> Iterator[Node]:
+    """Call nodes of one operator, by `operator_name`."""
+    return (node for node in graph.nodes if node.op.startswith("call_") and operator_name(node) == name)
+
+
+@dataclass(slots=True)
+class Captured:
+    """A graph on its way through the passes, with what holds for all of it.
+
+    Attributes:
+        module: the graph and its code.
+        facts: what has been established.
+        token_input: placeholder whose first two dims are the [batch, seq] of the forward.
+    """
+
+    module: GraphModule
+    facts: frozenset[Fact] = frozenset()
+    token_input: Node | None = None
+
+    @property
+    def graph(self) -> Graph:
+        """The FX graph."""
+        return self.module.graph
+
+
+def replace_by_literal(node: Node, value: int) -> None:
+    """Put a number in place of every use of ``node``."""
+
+    def swap(operand: Node) -> Node | int:
+        return value if operand is node else operand
+
+    for user in list(node.users):
+        user.args = map_arg(user.args, swap)
+        user.kwargs = map_arg(user.kwargs, swap)

@@ -1,0 +1,166 @@
+"""What all passes share: checks before, verification after, a snapshot and statistics for the report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from bdlora_compile.errors import PassError
+from bdlora_compile.ir import Captured, Fact, fake_value, operator_name
+from bdlora_compile.plan import ModelPlan
+from bdlora_compile.printer import print_graph
+from bdlora_compile.report import PassStats, Report, StageReport, take_census
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What a pass may read beside the graph.
+
+    Attributes:
+        plan: placements and layouts of the model.
+        strict: whether a gather that nobody asked for is an error.
+    """
+
+    plan: ModelPlan
+    strict: bool
+
+
+class GraphPass(Protocol):
+    """One rewrite of the graph. Its docstring shows before and after; its file holds it alone."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[Fact]]
+    establishes: ClassVar[frozenset[Fact]]
+
+    def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
+        """Change the graph in place and say what was done."""
+        ...
+
+    def verify(self, captured: Captured, context: PassContext) -> None:
+        """Check what the pass establishes, after shapes were propagated.
+
+        Raises:
+            PassError: it does not hold.
+        """
+        ...
+
+
+def run_passes(passes: Sequence[GraphPass], captured: Captured, context: PassContext, report: Report) -> None:
+    """Run passes in order, each with its requirements checked, its result verified, and a snapshot in the report.
+
+    Raises:
+        PassError: a requirement is missing or a result does not verify.
+    """
+    for graph_pass in passes:
+        report.stages.append(_run_pass(graph_pass, captured, context, report.stages))
+
+
+def _run_pass(
+    graph_pass: GraphPass, captured: Captured, context: PassContext, done: Sequence[StageReport]
+) -> StageReport:
+    _check_requirements(graph_pass, captured, done)
+    start = time.perf_counter()
+    nodes_before = len(captured.graph.nodes)
+    stats = graph_pass.rewrite(captured, context)
+    captured.graph.lint()
+    propagate(captured.graph, graph_pass.name)
+    graph_pass.verify(captured, context)
+    captured.module.recompile()
+    captured.facts |= graph_pass.establishes
+    return StageReport(
+        name=graph_pass.name,
+        seconds=time.perf_counter() - start,
+        nodes_before=nodes_before,
+        nodes_after=len(captured.graph.nodes),
+        stats=stats,
+        census=take_census(captured.graph),
+        text=print_graph(captured.graph),
+    )
+
+
+def _check_requirements(graph_pass: GraphPass, captured: Captured, done: Sequence[StageReport]) -> None:
+    missing = sorted(fact.value for fact in graph_pass.requires - captured.facts)
+    if missing:
+        ran = ", ".join(stage.name for stage in done) or "none"
+        raise PassError(
+            f"pass {graph_pass.name}",
+            found=f"a graph without {', '.join(missing)} (passes run: {ran})",
+            expected=f"passes before it that establish {', '.join(missing)}",
+            remedy="run the passes in the order of `pipeline.py`",
+        )
+
+
+def propagate(graph: Graph, after: str) -> None:
+    """Compute every node's fake value from the placeholders': shapes of one rank once the graph is partitioned.
+
+    Raises:
+        PassError: an operator rejects the shapes that it gets.
+    """
+    mode = find_fake_mode(graph)
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                node.meta["example_value"] = _fake_result(node, after)
+
+
+def find_fake_mode(graph: Graph) -> FakeTensorMode:
+    """The fake mode that the graph's values belong to.
+
+    Raises:
+        PassError: no placeholder carries a fake tensor.
+    """
+    for node in graph.nodes:
+        value = fake_value(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise PassError(
+        "graph",
+        found="no placeholder with a fake tensor",
+        expected="a graph that Dynamo captured",
+        remedy="compile the model through `backend='bdlora'`",
+    )
+
+
+def _fake_result(node: Node, after: str) -> object:
+    args = map_arg(node.args, fake_value)
+    kwargs = map_arg(node.kwargs, fake_value)
+    try:
+        if node.op == "call_method":
+            receiver, *rest = args
+            return getattr(receiver, str(node.target))(*rest, **kwargs)
+        assert callable(node.target), f"{node.name}: target of a call_function is callable"
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(f"{source.name} {_shape(source)}" for source in node.all_input_nodes)
+        raise PassError(
+            f"node {node.name} ({operator_name(node)}) after pass {after}",
+            found=f"operands {shapes}: {error}",
+            expected="shapes that the operator accepts",
+            remedy="report this with the graph: the pass left shapes that do not fit",
+        ) from error
+
+
+def _shape(node: Node) -> str:
+    value = fake_value(node)
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else str(value)
+
+
+def erase_unused(graph: Graph, candidates: Sequence[Node]) -> int:
+    """Erase those of ``candidates`` that nothing uses any more, users before operands; returns how many.
+
+    Only nodes that a pass has just orphaned may be named: writes (``index_put_``, ``add_``) have no users either.
+    """
+    erased = 0
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in sorted(candidates, key=lambda node: position[node], reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+            erased += 1
+    return erased
+
+

@@ -1,0 +1,127 @@
+"""Where the values of a graph live on the ranks of a tensor-parallel mesh.
+
+Legend: N ranks, k this rank, M pieces (M = N, or M < N with each piece held by N/M neighbouring ranks).
+"""
+
+from dataclasses import dataclass
+
+from bdlora_compile.errors import PlacementError
+from bdlora_compile.sites import Role, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks that share one model.
+
+    Attributes:
+        size: N, the tensor-parallel degree.
+        group: name of the process group, as functional collectives want it.
+    """
+
+    size: int
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank holds the whole value."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every rank holds a summand of the whole shape; the value is their sum."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The value is cut on one dim; rank k of N holds piece k * pieces // N.
+
+    Attributes:
+        dim: the dim that is cut, counted from 0.
+        pieces: M, the number of equal pieces.
+    """
+
+    dim: int
+    pieces: int
+
+    def piece_of(self, rank: int, mesh: Mesh) -> int:
+        """The piece that ``rank`` holds."""
+        return rank * self.pieces // mesh.size
+
+    def __str__(self) -> str:
+        return f"S{self.dim}/{self.pieces}"
+
+
+Placement = Replicate | Partial | Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The part of a tensor that one rank reads: ``tensor[..., start:stop, ...]`` on ``dim``, zero-filled to ``length``.
+
+    ``dim`` None is the whole tensor.
+    """
+
+    dim: int | None
+    start: int = 0
+    stop: int = 0
+    length: int = 0
+
+
+def shard_slice(shape: tuple[int, ...], placement: Placement, rank: int, mesh: Mesh) -> Slice:
+    """The slice of a parameter of ``shape`` that ``rank`` holds; a dim that does not divide is padded with zeros.
+
+    Raises:
+        PlacementError: the placement is Partial, which no stored tensor has.
+    """
+    match placement:
+        case Replicate():
+            return Slice(None)
+        case Shard(dim, pieces):
+            length = -(-shape[dim] // pieces)
+            start = min(placement.piece_of(rank, mesh) * length, shape[dim])
+            return Slice(dim, start, min(start + length, shape[dim]), length)
+        case Partial():
+            raise PlacementError(
+                f"parameter of shape {shape}",
+                found="placement P (a summand on every rank)",
+                expected="a whole value or a slice",
+                remedy="report this: a pass gave a stored tensor a partial placement",
+            )
+
+
+def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
+    """The shape of what every rank holds of a value of ``shape``, padded to the same on all ranks."""
+    if not isinstance(placement, Shard):
+        return shape
+    dim, pieces = placement.dim, placement.pieces
+    return (*shape[:dim], -(-shape[dim] // pieces), *shape[dim + 1 :])
+
+
+def site_pieces(site: Site, mesh: Mesh) -> int:
+    """M for the split dim of ``site``: N, or the number of its heads where that is a divisor of N.
+
+    Raises:
+        PlacementError: neither of heads and N divides the other, or a row site would be held more than once.
+    """
+    units = site.num_units
+    if units % mesh.size == 0:
+        return mesh.size
+    # Fewer kv heads than ranks: neighbouring ranks hold the same head. A row site may not be held twice,
+    # since its partial results are summed over all ranks.
+    if mesh.size % units == 0 and site.role is Role.COLUMN:
+        return units
+    what = "heads" if site.unit > 1 else "features"
+    degrees = ", ".join(str(n) for n in range(1, units + 1) if units % n == 0 and n <= 64)
+    raise PlacementError(
+        site.name,
+        found=f"{units} {what} on the dim that {mesh.size} ranks split",
+        expected=f"{what} that the tensor-parallel degree divides",
+        remedy=f"choose a degree among {degrees}",
+    )

@@ -1,0 +1,83 @@
+"""How a model is spread over the ranks: decided once, when it is loaded, and read by every graph."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from bdlora_compile.factors import Layout
+from bdlora_compile.placement import Mesh, Placement, Replicate, Shard, site_pieces
+from bdlora_compile.sites import Role, Site, find_sites
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """Placements of a model's parameters and layouts of its LoRA sites on a mesh.
+
+    Attributes:
+        model: class name of the model.
+        mesh: the ranks.
+        sites: linear layers that adapters may change, in module order; a site's position is its row in slot tables.
+        layouts: layout of each site.
+        weights: placement of each parameter that is not replicated, by name.
+        gathered: weights of linear layers whose output is gathered at once (the logits).
+        max_rank: largest adapter rank R that the bank admits.
+        dtype, device: of activations, weights and factors.
+    """
+
+    model: str
+    mesh: Mesh
+    sites: Mapping[str, Site]
+    layouts: Mapping[str, Layout]
+    weights: Mapping[str, Placement]
+    gathered: frozenset[str]
+    max_rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def placement_of(self, parameter: str) -> Placement:
+        """Placement of a parameter."""
+        return self.weights.get(parameter, Replicate())
+
+    def site_index(self, name: str) -> int:
+        """Row of a site in the slot tables."""
+        return list(self.sites).index(name)
+
+
+def plan_model(
+    model: PreTrainedModel, mesh: Mesh, layout: Layout, max_rank: int, dtype: torch.dtype, device: torch.device
+) -> ModelPlan:
+    """Decide where every parameter of ``model`` lies.
+
+    Raises:
+        PlacementError: the mesh does not divide a layer.
+    """
+    sites = find_sites(model)
+    weights: dict[str, Placement] = {}
+    for site in sites.values():
+        module = model.get_submodule(site.name)
+        for name, placement in _site_placements(site, mesh).items():
+            if getattr(module, name, None) is not None:
+                weights[f"{site.name}.{name}"] = placement
+    names = _parameter_names(model)
+    vocabulary = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
+    # Tied embeddings are one parameter, placed once: parallel on the vocabulary, which both uses agree on.
+    weights |= {names[weight]: Shard(0, mesh.size) for weight in vocabulary}
+    head = model.get_output_embeddings()
+    gathered = frozenset([names[head.weight]]) if isinstance(head, nn.Linear) else frozenset()
+    layouts = dict.fromkeys(sites, layout)
+    return ModelPlan(type(model).__name__, mesh, sites, layouts, weights, gathered, max_rank, dtype, device)
+
+
+def _site_placements(site: Site, mesh: Mesh) -> dict[str, Placement]:
+    pieces = site_pieces(site, mesh)
+    if site.role is Role.COLUMN:
+        return {"weight": Shard(0, pieces), "bias": Shard(0, pieces)}
+    return {"weight": Shard(1, pieces)}
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The name of each parameter; of a tied one the first."""
+    return {parameter: name for name, parameter in model.named_parameters()}

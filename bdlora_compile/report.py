@@ -1,0 +1,143 @@
+"""What the compiler did to one graph: stages, matches, refusals and collectives, before and after."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import Graph
+
+from bdlora_compile.collectives import is_collective
+from bdlora_compile.ir import Origin, module_path, operator_name, record
+
+_OUTSIDE = "outside layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A place where a pass did not apply, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassStats:
+    """What one pass did.
+
+    Attributes:
+        matches: places that it rewrote.
+        refusals: places that it looked at and left.
+        notes: counts worth reading, by name.
+    """
+
+    matches: int = 0
+    refusals: Sequence[Refusal] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Collectives of a graph: how many of each (layer, origin, operator).
+
+    ``layer`` is ``model.layers.3`` or "outside layers".
+    """
+
+    counts: Mapping[tuple[str, str, str], int]
+
+    def total(self, origin: Origin | None = None) -> int:
+        """Collectives in all, or of one origin."""
+        return sum(n for (_, found, _), n in self.counts.items() if origin is None or found == origin.value)
+
+    def per_layer(self, origin: Origin) -> Sequence[int]:
+        """Collectives of one origin in each decoder layer that has any collective, in order of first use."""
+        layers = list(dict.fromkeys(layer for layer, _, _ in self.counts if layer != _OUTSIDE))
+        return [
+            sum(n for (found, kind, _), n in self.counts.items() if found == layer and kind == origin.value)
+            for layer in layers
+        ]
+
+
+def take_census(graph: Graph) -> Census:
+    """Count the collectives of a graph."""
+    counts = Counter(
+        (layer_of(module_path(node)), record(node).origin.value, operator_name(node).split("::")[-1])
+        for node in graph.nodes
+        if is_collective(node)
+    )
+    return Census(dict(counts))
+
+
+def layer_of(path: str) -> str:
+    """The decoder layer of a module path: ``model.layers.3`` of ``model.layers.3.mlp``."""
+    parts = path.split(".")
+    for index, part in enumerate(parts[1:], start=1):
+        if part.isdecimal():
+            return ".".join(parts[: index + 1])
+    return _OUTSIDE
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One pass over one graph.
+
+    Attributes:
+        name: the pass.
+        seconds: of its rewrite and verification.
+        nodes_before, nodes_after: nodes of the graph.
+        stats: what it did.
+        census: collectives after it.
+        text: the graph after it.
+    """
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    stats: PassStats
+    census: Census
+    text: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What the compiler did to one graph.
+
+    Attributes:
+        model: class of the model.
+        tp_size: tensor-parallel degree.
+        inputs: types of the forward's own inputs.
+        stages: one for each pass, in order.
+    """
+
+    model: str
+    tp_size: int
+    inputs: Sequence[str]
+    stages: list[StageReport] = field(default_factory=list)
+
+    def stage(self, name: str) -> StageReport:
+        """The report of one pass."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def summary(self) -> str:
+        """A short text: passes with matches, refusals with reasons, collectives after each stage."""
+        lines = [f"{self.model} on {self.tp_size} ranks, inputs {', '.join(self.inputs)}"]
+        for stage in self.stages:
+            base, lora = stage.census.total(Origin.BASE), stage.census.total(Origin.LORA)
+            fallback = stage.census.total(Origin.FALLBACK)
+            counts = f"collectives: base {base}, LoRA {lora}" + (f", fallback {fallback}" if fallback else "")
+            lines.append(
+                f"  {stage.name:<13}{stage.nodes_before:>6} -> {stage.nodes_after:<6}nodes "
+                f"{stage.stats.matches:>5} matches  {stage.seconds:6.2f} s  {counts}"
+            )
+            lines += _refusal_lines(stage.stats.refusals)
+        return "\n".join(lines)
+
+
+def _refusal_lines(refusals: Sequence[Refusal]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for refusal in refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal.where)
+    return [
+        f"    left {places[0]}" + (f" and {len(places) - 1} more" if len(places) > 1 else "") + f": {reason}"
+        for reason, places in by_reason.items()
+    ]

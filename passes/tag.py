@@ -1,0 +1,102 @@
+"""Find what the plan names in the graph, once: weights, inputs and LoRA sites. Later passes read the records.
+
+Before:  y = linear(x, placeholder)                after:  y = linear(x, weight W)  @model.layers.0.mlp.up_proj
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import Graph, Node
+
+from bdlora_compile.errors import PassError
+from bdlora_compile.hollow import tag_of
+from bdlora_compile.ir import (
+    Captured,
+    Fact,
+    InputSource,
+    WeightSource,
+    fake_tensor,
+    is_tensor,
+    operator_name,
+    placeholders,
+    record,
+    set_record,
+    stage_nodes,
+)
+from bdlora_compile.pass_manager import PassContext
+from bdlora_compile.report import PassStats, Refusal
+
+_CACHE_UPDATE = "bdlora::cache_update"
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """Write a source on every placeholder and a site on every linear layer that adapters may change."""
+
+    name: ClassVar[str] = "tag"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.TAGGED})
+
+    def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
+        graph = captured.graph
+        _tag_placeholders(graph)
+        found = _tag_sites(graph, context)
+        captured.token_input = _find_token_input(graph)
+        absent = [
+            Refusal(name, "this graph has no linear layer of that name")
+            for name in context.plan.sites
+            if name not in found
+        ]
+        return PassStats(matches=len(found), refusals=absent)
+
+    def verify(self, captured: Captured, context: PassContext) -> None:
+        """Nothing beyond shapes: the pass writes records only."""
+
+
+def _tag_placeholders(graph: Graph) -> None:
+    rank_local = {
+        operand for node in stage_nodes(graph, _CACHE_UPDATE) for operand in node.args[:2] if isinstance(operand, Node)
+    }
+    for index, node in enumerate(placeholders(graph)):
+        example = node.meta["grapharg"].example if "grapharg" in node.meta else None
+        tag = tag_of(example)
+        if tag is None:
+            set_record(node, source=InputSource(index, rank_local=node in rank_local))
+        else:
+            set_record(node, source=WeightSource(tag.name, tuple(fake_tensor(node).shape)))
+
+
+def _tag_sites(graph: Graph, context: PassContext) -> set[str]:
+    found: set[str] = set()
+    for node in stage_nodes(graph, "linear"):
+        parameter = weight_name(node)
+        site = parameter.removesuffix(".weight") if parameter else ""
+        if site in context.plan.sites:
+            set_record(node, site=site)
+            found.add(site)
+    return found
+
+
+def weight_name(node: Node) -> str | None:
+    """The parameter that is a linear or embedding node's weight, None if it is no parameter."""
+    weight = node.args[1]
+    source = record(weight).source if isinstance(weight, Node) else None
+    return source.parameter if isinstance(source, WeightSource) else None
+
+
+def _find_token_input(graph: Graph) -> Node:
+    """The forward's ids [batch, seq], or its embeddings [batch, seq, hidden]."""
+    for node in stage_nodes(graph, "embedding"):
+        ids = node.args[0]
+        if weight_name(node) and isinstance(ids, Node) and ids.op == "placeholder":
+            return ids
+    for node in placeholders(graph):
+        is_input = isinstance(record(node).source, InputSource)
+        if is_input and is_tensor(node) and fake_tensor(node).is_floating_point() and fake_tensor(node).ndim == 3:
+            return node
+    raise PassError(
+        "inputs of the graph",
+        found=", ".join(f"{node.name}: {operator_name(node)}" for node in placeholders(graph)[:5]),
+        expected="input_ids [batch, seq] that an embedding reads, or inputs_embeds [batch, seq, hidden]",
+        remedy="compile the whole model, not a part of it; on a graph break see TORCH_LOGS=graph_breaks",
+    )

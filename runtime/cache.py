@@ -1,0 +1,165 @@
+"""A key/value cache that holds this rank's heads only, for transformers' ``generate`` and for loops of one's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from bdlora_compile.errors import HollowError
+
+
+@torch.library.custom_op("bdlora::cache_update", mutates_args=("keys", "values"))
+def cache_update(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Append k and v to the cache and return the whole cache; the compiler gives it its meaning on a rank.
+
+    In the graph that Dynamo captures k, v and the results have all kv heads, while ``keys`` and ``values`` have this
+    rank's; partitioning replaces the operator by writes into this rank's heads. It has no other implementation.
+
+    Args:
+        keys, values: [batch, local kv heads, length, head_dim], written in place.
+        k, v: [batch, kv heads, seq, head_dim].
+        lengths: int64 [batch], tokens that each row holds already.
+    """
+    raise HollowError(
+        "bdlora_compile cache",
+        found="a forward that was not compiled by the bdlora backend",
+        expected="a model compiled with `model.compile(backend='bdlora')`: the cache holds this rank's heads only",
+        remedy="compile the model, or use transformers' own cache with the plain model",
+    )
+
+
+@cache_update.register_fake
+def _(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, _, head_dim = k.shape
+    length = keys.shape[2]
+    return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a cache of a model must look like on one rank.
+
+    Attributes:
+        num_layers: decoder layers.
+        local_heads: kv heads that a rank holds.
+        head_dim: size of a head.
+        num_hosted: ranks that this process hosts (1 outside the lock-step interpreter).
+    """
+
+    num_layers: int
+    local_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    num_hosted: int = 1
+
+
+class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped for mypy
+    """Keys and values of one layer, [batch, local kv heads, length, head_dim]."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, shape: CacheShape, batch: int, length: int, lengths: Tensor) -> None:
+        super().__init__()
+        self.max_cache_len = length
+        self.lengths = lengths
+        size = (batch, shape.local_heads, length, shape.head_dim)
+        self.keys = _hosted_zeros(size, shape)
+        self.values = _hosted_zeros(size, shape)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the layer is allocated when it is made."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values; see `cache_update`."""
+        keys, values = cache_update(self.keys, self.values, key_states, value_states, self.lengths)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that a mask covers."""
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> Tensor:
+        """Tokens that the longest row holds, int64 []."""
+        return self.lengths.max()
+
+    def get_max_length(self) -> int:
+        """Tokens that a row can hold."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget all rows; lengths are reset by the cache."""
+        for tensor in (*hosted(self.keys), *hosted(self.values)):
+            tensor.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        for tensor in (*hosted(self.keys), *hosted(self.values)):
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for mypy
+    """A cache of fixed length with this rank's kv heads, allocated at once; each row writes at its own position.
+
+    ``generate`` of a loaded model makes one by itself; a loop of one's own gets one from `bdlora_compile.make_cache`.
+
+    Args:
+        shape: what the model needs on a rank.
+        batch: rows.
+        length: tokens that a row can hold.
+    """
+
+    def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
+        super().__init__(
+            layers=[LocalCacheLayer(shape, batch, length, self.lengths) for _ in range(shape.num_layers)]
+        )
+        self.batch = batch
+        self.length = length
+        _mark_sizes_dynamic(self)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append to one layer; the rows' lengths grow once all layers have been written."""
+        updated: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
+        if layer_idx == len(self.layers) - 1:
+            self.lengths.add_(key_states.shape[2])
+        return updated
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        self.lengths.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+
+
+def hosted(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensors that the hosted ranks hold in place of ``tensor``, which is the first hosted rank's."""
+    peers: Sequence[Tensor] = getattr(tensor, "bdlora_peers", ())
+    return (tensor, *peers)
+
+
+def _hosted_zeros(size: Sequence[int], shape: CacheShape) -> Tensor:
+    first, *peers = (torch.zeros(*size, dtype=shape.dtype, device=shape.device) for _ in range(shape.num_hosted))
+    if peers:
+        first.bdlora_peers = peers  # type: ignore[attr-defined]  # read back by `hosted`
+    return first
+
+
+def _mark_sizes_dynamic(cache: LocalCache) -> None:
+    """Batch and length vary from call to call: one graph serves them all (a batch of one is a graph of its own)."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            mark(tensor, 0)
+            mark(tensor, 2)
+    mark(cache.lengths, 0)

@@ -1,0 +1,77 @@
+"""One model on one mesh: everything that its graphs share at run time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bdlora_compile.errors import ConfigError
+from bdlora_compile.factors import Layout
+from bdlora_compile.placement import Mesh
+from bdlora_compile.report import Report
+from bdlora_compile.runtime.agreement import Agreement
+from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.runtime.selection import BASE_ONLY, Selection
+from bdlora_compile.runtime.store import ShardStore
+from bdlora_compile.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """What one rank holds: its slices of the weights and its adapter bank."""
+
+    rank: int
+    store: ShardStore
+    bank: AdapterBank
+
+
+@dataclass(slots=True)
+class Deployment:
+    """A model's state in this process; every graph of the model reads it.
+
+    Attributes:
+        mesh: the ranks that share the model.
+        ranks: the ranks that this process hosts: one, or all of them in the lock-step interpreter.
+        sites: linear layers that adapters may change.
+        layouts: layout of each site, decided when the model was loaded.
+        max_rank: largest adapter rank R that the bank admits.
+        agreement: how the ranks compare notes.
+        strict: whether a gather that nobody asked for is an error.
+        selection: the slots that `AdapterSet.use` chose.
+        reports: one for each graph compiled, oldest first.
+    """
+
+    mesh: Mesh
+    ranks: Sequence[RankState]
+    sites: Mapping[str, Site]
+    layouts: Mapping[str, Layout]
+    max_rank: int
+    agreement: Agreement
+    dtype: torch.dtype
+    device: torch.device
+    strict: bool = True
+    selection: Selection = BASE_ONLY
+    reports: list[Report] = field(default_factory=list)
+    _written: tuple[Selection, int, int] | None = None
+
+    def select(self, batch: int, seq: int) -> None:
+        """Write the slot of each token of the coming forward into every hosted bank.
+
+        Raises:
+            ConfigError: the selection was made for another batch, or the forward has too many tokens.
+        """
+        state = (self.selection, batch, seq)
+        if self._written is not None and self._written[0] is self.selection and self._written[1:] == (batch, seq):
+            return
+        slots = self.selection.by_token(batch, seq)
+        for rank in self.ranks:
+            buffer = rank.bank.token_slot
+            if slots.numel() > buffer.numel():
+                raise ConfigError(
+                    "forward",
+                    found=f"{slots.numel()} tokens",
+                    expected=f"at most max_tokens={buffer.numel()}",
+                    remedy="load the model with a larger max_tokens, or prefill in chunks",
+                )
+            buffer[: slots.numel()].copy_(slots)
+        self._written = state

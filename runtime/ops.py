@@ -1,0 +1,171 @@
+"""LoRA as graph operators: one pool for all adapters and sites, a slot table, and a slot for each token.
+
+    lora_shrink   h = A x                      x [..., D] -> h [T, width]
+    lora_expand   y' = y + scale * (B h)       y [..., O], h [T, parts * width] -> y' [..., O]
+
+Legend: T tokens (all leading dims of x together), D/O columns of x and y on this rank, S slots, r local rank of a slot,
+c blocks. A slot's factors at a site are A [r, D/c] and transposed B [r, O_loc/c] with the blocks stacked on r, both
+row-major in one flat pool; `SlotField` names the columns of the slot table. Tokens of slot -1 have no adapter.
+
+These are the plain PyTorch implementations: a loop over the slots in use. They state what faster kernels must compute.
+"""
+
+from collections.abc import Iterator
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class SlotField(IntEnum):
+    """Columns of the slot table ``slots`` int64 [sites, S, 7]; offsets and sizes are in elements."""
+
+    A_OFFSET = 0
+    B_OFFSET = 1
+    A_RANK = 2
+    B_RANK = 3
+    A_BLOCKS = 4
+    B_BLOCKS = 5
+    OUT_START = 6
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products are summed: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@torch.library.custom_op("bdlora::lora_shrink", mutates_args=())
+def lora_shrink(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site: int, width: int) -> Tensor:
+    """h = A x, each token with the A of its slot.
+
+    Args:
+        x: [..., D] activations; T tokens in all.
+        pool: flat pool of factors, same dtype as x.
+        slots: int64 [sites, S, 7], see `SlotField`.
+        token_slot: int32 [at least T]; the first T entries give each token's slot, -1 for none.
+        site: row of ``slots``.
+        width: columns of h; no slot has a larger local rank.
+
+    Returns:
+        [T, width], float32 (float64 for float64 x); columns past the slot's rank and tokens of slot -1 are zero.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    h = tokens.new_zeros(tokens.shape[0], width, dtype=accumulate_dtype(x.dtype))
+    for slot, rows in _slots_in_use(token_slot[: tokens.shape[0]]):
+        fields = slots[site, slot].tolist()
+        rank, blocks = fields[SlotField.A_RANK], fields[SlotField.A_BLOCKS]
+        if rank == 0:
+            continue
+        a = _factor(pool, fields[SlotField.A_OFFSET], rank, blocks, x.shape[-1] // blocks, h.dtype)
+        x_blocks = tokens[rows].to(h.dtype).unflatten(-1, (blocks, -1))
+        h[rows, :rank] = torch.einsum("tbd,brd->tbr", x_blocks, a).flatten(1)
+    return h
+
+
+@lora_shrink.register_fake
+def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site: int, width: int) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), width, dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.custom_op("bdlora::lora_expand", mutates_args=())
+def lora_expand(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    site: int,
+    out_features: int,
+    parts: int,
+) -> Tensor:
+    """y' = y + scale * (B h), each token with the B and the scale of its slot.
+
+    Args:
+        y: [..., O] output of the base layer; T tokens in all.
+        h: [T, parts * width] from `lora_shrink`, gathered from ``parts`` ranks where ``parts`` is above 1: each part
+            holds an equal share of a slot's rank at its left.
+        pool, slots, token_slot, site: as for `lora_shrink`.
+        scales: float32 [sites, S].
+        out_features: columns that B writes, beginning at the slot's OUT_START; columns past O are dropped.
+        parts: number of ranks whose shares of h lie side by side.
+
+    Returns:
+        A new tensor like y; the sum is taken in h's dtype and rounded once.
+    """
+    out = y.clone(memory_format=torch.contiguous_format)
+    tokens = out.view(-1, out.shape[-1])
+    shares = h.unflatten(-1, (parts, -1))
+    for slot, rows in _slots_in_use(token_slot[: tokens.shape[0]]):
+        fields = slots[site, slot].tolist()
+        rank, blocks = fields[SlotField.B_RANK], fields[SlotField.B_BLOCKS]
+        if rank == 0:
+            continue
+        b = _factor(pool, fields[SlotField.B_OFFSET], rank, blocks, out_features // blocks, h.dtype)
+        h_blocks = shares[rows, :, : rank // parts].flatten(1).unflatten(-1, (blocks, -1))
+        delta = torch.einsum("tbr,bro->tbo", h_blocks, b).flatten(1) * scales[site, slot].to(h.dtype)
+        start = fields[SlotField.OUT_START]
+        columns = slice(start, min(start + out_features, tokens.shape[1]))
+        written = delta[:, : columns.stop - columns.start]
+        tokens[rows, columns] = (tokens[rows, columns].to(h.dtype) + written).to(y.dtype)
+    return out
+
+
+@lora_expand.register_fake
+def _(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    site: int,
+    out_features: int,
+    parts: int,
+) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("bdlora::lora_apply", mutates_args=())
+def lora_apply(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    site: int,
+    width: int,
+    out_features: int,
+) -> Tensor:
+    """y' = y + scale * B (A x): `lora_shrink` and `lora_expand` with nothing between them. Arguments as there."""
+    h = lora_shrink(x, pool, slots, token_slot, site, width)
+    return torch.as_tensor(lora_expand(y, h, pool, slots, scales, token_slot, site, out_features, 1))
+
+
+@lora_apply.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    site: int,
+    width: int,
+    out_features: int,
+) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+def _slots_in_use(token_slot: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each slot that some token uses, with those tokens' indices."""
+    for slot in token_slot.unique().tolist():
+        if slot >= 0:
+            yield slot, (token_slot == slot).nonzero().squeeze(-1)
+
+
+def _factor(pool: Tensor, offset: int, rank: int, blocks: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A factor of the pool as [blocks, rank / blocks, columns]."""
+    flat = pool[offset : offset + rank * columns]
+    return flat.view(blocks, rank // blocks, columns).to(dtype)

@@ -1,0 +1,144 @@
+"""This rank's part of the base model's weights, read slice by slice from where the whole weights lie."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+from bdlora_compile.errors import ConfigError, PlacementError
+from bdlora_compile.placement import Mesh, Placement, Slice, shard_slice
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class WeightSource(Protocol):
+    """Where whole weights lie, by parameter name."""
+
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Whole shape of a tensor, without reading it."""
+        ...
+
+    def read(self, name: str, part: Slice) -> torch.Tensor:
+        """The stored part of a slice, not padded."""
+        ...
+
+
+class MemorySource:
+    """Whole weights that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, part: Slice) -> torch.Tensor:
+        tensor = self._tensors[name].detach()
+        if part.dim is None:
+            return tensor
+        # A copy, so that the whole tensor can be freed once every slice of it was read.
+        return tensor.narrow(part.dim, part.start, part.stop - part.start).clone()
+
+
+class SafetensorsSource:
+    """Weights of a Hugging Face folder; only the asked slice of a tensor is read.
+
+    Raises:
+        ConfigError: the folder holds no safetensors weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = _files_by_tensor(folder)
+
+    def names(self) -> Iterable[str]:
+        return self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str, part: Slice) -> torch.Tensor:
+        # The file is opened for each read: its pages are mapped only while a slice is copied out of them.
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor = file.get_slice(name)
+            if part.dim is None:
+                return torch.as_tensor(tensor[:])
+            index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
+            return torch.as_tensor(tensor[index]).clone()
+
+
+class ShardStore:
+    """The slices that one rank holds, each read once and shared by all graphs.
+
+    Args:
+        source: the whole weights.
+        rank: this rank.
+        mesh: the ranks that share the model.
+        dtype, device: of the slices.
+    """
+
+    def __init__(self, source: WeightSource, rank: int, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> None:
+        self._source = source
+        self._rank = rank
+        self._mesh = mesh
+        self._dtype = dtype
+        self._device = device
+        self._held: dict[str, tuple[Placement, torch.Tensor]] = {}
+
+    def get(self, name: str, placement: Placement) -> torch.Tensor:
+        """This rank's slice of parameter ``name``.
+
+        Raises:
+            PlacementError: another graph of this model holds the parameter in another placement.
+        """
+        if name not in self._held:
+            self._held[name] = (placement, self._read(name, placement))
+        held, tensor = self._held[name]
+        if held != placement:
+            raise PlacementError(
+                f"parameter {name}",
+                found=f"placement {placement} in this graph and {held} in an earlier one",
+                expected="one placement in all graphs of a model",
+                remedy="report this with both graphs: the layout of a model is decided once",
+            )
+        return tensor
+
+    def num_bytes(self) -> int:
+        """Bytes of all slices held."""
+        return sum(tensor.nbytes for _, tensor in self._held.values())
+
+    def _read(self, name: str, placement: Placement) -> torch.Tensor:
+        part = shard_slice(self._source.shape(name), placement, self._rank, self._mesh)
+        tensor = self._source.read(name, part).to(dtype=self._dtype, device=self._device)
+        missing = 0 if part.dim is None else part.length - (part.stop - part.start)
+        if part.dim is None or not missing:
+            return tensor.contiguous()
+        shape = list(tensor.shape)
+        shape[part.dim] = missing
+        return torch.cat([tensor, tensor.new_zeros(shape)], dim=part.dim)
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    if (index := folder / _INDEX).is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in sorted(weight_map.items())}
+    if (single := folder / _SINGLE).is_file():
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(sorted(file.keys()), single)
+    raise ConfigError(
+        str(folder),
+        found=f"neither {_SINGLE} nor {_INDEX}",
+        expected="a Hugging Face model folder with safetensors weights",
+        remedy="save the model with `save_pretrained(folder)` of a current transformers release",
+    )
