@@ -67,6 +67,8 @@ def plan_model(
     weights |= {names[weight]: Shard(0, mesh.size) for weight in vocabulary}
     head = model.get_output_embeddings()
     gathered = frozenset([names[head.weight]]) if isinstance(head, nn.Linear) else frozenset()
+    if mesh.size == 1:
+        weights, gathered = {}, frozenset()
     layouts = dict.fromkeys(sites, layout)
     return ModelPlan(type(model).__name__, mesh, sites, layouts, weights, gathered, max_rank, dtype, device)
 

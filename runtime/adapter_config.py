@@ -201,7 +201,9 @@ def _check_init(init: bool | str | None, source: str) -> None:
     """Refuse the methods that change the base weights, and those not known to leave them alone."""
     if not isinstance(init, str) or init.lower() in _BASE_KEEPING_INITS:
         return
-    convert = "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it LoRA"
+    convert = (
+        "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it LoRA"
+    )
     remedy = convert if init.lower().startswith(_CONVERTIBLE_INITS) else "train again with init_lora_weights=True"
     raise config_error(
         source,

@@ -1,4 +1,4 @@
-"""Which fields of ``adapter_config.json`` are refused and which are harmless, and the words of errors about an adapter."""
+"""Which fields of ``adapter_config.json`` are refused and which are harmless; words for errors about an adapter."""
 
 import reprlib
 from collections.abc import Iterable, Mapping

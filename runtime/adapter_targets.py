@@ -63,9 +63,7 @@ class SitePlan:
         return (self.rank, site.in_features // a_blocks), (site.out_features, self.rank // b_blocks)
 
 
-def plan_sites(
-    config: AdapterConfig, sites: Mapping[str, Site], source: str
-) -> tuple[dict[str, SitePlan], list[str]]:
+def plan_sites(config: AdapterConfig, sites: Mapping[str, Site], source: str) -> tuple[dict[str, SitePlan], list[str]]:
     """Apply the configuration to all sites.
 
     Returns:
@@ -120,7 +118,7 @@ class _Patterns:
                 yield _Hit(key, found.groupdict())
 
     def _compile(self, expression: str, key: str) -> "regex.Pattern[str]":
-        counts = [int(count) for count in re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", key)]
+        counts = [int(count) for count in re.findall(r"(?<=[{,])\d+(?=[,}])", key)]
         if len(key) > _MAX_PATTERN_CHARS or math.prod(max(count, 1) for count in counts) > _MAX_REPEATS:
             raise self._error(key, "an expression too large to be safe")
         try:
@@ -221,7 +219,8 @@ def _layer_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
 
     def in_layers(name: str) -> bool:
         hit = next(patterns.hits(name), None)
-        return hit is not None and int(hit.groups["idx"] or -1) in layers
+        layer = hit.groups["idx"] if hit else None
+        return layer is not None and int(layer) in layers
 
     return in_layers
 

@@ -10,11 +10,11 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,10 +29,25 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 
 _SAVE_AGAIN: Final = "copy it again, or save the adapter again with PEFT's save_pretrained"
 _CONVERT: Final = (
-    "if you trust it, convert it once in its folder: python -c \"import torch; from safetensors.torch import save_file; "
+    'if you trust it, convert it once in its folder: python -c "import torch; from safetensors.torch import save_file; '
     "w = torch.load('adapter_model.bin', map_location='cpu', weights_only=True); "
     "save_file({k: v.contiguous() for k, v in w.items()}, 'adapter_model.safetensors')\""
 )
+
+
+class _Slice(Protocol):
+    """One tensor of an open file; safetensors ships no types for it."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor: ...
+
+
+class _Handle(Protocol):
+    """An open file; safetensors ships no types for it."""
+
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> _Slice: ...
 
 
 class TensorSource(Protocol):
@@ -84,7 +99,8 @@ class MemoryTensor:
     """A tensor in memory. It is not copied before it is read: a read sees what was written to it by then."""
 
     name: str
-    tensor: torch.Tensor
+    tensor: torch.Tensor = field(repr=False)
+    source: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +112,7 @@ class MemoryTensor:
 
     def read(self, rows: slice, cols: slice) -> torch.Tensor:
         part = self.tensor.detach()[rows, cols].to("cpu", copy=True)
-        return check_finite(part.contiguous(), self.name)
+        return check_finite(part.contiguous(), f"{self.name} of {self.source}")
 
 
 class WeightsFile:
@@ -114,13 +130,12 @@ class WeightsFile:
         self.path = path
         self._lock = threading.Lock()
         self._users = 0
-        self._stack = ExitStack()
-        self._handle: safe_open | None = None
+        self._handle: _Handle | None = None
         self._identity = _identity(path)
         _refuse_pointer(path)
 
     @contextmanager
-    def opened(self) -> Iterator[safe_open]:
+    def opened(self) -> Iterator[_Handle]:
         """Keep the file open for all reads inside; may be nested.
 
         Raises:
@@ -132,10 +147,10 @@ class WeightsFile:
         finally:
             self._release()
 
-    def _acquire(self) -> safe_open:
+    def _acquire(self) -> _Handle:
         with self._lock:
             if self._handle is None:
-                self._handle = self._stack.enter_context(self._open())
+                self._handle = self._open()
             self._users += 1
             return self._handle
 
@@ -143,10 +158,9 @@ class WeightsFile:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._handle = None
-                self._stack.close()
+                self._handle = None  # safetensors unmaps the file when its last reference goes
 
-    def _open(self) -> safe_open:
+    def _open(self) -> _Handle:
         # A file that shrinks below its mapping kills the process when it is read; a changed one holds other weights.
         if _identity(self.path) != self._identity:
             raise AdapterError(
@@ -156,7 +170,7 @@ class WeightsFile:
                 remedy="load the adapter again",
             )
         try:
-            return safe_open(self.path, framework="pt")
+            return cast(_Handle, safe_open(self.path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 str(self.path),
@@ -178,9 +192,8 @@ class FileTensor:
     def read(self, rows: slice, cols: slice) -> torch.Tensor:
         with self.file.opened() as handle:
             # safetensors returns a view of the mapping: it is copied before the mapping goes.
-            part: torch.Tensor = handle.get_slice(self.name)[rows, cols]
-            part = part.clone(memory_format=torch.contiguous_format)
-        return check_finite(part, self.name)
+            part = handle.get_slice(self.name)[rows, cols].clone(memory_format=torch.contiguous_format)
+        return check_finite(part, f"{self.name} of {self.file.path}")
 
 
 def find_weights(folder: Path) -> WeightsFile:
@@ -208,7 +221,7 @@ def file_tensors(file: WeightsFile) -> dict[str, TensorSource]:
     """
     tensors: dict[str, TensorSource] = {}
     with file.opened() as handle:
-        for name in handle.keys():
+        for name in handle.keys():  # noqa: SIM118 - a handle of safetensors cannot be iterated
             part = handle.get_slice(name)
             dtype = _DTYPES.get(part.get_dtype())
             if dtype is None:
@@ -233,7 +246,7 @@ def memory_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> dict[str
                 expected="a dense tensor with values",
                 remedy="load the adapter's weights first",
             )
-    return {name: MemoryTensor(name, tensor) for name, tensor in tensors.items()}
+    return {name: MemoryTensor(name, tensor, source) for name, tensor in tensors.items()}
 
 
 def _dtype_error(source: str, name: str, dtype: str) -> AdapterError:
@@ -256,9 +269,7 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
     except OSError as error:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
-        raise AdapterError(
-            str(path), found="a pipe, a device or a folder", expected="a plain file", remedy=_SAVE_AGAIN
-        )
+        raise AdapterError(str(path), found="a pipe, a device or a folder", expected="a plain file", remedy=_SAVE_AGAIN)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -270,7 +281,10 @@ def _refuse_pointer(path: Path) -> None:
         raise _unreadable(path, error) from error
     if head == LFS_POINTER:
         raise AdapterError(
-            str(path), found="a Git LFS pointer", expected="the file itself", remedy="run `git lfs pull` in its repository"
+            str(path),
+            found="a Git LFS pointer",
+            expected="the file itself",
+            remedy="run `git lfs pull` in its repository",
         )
 
 

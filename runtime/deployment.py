@@ -1,19 +1,15 @@
 """One model on one mesh: everything that its graphs share at run time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from bdlora_compile.errors import ConfigError
-from bdlora_compile.factors import Layout
-from bdlora_compile.placement import Mesh
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import Agreement
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
 from bdlora_compile.runtime.store import ShardStore
-from bdlora_compile.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +26,30 @@ class Deployment:
     """A model's state in this process; every graph of the model reads it.
 
     Attributes:
-        mesh: the ranks that share the model.
+        plan: placements and layouts, decided when the model was loaded.
         ranks: the ranks that this process hosts: one, or all of them in the lock-step interpreter.
-        sites: linear layers that adapters may change.
-        layouts: layout of each site, decided when the model was loaded.
-        max_rank: largest adapter rank R that the bank admits.
         agreement: how the ranks compare notes.
         strict: whether a gather that nobody asked for is an error.
         selection: the slots that `AdapterSet.use` chose.
         reports: one for each graph compiled, oldest first.
     """
 
-    mesh: Mesh
+    plan: ModelPlan
     ranks: Sequence[RankState]
-    sites: Mapping[str, Site]
-    layouts: Mapping[str, Layout]
-    max_rank: int
     agreement: Agreement
-    dtype: torch.dtype
-    device: torch.device
     strict: bool = True
     selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
     _written: tuple[Selection, int, int] | None = None
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Whether this process hosts more than one rank."""
+        return len(self.ranks) > 1
+
+    def forget_selection(self) -> None:
+        """Make the next forward write its slots again: a slot's meaning has changed."""
+        self._written = None
 
     def select(self, batch: int, seq: int) -> None:
         """Write the slot of each token of the coming forward into every hosted bank.
@@ -60,7 +57,6 @@ class Deployment:
         Raises:
             ConfigError: the selection was made for another batch, or the forward has too many tokens.
         """
-        state = (self.selection, batch, seq)
         if self._written is not None and self._written[0] is self.selection and self._written[1:] == (batch, seq):
             return
         slots = self.selection.by_token(batch, seq)
@@ -74,4 +70,4 @@ class Deployment:
                     remedy="load the model with a larger max_tokens, or prefill in chunks",
                 )
             buffer[: slots.numel()].copy_(slots)
-        self._written = state
+        self._written = (self.selection, batch, seq)

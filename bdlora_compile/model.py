@@ -1,0 +1,342 @@
+"""Load a model and its adapters for the backend, or attach a model that is in memory."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from bdlora_compile import attention
+from bdlora_compile.errors import ConfigError
+from bdlora_compile.factors import Layout, LocalShape, local_shape
+from bdlora_compile.hollow import hollow_out, materialize_buffers
+from bdlora_compile.placement import Mesh
+from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.report import Report
+from bdlora_compile.runtime.adapter_file import Adapter, FactorKind, LoraFactors, adapter_from_tensors, read_adapter
+from bdlora_compile.runtime.adapter_tensors import MemoryTensor
+from bdlora_compile.runtime.adapters import AdapterSet
+from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement
+from bdlora_compile.runtime.bank import AdapterBank, chunk_elements
+from bdlora_compile.runtime.cache import CacheShape, LocalCache
+from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
+from bdlora_compile.served import ServedModel, serve
+from bdlora_compile.sites import find_sites
+
+Strategy = Literal["local", "slora"]
+
+_DEFAULT_RANK = 16
+_DEFAULT_ADAPTERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks that share a model, and those that this process hosts.
+
+    Attributes:
+        mesh: all ranks.
+        hosted: ranks of this process: one, or all for the lock-step interpreter.
+        agreement: how the ranks compare notes.
+    """
+
+    mesh: Mesh
+    hosted: Sequence[int]
+    agreement: Agreement
+
+    @classmethod
+    def of_process_group(cls) -> "Ranks":
+        """The default process group, or this process alone if there is none."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(Mesh(1), [0], Alone())
+        size, rank = dist.get_world_size(), dist.get_rank()
+        mesh = Mesh(size, dist.group.WORLD.group_name)
+        if size == 1 or dist.get_backend() == "fake":
+            return cls(mesh, [rank], Alone())
+        store = dist.PrefixStore("bdlora", dist.distributed_c10d._get_default_store())
+        return cls(mesh, [rank], StoreAgreement(store, rank, size))
+
+    @classmethod
+    def lockstep(cls, size: int) -> "Ranks":
+        """All of ``size`` ranks in this process, for tests and for looking at things."""
+        return cls(Mesh(size, "lockstep"), range(size), Alone())
+
+
+def load(
+    path_or_id: str | Path,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
+    strategy: Strategy = "local",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+    max_tokens: int = 65536,
+    ranks: Ranks | None = None,
+) -> tuple[PreTrainedModel, AdapterSet]:
+    """Make an ordinary Hugging Face model whose weights stay on disk, and the set of its adapters.
+
+    The model has the right shapes and no weights; ``model.compile(backend="bdlora")`` reads this rank's slices.
+
+    Args:
+        path_or_id: a folder, or an id on the Hugging Face hub.
+        adapters: PEFT folders by name.
+        max_adapters: adapters that can be resident at once; as many as given, and at least 8.
+        max_rank: largest adapter rank R; that of the given adapters, or 16. Together with ``max_adapters`` it sizes the
+            pool: that many ordinary adapters of that rank fit, and more block-diagonal ones.
+        strategy: "local" (no LoRA collective) or "slora" (S-LoRA's collectives), for every site.
+        dtype: of weights and factors; the checkpoint's own by default.
+        device: this process's GPU where there is one, else the CPU.
+        strict: a gather that nobody asked for is an error; False runs it and reports it.
+        max_tokens: tokens that one forward may have.
+        ranks: the mesh; by default the default process group, or this process alone.
+
+    Returns:
+        The model and its adapters.
+
+    Raises:
+        ConfigError: the folder or an argument cannot be honoured.
+        PlacementError: the number of ranks does not divide the model.
+        AdapterError: an adapter cannot be served.
+    """
+    attention.register()
+    folder = _folder_of(path_or_id)
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or config.dtype or torch.float32
+    target = torch.device(device) if device is not None else _default_device()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    materialize_buffers(model, target)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    source = SafetensorsSource(folder)
+    _check_weights(model, source, str(folder))
+    sites = find_sites(model)
+    base_model = config.name_or_path or str(path_or_id)
+    found = {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
+    capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
+    setup = _Setup(ranks or Ranks.of_process_group(), _layout(strategy), dtype, target, strict, capacity, base_model)
+    return model, _attach(model, source, found, setup)
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    max_adapters: int | None = None,
+    max_rank: int | None = None,
+    strategy: Strategy = "local",
+    strict: bool = True,
+    max_tokens: int = 65536,
+    ranks: Ranks | None = None,
+) -> tuple[PreTrainedModel, AdapterSet]:
+    """Make a model that is in memory ready for the backend; arguments as for `load`.
+
+    The model gives up its weights: each rank keeps the slices that it needs. A PEFT model is taken apart into its base
+    model, which is returned, and its loaded adapters, which are in the set under their own names.
+
+    Raises:
+        ConfigError: not a Hugging Face causal language model, or a PEFT model with merged adapters.
+        PlacementError, AdapterError: as for `load`.
+    """
+    attention.register()
+    base, peft_adapters = _take_apart(model)
+    base.set_attn_implementation(attention.NAME)
+    base.eval()
+    parameter = next(base.parameters())
+    source = MemorySource(dict(base.named_parameters()))
+    sites = find_sites(base)
+    base_model = base.config.name_or_path or None
+    found = {
+        name: adapter_from_tensors(config, tensors, sites, source=f"adapter {name!r}", base_model=base_model)
+        for name, (config, tensors) in peft_adapters.items()
+    }
+    found |= {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
+    capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
+    ranks = ranks or Ranks.of_process_group()
+    setup = _Setup(ranks, _layout(strategy), parameter.dtype, parameter.device, strict, capacity, base_model)
+    return base, _attach(base, source, found, setup)
+
+
+def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
+    """A cache of this rank's heads for ``batch`` rows of up to ``length`` tokens, for ``model(past_key_values=...)``."""
+    if not isinstance(model, ServedModel):
+        raise ConfigError(
+            "make_cache",
+            found=f"a plain {type(model).__name__}",
+            expected="a model from `bdlora_compile.load` or `attach`",
+            remedy="load the model with `bdlora_compile.load`",
+        )
+    return LocalCache(model.bdlora_cache_shape, batch, length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Capacity:
+    max_adapters: int
+    max_rank: int
+    max_tokens: int
+
+    @classmethod
+    def choose(
+        cls, adapters: Sequence[Adapter], max_adapters: int | None, max_rank: int | None, max_tokens: int
+    ) -> "_Capacity":
+        largest = max((adapter.max_rank for adapter in adapters), default=_DEFAULT_RANK)
+        chosen = cls(max_adapters or max(len(adapters), _DEFAULT_ADAPTERS), max_rank or largest, max_tokens)
+        for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(name, found=str(value), expected="at least 1", remedy=f"choose a larger {name}")
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    ranks: Ranks
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device
+    strict: bool
+    capacity: _Capacity
+    base_model: str | None
+
+
+def _attach(model: PreTrainedModel, source: WeightSource, found: Mapping[str, Adapter], setup: _Setup) -> AdapterSet:
+    ranks, capacity = setup.ranks, setup.capacity
+    plan = plan_model(model, ranks.mesh, setup.layout, capacity.max_rank, setup.dtype, setup.device)
+    pool = max(_pool_elements(plan, rank, capacity) for rank in range(ranks.mesh.size))
+    states = [_rank_state(plan, source, rank, pool, capacity) for rank in ranks.hosted]
+    deployment = Deployment(plan, states, ranks.agreement, setup.strict)
+    hollow_out(model, deployment)
+    serve(model, deployment, _cache_shape(model, plan, len(ranks.hosted)))
+    model.requires_grad_(False)
+    model.eval()
+    adapters = AdapterSet(deployment, capacity.max_adapters, setup.base_model)
+    for name, adapter in found.items():
+        adapters.add(name, adapter)
+    return adapters
+
+
+def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, pool: int, capacity: _Capacity) -> RankState:
+    store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
+    bank = AdapterBank(
+        list(plan.sites), capacity.max_adapters, pool, capacity.max_tokens, dtype=plan.dtype, device=plan.device
+    )
+    return RankState(rank, store, bank)
+
+
+def _pool_elements(plan: ModelPlan, rank: int, capacity: _Capacity) -> int:
+    """Room for ``max_adapters`` ordinary adapters of rank ``max_rank`` on every site: the most that any kind takes."""
+    return capacity.max_adapters * chunk_elements(_ordinary_shapes(plan, rank, capacity.max_rank))
+
+
+def _ordinary_shapes(plan: ModelPlan, rank: int, max_rank: int) -> list[LocalShape]:
+    nothing = MemoryTensor("sizing", torch.empty(0, 0), "sizing")
+    return [
+        local_shape(
+            LoraFactors(name, FactorKind.DENSE, max_rank, 1, 1.0, nothing, nothing),
+            site,
+            plan.layouts[name],
+            rank,
+            plan.mesh,
+        )
+        for name, site in plan.sites.items()
+    ]
+
+
+def _cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+    config = model.config
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    local_heads = max(heads // plan.mesh.size, 1)
+    return CacheShape(config.num_hidden_layers, local_heads, head_dim, plan.dtype, plan.device, num_hosted)
+
+
+def _layout(strategy: str) -> Layout:
+    try:
+        return Layout(strategy)
+    except ValueError:
+        known = ", ".join(repr(layout.value) for layout in Layout)
+        raise ConfigError(
+            "strategy", found=repr(strategy), expected=f"one of {known}", remedy="choose one of them"
+        ) from None
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # torchrun's name for this process's place on its machine.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
+def _folder_of(path_or_id: str | Path) -> Path:
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    if isinstance(path_or_id, Path) or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "~", "/")):
+        raise ConfigError(
+            str(path_or_id),
+            found="no such folder",
+            expected="a Hugging Face model folder, or an id on the hub",
+            remedy="check the path",
+        )
+    from huggingface_hub import snapshot_download  # only this branch touches the network
+
+    return Path(snapshot_download(str(path_or_id), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+
+
+def _check_weights(model: nn.Module, source: WeightSource, where: str) -> None:
+    """Every parameter is in the checkpoint with its shape."""
+    stored = set(source.names())
+    missing = [name for name, _ in model.named_parameters() if name not in stored]
+    if missing:
+        raise ConfigError(
+            where,
+            found=f"no tensor for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if missing[5:] else ""),
+            expected=f"the parameters of {type(model).__name__}",
+            remedy="check that the folder holds this model's complete checkpoint",
+        )
+    for name, parameter in model.named_parameters():
+        if source.shape(name) != tuple(parameter.shape):
+            raise ConfigError(
+                f"{where}: {name}",
+                found=f"shape {list(source.shape(name))}",
+                expected=f"{list(parameter.shape)} as config.json says",
+                remedy="check that config.json and the weights belong together",
+            )
+
+
+def _take_apart(model: nn.Module) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]]:
+    """The base model, and the adapters of a PEFT model by name."""
+    if isinstance(model, ServedModel):
+        raise ConfigError(
+            "attach",
+            found="a model that is attached already",
+            expected="a plain Hugging Face or PEFT model",
+            remedy="use the adapters that `load` or `attach` gave, or load the model again",
+        )
+    if hasattr(model, "peft_config") and hasattr(model, "unload"):
+        from peft import get_peft_model_state_dict  # the model is PEFT's, so it is installed
+
+        taken = {
+            name: (config.to_dict(), get_peft_model_state_dict(model, adapter_name=name))
+            for name, config in model.peft_config.items()
+        }
+        return model.unload(), taken
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ConfigError(
+            "attach",
+            found=f"a {type(model).__name__}",
+            expected="a Hugging Face causal language model, or a PEFT model around one",
+            remedy="pass the whole model, not a part of it",
+        )
+    return model, {}
+
+
+def reports(model: PreTrainedModel) -> Sequence[Report]:
+    """What the compiler did to each graph of a loaded model, oldest first."""
+    return model.bdlora.reports if isinstance(model, ServedModel) else ()

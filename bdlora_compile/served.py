@@ -1,0 +1,150 @@
+"""What a loaded model adds to its Hugging Face class: a cache of own heads, and errors where it cannot do a thing."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.runtime.cache import CacheShape, LocalCache
+from bdlora_compile.runtime.deployment import Deployment
+
+_CACHE_STEP = 64
+"""Cache lengths are rounded up to a multiple of this, so that calls of similar length allocate alike."""
+
+
+class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is untyped for mypy
+    """Mixed into the class of a loaded model. ``model.bdlora`` is its `Deployment`."""
+
+    bdlora: Deployment
+    bdlora_cache_shape: CacheShape
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward; sizes of inputs may vary from call to call without compiling again."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim > 1:
+                # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
+                last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
+                torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
+        return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``; sampling draws the same tokens on every rank, following rank 0's seed."""
+        if kwargs.get("compile_config") is not None:
+            raise ConfigError(
+                "generate(compile_config=...)",
+                found="a second way to compile",
+                expected="a model compiled by `model.compile(backend='bdlora')`",
+                remedy="leave compile_config out",
+            )
+        with self._same_random_numbers(), self._selection_restored():
+            return super().generate(*args, **kwargs)
+
+    @contextmanager
+    def _same_random_numbers(self) -> Iterator[None]:
+        """Draw from rank 0's random numbers on every rank: logits are gathered, so tokens are then equal too."""
+        seed = int(torch.randint(2**62, ()).item())
+        shared = int(self.bdlora.agreement.exchange("seed", str(seed))[0])
+        device = self.bdlora.plan.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(shared)
+            yield
+
+    @contextmanager
+    def _selection_restored(self) -> Iterator[None]:
+        previous = self.bdlora.selection
+        try:
+            yield
+        finally:
+            self.bdlora.selection = previous
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Beams and several returned sequences repeat rows: the rows' adapters are repeated with them."""
+        repeats = kwargs.get("expand_size", args[0] if args and isinstance(args[0], int) else 1)
+        self.bdlora.selection = replace(self.bdlora.selection, repeats=self.bdlora.selection.repeats * repeats)
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation is not None:
+            raise ConfigError(
+                f"generate(cache_implementation={generation_config.cache_implementation!r})",
+                found="a cache that holds all heads",
+                expected="the cache of this rank's heads",
+                remedy="leave cache_implementation out",
+            )
+        repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+        length = -(-max_cache_length // _CACHE_STEP) * _CACHE_STEP
+        model_kwargs["past_key_values"] = LocalCache(self.bdlora_cache_shape, batch_size * repeats, length)
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Never: ``generate`` would compile the model a second time with another backend."""
+        return False
+
+    # --- what a hollow model cannot do ------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+        _refuse(self, "to() / half() / cuda()", "load it again with `bdlora_compile.load(..., dtype=, device=)`")
+
+    def to(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: dtype and device are chosen at load."""
+        _refuse(self, "to()", "load it again with `bdlora_compile.load(..., dtype=, device=)`")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the weights are where they were loaded from."""
+        _refuse(self, "state_dict()", "read the weights from the folder that the model was loaded from")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the backend reads shards from the folder."""
+        _refuse(self, "load_state_dict()", "save the new weights to a folder and load that")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the weights are where they were loaded from."""
+        _refuse(self, "save_pretrained()", "copy the folder that the model was loaded from")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the weights are where they were loaded from."""
+        _refuse(self, "push_to_hub()", "push the folder that the model was loaded from")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: resize before loading."""
+        _refuse(self, "resize_token_embeddings()", "resize and save the plain model, then load that")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        _refuse(self, "deepcopy()", "load the model a second time")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        _refuse(self, "pickling", "load the model in the other process")
+
+
+def serve(model: PreTrainedModel, deployment: Deployment, cache_shape: CacheShape) -> None:
+    """Mix `ServedModel` into the model's class, under the class's own name."""
+    cls = type(model)
+    # No auto-made caches in plain forwards: they would hold all heads. `generate` asks for a cache by itself.
+    model.config.use_cache = False
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
+    model.bdlora = deployment
+    model.bdlora_cache_shape = cache_shape
+    model.__class__ = type(cls.__name__, (ServedModel, cls), {"__module__": cls.__module__})
+
+
+def _refuse(model: PreTrainedModel, call: str, remedy: str) -> NoReturn:
+    raise HollowError(
+        f"{type(model).__name__}.{call}",
+        found="a model whose weights live in the ranks' shards",
+        expected="a call that needs no whole weights",
+        remedy=remedy,
+    )
