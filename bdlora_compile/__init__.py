@@ -19,8 +19,9 @@ from bdlora_compile.model import Ranks, attach, load, make_cache, reports
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.cache import LocalCache
+from bdlora_compile.version import __version__
 
-__version__ = "0.1.0.dev0"
+
 
 __all__ = [
     "AdapterError",
@@ -34,6 +35,7 @@ __all__ = [
     "PlacementError",
     "Ranks",
     "Report",
+    "__version__",
     "attach",
     "load",
     "make_cache",

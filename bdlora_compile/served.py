@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 
-from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.errors import BdloraError, ConfigError, HollowError
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.deployment import Deployment
 
@@ -25,12 +26,21 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; sizes of inputs may vary from call to call without compiling again."""
+        if torch.compiler.is_compiling():
+            # Another compiler traces this call; inputs can be marked from outside a graph only.
+            return super().__call__(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.ndim > 1:
                 # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                 last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                 torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
-        return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            # Dynamo wraps what a backend raises; the reader wants the error itself.
+            if isinstance(failure.inner_exception, BdloraError):
+                raise failure.inner_exception from None
+            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``; sampling draws the same tokens on every rank, following rank 0's seed."""

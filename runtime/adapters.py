@@ -124,7 +124,8 @@ class AdapterSet:
             self._check_name(name)
             adapter = read()
             self._check_rank(name, adapter)
-            staged = [self._stage(adapter, rank) for rank in self._deployment.ranks]
+            with adapter.opened():
+                staged = [self._stage(adapter, rank) for rank in self._deployment.ranks]
             self._check_room(name, staged)
         except BdloraError as error:
             problem = error

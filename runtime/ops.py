@@ -10,6 +10,7 @@ row-major in one flat pool; `SlotField` names the columns of the slot table. Tok
 These are the plain PyTorch implementations: a loop over the slots in use. They state what faster kernels must compute.
 """
 
+import math
 from collections.abc import Iterator
 from enum import IntEnum
 
@@ -64,7 +65,8 @@ def lora_shrink(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site
 
 @lora_shrink.register_fake
 def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site: int, width: int) -> Tensor:
-    return x.new_empty(x.shape[:-1].numel(), width, dtype=accumulate_dtype(x.dtype))
+    # Not torch.Size.numel, which would fix the batch and the length to the numbers of this call.
+    return x.new_empty(math.prod(x.shape[:-1]), width, dtype=accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op("bdlora::lora_expand", mutates_args=())

