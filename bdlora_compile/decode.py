@@ -99,7 +99,8 @@ def _show_collectives(graphs: Sequence[Report], console: Console) -> None:
             census = report.stage(name).census
             base, lora = census.per_layer(Origin.BASE), census.per_layer(Origin.LORA)
             outside = census.total() - sum(base) - sum(lora)
-            table.add_row(report.inputs[0], name, _range(base), _range(lora), str(outside))
+            graph = "one token" if report.inputs[0].endswith(" 1]") else "prompt"
+            table.add_row(graph, name, _range(base), _range(lora), str(outside))
     console.print(table)
 
 

@@ -66,9 +66,12 @@ def _run_pass(
     _check_requirements(graph_pass, captured, done)
     start = time.perf_counter()
     nodes_before = len(captured.graph.nodes)
+    before = _calls(captured.graph)
     stats = graph_pass.rewrite(captured, context)
-    captured.graph.lint()
-    propagate(captured.graph, graph_pass.name)
+    if _calls(captured.graph) != before:
+        # Values of an unchanged graph still hold; a pass that only wrote records costs no propagation.
+        captured.graph.lint()
+        propagate(captured.graph, graph_pass.name)
     graph_pass.verify(captured, context)
     captured.module.recompile()
     captured.facts |= graph_pass.establishes
@@ -81,6 +84,11 @@ def _run_pass(
         census=take_census(captured.graph),
         text=print_graph(captured.graph),
     )
+
+
+def _calls(graph: Graph) -> list[object]:
+    """What decides the values of a graph's nodes."""
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 def _check_requirements(graph_pass: GraphPass, captured: Captured, done: Sequence[StageReport]) -> None:
