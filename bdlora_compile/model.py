@@ -58,7 +58,10 @@ class Ranks:
         mesh = Mesh(size, dist.group.WORLD.group_name)
         if size == 1 or dist.get_backend() == "fake":
             return cls(mesh, [rank], Alone())
-        store = dist.PrefixStore("bdlora", dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d._get_default_store()
+        # Every rank makes its models in the same order: the count names this one on all of them.
+        number = store.add(f"bdlora/models/{rank}", 1)
+        store = dist.PrefixStore(f"bdlora/{number}", store)
         return cls(mesh, [rank], StoreAgreement(store, rank, size))
 
     @classmethod
