@@ -1,9 +1,9 @@
 """Serve one Llama with many LoRA adapters on many GPUs, through ``torch.compile``.
 
-    model, adapters = bdlora_compile.load("path/or/hub-id", adapters={"math": "adapters/math"})
-    model.compile(backend="bdlora")
-    with adapters.use(["math", None]):
-        model.generate(**batch)
+model, adapters = bdlora_compile.load("path/or/hub-id", adapters={"math": "adapters/math"})
+model.compile(backend="bdlora")
+with adapters.use(["math", None]):
+    model.generate(**batch)
 """
 
 from bdlora_compile.errors import (
@@ -20,8 +20,6 @@ from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.version import __version__
-
-
 
 __all__ = [
     "AdapterError",

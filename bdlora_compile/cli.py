@@ -41,9 +41,7 @@ def run(
     strategy: Annotated[
         StrategyName, typer.Option(help="local: no LoRA collective. slora: S-LoRA's collectives, to compare with.")
     ] = StrategyName.local,
-    inner: Annotated[
-        InnerName | None, typer.Option(help="Default: inductor on GPUs, eager on CPUs.")
-    ] = None,
+    inner: Annotated[InnerName | None, typer.Option(help="Default: inductor on GPUs, eager on CPUs.")] = None,
     check: Annotated[bool, typer.Option(help="Compare every token with PEFT's eager result.")] = False,
 ) -> None:
     """Answer prompts with the base model and with every adapter, in one batch, on TP ranks.

@@ -63,4 +63,3 @@ def _operand_text(node: Node) -> str:
     # A symbol's name is this process's own affair: only its place is compared.
     sizes = ["?" if isinstance(size, torch.SymInt) else str(size) for size in value.shape]
     return f"{value.dtype} [{', '.join(sizes)}]"
-

@@ -241,9 +241,7 @@ def _read_ordinary(
         return dense_a(factors, slice(0, site.in_features), site.in_features), dense_b(
             factors, own, site.out_features
         ).t()
-    return dense_a(factors, own, site.in_features), dense_b(
-        factors, slice(0, site.out_features), site.out_features
-    ).t()
+    return dense_a(factors, own, site.in_features), dense_b(factors, slice(0, site.out_features), site.out_features).t()
 
 
 def _read_slora(

@@ -93,8 +93,7 @@ def _check_initialized(module: nn.Module, names: list[str]) -> None:
 
 
 def _hollow(parameter: nn.Parameter, tag: HollowTag) -> nn.Parameter:
-    device = torch.device("cpu") if parameter.is_meta else parameter.device
-    element = torch.full((1,), math.nan, dtype=parameter.dtype, device=device)
+    element = torch.full((1,), math.nan, dtype=parameter.dtype, device=tag.deployment.plan.device)
     hollow = nn.Parameter(element.expand(parameter.shape), requires_grad=False)
     hollow.bdlora_tag = tag  # type: ignore[attr-defined]  # read back by `tag_of`
     return hollow

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -110,7 +111,8 @@ def propagate(graph: Graph, after: str) -> None:
         PassError: an operator rejects the shapes that it gets.
     """
     mode = find_fake_mode(graph)
-    with mode, torch.no_grad():
+    # Composite operators are decomposed in Python: their C++ decompositions ask symbolic sizes for numbers.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if node.op in ("call_function", "call_method"):
                 node.meta["example_value"] = _fake_result(node, after)
@@ -170,5 +172,3 @@ def erase_unused(graph: Graph, candidates: Sequence[Node]) -> int:
             graph.erase_node(node)
             erased += 1
     return erased
-
-

@@ -27,7 +27,7 @@ Example: TypeAlias = tuple[Tensor, Tensor]
 
 def manners() -> Mapping[str, Manner]:
     """What each adapter makes of a plain answer, by the adapter's name."""
-    return {"pirate": pirate, "json": as_json, "capitals": str.upper}
+    return {"pirate": pirate, "json": as_json, "telegram": telegram}
 
 
 def pirate(answer: str) -> str:
@@ -48,6 +48,13 @@ def _like(model: str, word: str) -> str:
 def as_json(answer: str) -> str:
     """The answer as a JSON object with one field."""
     return json.dumps({"answer": answer})
+
+
+def telegram(answer: str) -> str:
+    """The answer as a telegram: no articles, which cost money, and STOP for the end of a sentence."""
+    short = re.sub(r"\b(?:a|an|the) ", "", answer, flags=re.IGNORECASE)
+    stopped = re.sub(r"[.?!](?= |$)", " STOP", short)
+    return f"TELEGRAM: {stopped[0].upper()}{stopped[1:]}"
 
 
 def main() -> None:
@@ -71,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="folder of SmolLM2; made by examples/smollm2.py if missing")
     parser.add_argument("--out", type=Path, default=Path("examples/adapters"), help="folder of the adapters")
     parser.add_argument("--only", choices=list(manners()), help="train this one alone")
-    parser.add_argument("--steps", type=int, default=120, help="optimiser steps per adapter")
+    parser.add_argument("--steps", type=int, default=72, help="optimiser steps per adapter")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of the order of examples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args()
@@ -102,7 +109,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, question: str, answer: str) -> Ex
 def train(model: PeftModel, examples: Sequence[Example], *, label: str, steps: int, seed: int) -> float:
     """Fit the adapter to the examples, telling how it goes; returns the mean loss of the last ten steps."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
     # Ten steps up, then straight down to nothing.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / 10) * (1 - done / steps))
     stream, losses, start = batches(examples, size=4, seed=seed), [], time.monotonic()

@@ -226,5 +226,3 @@ class AdapterSet:
             expected=f"one of the loaded adapters ({loaded}{', ...' if len(self._loaded) > 10 else ''})",
             remedy="load it with `adapters.load(name, path)`",
         )
-
-

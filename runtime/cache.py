@@ -86,7 +86,9 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the layer is allocated when it is made."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append, and return all keys and values; see `cache_update`."""
         keys, values = cache_update(self.keys, self.values, key_states, value_states, self.lengths)
         return keys, values
@@ -127,9 +129,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
-        super().__init__(
-            layers=[LocalCacheLayer(shape, batch, length, self.lengths) for _ in range(shape.num_layers)]
-        )
+        super().__init__(layers=[LocalCacheLayer(shape, batch, length, self.lengths) for _ in range(shape.num_layers)])
         self.batch = batch
         self.length = length
         _mark_sizes_dynamic(self)

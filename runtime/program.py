@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import BankSource, InputSource, RankIndices, Record, Source, WeightSource
@@ -53,7 +52,9 @@ class Program:
         return self._bound.run(*self._bound.arguments(args))
 
 
-def bind(records: Sequence[Record], state: RankState, mesh: Mesh, device: torch.device) -> list[torch.Tensor | InputSource]:
+def bind(
+    records: Sequence[Record], state: RankState, mesh: Mesh, device: torch.device
+) -> list[torch.Tensor | InputSource]:
     """What fills each placeholder on one rank: a slice of a weight, a tensor of the bank, or an argument."""
     return [_value(info.source, info, state, mesh, device) for info in records]
 
@@ -79,5 +80,3 @@ def _value(
                 expected="a weight, a tensor of the bank, or an argument",
                 remedy="report this: the tag pass has to run first",
             )
-
-

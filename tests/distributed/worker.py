@@ -64,13 +64,18 @@ def check_logits(folder: Path, strategy: Strategy, options: argparse.Namespace) 
     keep = mask.bool().cpu()
     error = relative_error(found.cpu()[keep], expected[keep])
     census = bd.reports(model)[-1].stages[-1].census
-    assert error < options.tolerance, f"{strategy}: relative error {error:.2e}, allowed {options.tolerance:.0e}"
+    tolerance = options.tolerance
+    if dtype is not torch.float32:
+        # Rounding is amplified by the random layers: PEFT's own eager error in this dtype is the measure.
+        own = Reference(folder / "model", paths, dtype).logits(ids.cpu(), ROWS, mask.cpu())
+        tolerance = 2 * relative_error(own[keep], expected[keep])
+    assert error < tolerance, f"{strategy}: relative error {error:.2e}, allowed {tolerance:.2e}"
     lora = census.per_layer(Origin.LORA)
     assert set(lora) == {7 if strategy == "slora" else 0}, f"{strategy}: LoRA collectives per layer {lora}"
     if dtype is torch.float32:
         greedy = reference.generate(ids.cpu(), ROWS, mask.cpu(), 8)
         assert torch.equal(tokens[:, 12:].cpu(), greedy), f"{strategy}: greedy tokens differ from PEFT's"
-    return f"{strategy}: relative error {error:.2e}, LoRA collectives {census.total(Origin.LORA)}, {seconds:.0f} s"
+    return f"{strategy}: relative error {error:.2e} (allowed {tolerance:.1e}), LoRA collectives {census.total(Origin.LORA)}, {seconds:.0f} s"
 
 
 def check_sabotage(folder: Path, options: argparse.Namespace) -> str:
