@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch._guards import TracingContext
@@ -136,8 +136,8 @@ def _inductor(
         example_inputs[value.index] if isinstance(value, InputSource) else mode.from_tensor(value, static_shapes=True)
         for value in values
     ]
-    compiled: Callable[..., Any] = compile_fx(captured.module, inputs)
-    return compiled
+    compiled: Any = compile_fx(captured.module, inputs)
+    return cast(Callable[..., Any], compiled)
 
 
 def _new_report(captured: Captured, deployment: Deployment) -> Report:

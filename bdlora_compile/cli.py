@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +12,14 @@ from rich.console import Console
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 
-class StrategyName(str, Enum):
+class StrategyName(StrEnum):
     """How LoRA factors lie on the ranks."""
 
     local = "local"
     slora = "slora"
 
 
-class InnerName(str, Enum):
+class InnerName(StrEnum):
     """What runs a rank's graph."""
 
     eager = "eager"

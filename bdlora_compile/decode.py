@@ -121,11 +121,11 @@ def _agrees_with_peft(
     console.print("checking every token against PEFT's eager result ...")
     plain: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=model.dtype).to(new.device).eval()
     wrapped: Any = plain
-    for name, path in job.adapters.items():
+    for loaded, path in job.adapters.items():
         if isinstance(wrapped, PeftModel):
-            wrapped.load_adapter(path, adapter_name=name)
+            wrapped.load_adapter(path, adapter_name=loaded)
         else:
-            wrapped = PeftModel.from_pretrained(plain, path, adapter_name=name)
+            wrapped = PeftModel.from_pretrained(plain, path, adapter_name=loaded)
     differences = 0
     for row, (prompt, name) in enumerate(job.rows):
         expected = _reference(wrapped, name, {key: value[row : row + 1].cpu() for key, value in batch.items()}, job)

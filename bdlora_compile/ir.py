@@ -90,6 +90,10 @@ class Origin(Enum):
     """A gather that no rule asked for."""
 
 
+WHOLE = Replicate()
+"""The placement of what no pass has cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What the compiler knows of a node.
@@ -102,7 +106,7 @@ class Record:
         stage: name of the pass that made the node, empty for captured ones.
     """
 
-    placement: Placement = Replicate()
+    placement: Placement = WHOLE
     origin: Origin = Origin.BASE
     site: str | None = None
     source: Source | None = None

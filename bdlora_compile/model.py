@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from bdlora_compile import attention
@@ -55,13 +56,13 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized():
             return cls(Mesh(1), [0], Alone())
         size, rank = dist.get_world_size(), dist.get_rank()
-        mesh = Mesh(size, dist.group.WORLD.group_name)
+        mesh = Mesh(size, _world_name())
         if size == 1 or dist.get_backend() == "fake":
             return cls(mesh, [rank], Alone())
         store = dist.distributed_c10d._get_default_store()
         # Every rank makes its models in the same order: the count names this one on all of them.
         number = store.add(f"bdlora/models/{rank}", 1)
-        store = dist.PrefixStore(f"bdlora/{number}", store)
+        store = PrefixStore(f"bdlora/{number}", store)
         return cls(mesh, [rank], StoreAgreement(store, rank, size))
 
     @classmethod
@@ -168,7 +169,7 @@ def attach(
 
 
 def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
-    """A cache of this rank's heads for ``batch`` rows of up to ``length`` tokens, for ``model(past_key_values=...)``."""
+    """A cache of this rank's heads: ``batch`` rows of up to ``length`` tokens, for ``model(past_key_values=...)``."""
     if not isinstance(model, ServedModel):
         raise ConfigError(
             "make_cache",
@@ -259,6 +260,12 @@ def _cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> Ca
     return CacheShape(config.num_hidden_layers, local_heads, head_dim, plan.dtype, plan.device, num_hosted)
 
 
+def _world_name() -> str:
+    group = dist.group.WORLD
+    assert group is not None, "the default process group is initialized"
+    return group.group_name
+
+
 def _layout(strategy: str) -> Layout:
     try:
         return Layout(strategy)
@@ -313,7 +320,7 @@ def _check_weights(model: nn.Module, source: WeightSource, where: str) -> None:
             )
 
 
-def _take_apart(model: nn.Module) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]]:
+def _take_apart(model: Any) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]]:
     """The base model, and the adapters of a PEFT model by name."""
     if isinstance(model, ServedModel):
         raise ConfigError(

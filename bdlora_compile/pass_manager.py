@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -137,8 +137,8 @@ def find_fake_mode(graph: Graph) -> FakeTensorMode:
 
 
 def _fake_result(node: Node, after: str) -> object:
-    args = map_arg(node.args, fake_value)
-    kwargs = map_arg(node.kwargs, fake_value)
+    args: Any = map_arg(node.args, fake_value)  # type: ignore[arg-type]  # any value may stand for a node
+    kwargs: Any = map_arg(node.kwargs, fake_value)  # type: ignore[arg-type]  # the same
     try:
         if node.op == "call_method":
             receiver, *rest = args

@@ -80,6 +80,6 @@ def _site_placements(site: Site, mesh: Mesh) -> dict[str, Placement]:
     return {"weight": Shard(1, pieces)}
 
 
-def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
     """The name of each parameter; of a tied one the first."""
     return {parameter: name for name, parameter in model.named_parameters()}

@@ -10,7 +10,7 @@ Embedding (W cut on V):     Before:  e = embedding(ids, W)
 Cache:                      Before:  k, v = cache_update(keys, values, k, v, lengths)
                             After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
 
-Sources: Megatron-LM arXiv 1909.08053; S-LoRA arXiv 2311.03285 figure 4. Where no rule applies the operands are gathered,
+Sources: Megatron-LM arXiv 1909.08053; S-LoRA arXiv 2311.03285 figure 4. Where no rule applies operands are gathered,
 which is always right: every such gather is reported, and an error in strict mode.
 """
 
@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from bdlora_compile import collectives
 from bdlora_compile.errors import PassError, PlacementError
@@ -184,7 +185,8 @@ class _Partitioning:
 
     def _place_embedding(self, node: Node) -> None:
         ids, weight = node.args[0], node.args[1]
-        assert isinstance(ids, Node) and isinstance(weight, Node), "an embedding's operands are tensors"
+        assert isinstance(ids, Node), "an embedding's ids are a tensor"
+        assert isinstance(weight, Node), "an embedding's weight is a tensor"
         length = -(-fake_tensor(weight).shape[0] // self.plan.mesh.size)
         own = self._source_node(RankIndices(length, self.plan.mesh.size))
         with self.graph.inserting_before(node):
@@ -216,14 +218,14 @@ class _Partitioning:
         with self.graph.inserting_before(node):
             call, method = self.graph.call_function, self.graph.call_method
             batch, seq = method("size", (k, 0)), method("size", (k, 2))
-            device = {"device": self.plan.device}
+            device: dict[str, Argument] = {"device": self.plan.device}
             rows = call(torch.unsqueeze, (call(torch.arange, (batch,), device), 1))
             steps = call(torch.arange, (seq,), device)
             position = call(operator.add, (call(torch.unsqueeze, (lengths, 1)), steps))
             for cache, new in ((keys, k), (values, v)):
                 call(write_rows, (cache, rows, position, call(torch.transpose, (new, 1, 2))))
         for user in list(node.users):
-            cache = (keys, values)[int(user.args[1])]  # type: ignore[call-overload]  # getitem of a pair
+            cache = (keys, values)[int(user.args[1])]  # type: ignore[call-overload,arg-type]  # getitem of a pair
             assert isinstance(cache, Node), "a cache is an input of the graph"
             set_record(cache, placement=cut)
             # Uses of the whole cache stand for the value with all heads, which rules need to see.
@@ -357,7 +359,8 @@ class _Partitioning:
 
     def _cache_pieces(self, keys: object, k: object) -> int:
         """Pieces of the kv heads: all heads over the heads of the cache that a rank passes."""
-        assert isinstance(keys, Node) and isinstance(k, Node), "a cache update's operands are tensors"
+        assert isinstance(keys, Node), "a cache is an input of the graph"
+        assert isinstance(k, Node), "new keys are a tensor of the graph"
         all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(keys).shape[1])
         placement = record(k).placement
         pieces = placement.pieces if isinstance(placement, Shard) else self.plan.mesh.size

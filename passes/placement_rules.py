@@ -131,7 +131,7 @@ def _attention(node: Node, placements: Sequence[Placement]) -> Ruling | str:
 
     Grouped kv heads may have fewer pieces than query heads: the kv head of rank k's query heads is k's own piece.
     """
-    query, key, value, *rest = placements
+    query, key, value = placements[:3]
     if not (isinstance(query, Shard) and query.dim == 1):
         return replicated(node, placements) if isinstance(query, Replicate) else f"its queries have placement {query}"
     for name, placement in (("keys", key), ("values", value)):
@@ -251,7 +251,7 @@ def _transpose(node: Node, placements: Sequence[Placement]) -> Ruling | str:
     if cut is None:
         return _keep_partial(node, placements)
     ndim = fake_tensor(node).ndim
-    first, second = (int(dim) % ndim for dim in node.args[1:3])  # type: ignore[call-overload]  # literals
+    first, second = (int(dim) % ndim for dim in node.args[1:3])  # type: ignore[call-overload,arg-type]  # literals
     swapped = {first: second, second: first}.get(cut.dim, cut.dim)
     return Ruling([cut], Shard(swapped, cut.pieces))
 

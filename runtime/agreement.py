@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from bdlora_compile.errors import AgreementError
 
@@ -45,7 +46,7 @@ class StoreAgreement:
         timeout: how long a rank waits for the others.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
         self._store = store
         self._rank = rank
         self._size = size

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin
@@ -75,7 +76,8 @@ def check_logits(folder: Path, strategy: Strategy, options: argparse.Namespace) 
     if dtype is torch.float32:
         greedy = reference.generate(ids.cpu(), ROWS, mask.cpu(), 8)
         assert torch.equal(tokens[:, 12:].cpu(), greedy), f"{strategy}: greedy tokens differ from PEFT's"
-    return f"{strategy}: relative error {error:.2e} (allowed {tolerance:.1e}), LoRA collectives {census.total(Origin.LORA)}, {seconds:.0f} s"
+    counts = f"LoRA collectives {census.total(Origin.LORA)}"
+    return f"{strategy}: relative error {error:.2e} (allowed {tolerance:.1e}), {counts}, {seconds:.0f} s"
 
 
 def check_sabotage(folder: Path, options: argparse.Namespace) -> str:
@@ -100,7 +102,7 @@ def check_sabotage(folder: Path, options: argparse.Namespace) -> str:
 def check_mismatch(folder: Path, options: argparse.Namespace) -> str:
     """A rank with other collectives, and a rank that never answers, are reported within the time limit."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.PrefixStore("mismatch", dist.distributed_c10d._get_default_store())
+    store = PrefixStore("mismatch", dist.distributed_c10d._get_default_store())
     agreement = StoreAgreement(store, rank, size, timedelta(seconds=60))
     try:
         require_equal(agreement, "collectives", "all_reduce\n" + ("all_gather" if rank else "all_reduce"))
@@ -108,7 +110,7 @@ def check_mismatch(folder: Path, options: argparse.Namespace) -> str:
         assert "line 2" in str(error), str(error)
     else:
         raise AssertionError("different collectives went unnoticed")
-    late = StoreAgreement(dist.PrefixStore("late", store), rank, size, timedelta(seconds=2))
+    late = StoreAgreement(PrefixStore("late", store), rank, size, timedelta(seconds=2))
     if rank == 0:
         start = time.perf_counter()
         try:
@@ -123,7 +125,7 @@ def check_mismatch(folder: Path, options: argparse.Namespace) -> str:
 
 def check_load(folder: Path, options: argparse.Namespace) -> str:
     """An adapter that one rank cannot read is loaded by none."""
-    model, adapters = bd.load(folder / "model", {"plain": folder / "plain"}, max_rank=16)
+    _, adapters = bd.load(folder / "model", {"plain": folder / "plain"}, max_rank=16)
     path = folder / ("blocks" if dist.get_rank() == 0 else "nowhere")
     try:
         adapters.load("blocks", path)
@@ -152,7 +154,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         prepare(options.folder, large if options.large else ModelSpec(vocabulary=131))
     StoreAgreement(
-        dist.PrefixStore("prepared", dist.distributed_c10d._get_default_store()),
+        PrefixStore("prepared", dist.distributed_c10d._get_default_store()),
         dist.get_rank(),
         dist.get_world_size(),
     ).exchange("files", "")
