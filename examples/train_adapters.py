@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from peft import BdLoraConfig, LoraConfig, PeftModel, get_peft_model
@@ -151,12 +151,12 @@ def padded(rows: Sequence[Tensor], value: int) -> Tensor:
 
 def save(model: PeftModel, directory: Path, readme: str) -> None:
     """Save the adapter in float16, with nothing in its files that names this machine."""
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     config.base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     # PEFT would write this set in an order that changes from run to run.
-    config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules or ())
     # No embeddings were trained, and to find that out for itself PEFT would ask the hub.
-    model.half().save_pretrained(directory, save_embedding_layers=False)
+    model.half().save_pretrained(str(directory), save_embedding_layers=False)
     (directory / "README.md").write_text(readme)
     print(f"saved {directory}", flush=True)
 
