@@ -75,6 +75,9 @@ def plan_model(
 
 def _site_placements(site: Site, mesh: Mesh) -> dict[str, Placement]:
     pieces = site_pieces(site, mesh)
+    if pieces == 1:
+        # One kv head on several ranks: every rank holds all of it.
+        return {}
     if site.role is Role.COLUMN:
         return {"weight": Shard(0, pieces), "bias": Shard(0, pieces)}
     return {"weight": Shard(1, pieces)}

@@ -363,7 +363,7 @@ class _Partitioning:
         assert isinstance(k, Node), "new keys are a tensor of the graph"
         all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(keys).shape[1])
         placement = record(k).placement
-        pieces = placement.pieces if isinstance(placement, Shard) else self.plan.mesh.size
+        pieces = placement.pieces if isinstance(placement, Shard) else 1
         if own_heads * pieces != all_heads:
             raise PlacementError(
                 "key/value cache",

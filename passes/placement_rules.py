@@ -134,11 +134,26 @@ def _attention(node: Node, placements: Sequence[Placement]) -> Ruling | str:
     query, key, value = placements[:3]
     if not (isinstance(query, Shard) and query.dim == 1):
         return replicated(node, placements) if isinstance(query, Replicate) else f"its queries have placement {query}"
+    own = [_own_heads(operand, query) for operand in tensor_operands(node)[1:3]]
+    key, value = (
+        heads if isinstance(given, Replicate) and heads is not None else given
+        for given, heads in zip((key, value), own, strict=True)
+    )
     for name, placement in (("keys", key), ("values", value)):
+        if isinstance(placement, Replicate) and fake_tensor(tensor_operands(node)[1]).shape[1] == 1:
+            continue
         if not (isinstance(placement, Shard) and placement.dim == 1 and query.pieces % placement.pieces == 0):
             return f"its {name} have placement {placement} while its queries have {query}"
     mask = [_aligned(operand, query, 4) for operand in tensor_operands(node)[3:]]
     return Ruling([query, key, value, *mask], query)
+
+
+def _own_heads(kv: Node, query: Shard) -> Placement | None:
+    """What a rank needs of whole keys or values: the only head, or its piece of them; None if pieces do not fit."""
+    heads = fake_tensor(kv).shape[1]
+    if heads == 1:
+        return Replicate()
+    return Shard(1, query.pieces) if isinstance(heads, int) and heads % query.pieces == 0 else None
 
 
 # --- reductions -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin
+from bdlora_compile.model import Strategy
 from bdlora_compile.runtime import lockstep
 from tests.models import ATTENTION, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
@@ -73,7 +74,7 @@ def files(tmp_path: Path) -> Callable[[ModelSpec, dict[str, AdapterSpec]], tuple
     return write
 
 
-def compiled(model: Path, paths: dict[str, Path], degree: int, strategy: str, **options: Any) -> tuple[Any, Any]:
+def compiled(model: Path, paths: dict[str, Path], degree: int, strategy: Strategy, **options: Any) -> tuple[Any, Any]:
     """A model compiled for all ranks of a lock-step mesh."""
     torch._dynamo.reset()
     ranks = bd.Ranks.lockstep(degree) if degree > 1 else None
@@ -84,7 +85,7 @@ def compiled(model: Path, paths: dict[str, Path], degree: int, strategy: str, **
 
 @pytest.mark.parametrize("shape", MODELS, ids=str)
 @pytest.mark.parametrize("strategy", ["local", "slora"])
-def test_logits_equal_peft(files: Any, shape: tuple[int, int, int], strategy: str) -> None:
+def test_logits_equal_peft(files: Any, shape: tuple[int, int, int], strategy: Strategy) -> None:
     """Every kind of adapter in one padded batch; collectives are exactly the formula's."""
     degree = shape[2]
     model, paths = files(MODELS[shape], adapters_for(degree))
@@ -191,11 +192,12 @@ def test_misuse_names_the_remedy(files: Any) -> None:
     model, paths = files(ModelSpec(layers=1), {"plain": AdapterSpec(rank=4)})
     loaded, adapters = bd.load(model, paths)
     ids = torch.randint(3, 120, (1, 4))
+    wrapped: Any = torch.compile(loaded, backend="bdlora")
     calls: list[Callable[[], Any]] = [
         lambda: loaded(ids),
         lambda: loaded.model.layers[0](torch.randn(1, 2, 64)),
         lambda: torch.compile(loaded, backend="eager")(ids),
-        lambda: torch.compile(loaded, backend="bdlora").generate(ids, max_new_tokens=1),
+        lambda: wrapped.generate(ids, max_new_tokens=1),
         lambda: loaded.to(torch.bfloat16),
         lambda: loaded.save_pretrained("nowhere"),
         lambda: loaded.state_dict(),
