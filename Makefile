@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv test demo check format golden dist clean
+.PHONY: help venv test demo check format dist clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -32,9 +32,6 @@ check: venv ## Format check, lint and types
 format: venv ## Format the sources and fix what lint can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-golden: venv ## Write the golden graphs again; read the diff before committing
-	$(BIN)/python -m pytest tests/passes -q --update-goldens
 
 dist: venv ## Build the wheel
 	$(BIN)/pip wheel -q --no-deps -w dist .
