@@ -7,12 +7,13 @@ from typing import Any, Literal, cast
 
 import torch
 from torch._guards import TracingContext
-from torch.fx import Graph, GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.hollow import tag_of
-from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
+from bdlora_compile.ir import CacheSource, Captured, InputSource, fake_value, placeholders, record
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import PIPELINE
 from bdlora_compile.printer import type_text
@@ -20,7 +21,7 @@ from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram
-from bdlora_compile.runtime.program import BoundGraph, Program, bind
+from bdlora_compile.runtime.program import BoundGraph, CallSource, Program, bind
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _token_index(captured: Captured) -> int:
 
 
 def _inductor(
-    captured: Captured, values: Sequence[torch.Tensor | InputSource], example_inputs: Sequence[Any]
+    captured: Captured, values: Sequence[torch.Tensor | CallSource], example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     """Compile with Inductor; constants enter as fakes of fixed shape, arguments as Dynamo gave them."""
     from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
@@ -133,11 +134,23 @@ def _inductor(
     mode = context.fake_mode
     assert mode is not None, "Dynamo traces under a fake mode"
     inputs = [
-        example_inputs[value.index] if isinstance(value, InputSource) else mode.from_tensor(value, static_shapes=True)
-        for value in values
+        _example_input(value, node, example_inputs, mode)
+        for value, node in zip(values, placeholders(captured.graph), strict=True)
     ]
     compiled: Any = compile_fx(captured.module, inputs)
     return cast(Callable[..., Any], compiled)
+
+
+def _example_input(
+    value: torch.Tensor | CallSource, node: Node, example_inputs: Sequence[Any], mode: FakeTensorMode
+) -> Any:
+    match value:
+        case InputSource(index):
+            return example_inputs[index]
+        case CacheSource():
+            return fake_value(node)
+        case _:
+            return mode.from_tensor(value, static_shapes=True)
 
 
 def _new_report(captured: Captured, deployment: Deployment) -> Report:

@@ -47,6 +47,15 @@ class InputSource:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSource:
+    """The value is the keys (``part`` 0) or values (1) of one layer of the cache that argument ``index`` holds."""
+
+    index: int
+    layer: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSource:
     """The value is this rank's slice of a parameter; its placement is the record's."""
 
@@ -78,7 +87,7 @@ class RankIndices:
     pieces: int
 
 
-Source = InputSource | WeightSource | BankSource | RankIndices
+Source = InputSource | CacheSource | WeightSource | BankSource | RankIndices
 
 
 class Origin(Enum):

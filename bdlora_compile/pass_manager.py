@@ -3,18 +3,15 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from bdlora_compile.errors import PassError
-from bdlora_compile.ir import Captured, Fact, fake_value, operator_name
+from bdlora_compile.ir import Captured, Fact
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
+from bdlora_compile.propagation import propagate
 from bdlora_compile.report import PassStats, Report, StageReport, take_census
 
 
@@ -102,62 +99,6 @@ def _check_requirements(graph_pass: GraphPass, captured: Captured, done: Sequenc
             expected=f"passes before it that establish {', '.join(missing)}",
             remedy="run the passes in the order of `pipeline.py`",
         )
-
-
-def propagate(graph: Graph, after: str) -> None:
-    """Compute every node's fake value from the placeholders': shapes of one rank once the graph is partitioned.
-
-    Raises:
-        PassError: an operator rejects the shapes that it gets.
-    """
-    mode = find_fake_mode(graph)
-    # Composite operators are decomposed in Python: their C++ decompositions ask symbolic sizes for numbers.
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        for node in graph.nodes:
-            if node.op in ("call_function", "call_method"):
-                node.meta["example_value"] = _fake_result(node, after)
-
-
-def find_fake_mode(graph: Graph) -> FakeTensorMode:
-    """The fake mode that the graph's values belong to.
-
-    Raises:
-        PassError: no placeholder carries a fake tensor.
-    """
-    for node in graph.nodes:
-        value = fake_value(node)
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    raise PassError(
-        "graph",
-        found="no placeholder with a fake tensor",
-        expected="a graph that Dynamo captured",
-        remedy="compile the model through `backend='bdlora'`",
-    )
-
-
-def _fake_result(node: Node, after: str) -> object:
-    args: Any = map_arg(node.args, fake_value)  # type: ignore[arg-type]  # any value may stand for a node
-    kwargs: Any = map_arg(node.kwargs, fake_value)  # type: ignore[arg-type]  # the same
-    try:
-        if node.op == "call_method":
-            receiver, *rest = args
-            return getattr(receiver, str(node.target))(*rest, **kwargs)
-        assert callable(node.target), f"{node.name}: target of a call_function is callable"
-        return node.target(*args, **kwargs)
-    except Exception as error:
-        shapes = ", ".join(f"{source.name} {_shape(source)}" for source in node.all_input_nodes)
-        raise PassError(
-            f"node {node.name} ({operator_name(node)}) after pass {after}",
-            found=f"operands {shapes}: {error}",
-            expected="shapes that the operator accepts",
-            remedy="report this with the graph: the pass left shapes that do not fit",
-        ) from error
-
-
-def _shape(node: Node) -> str:
-    value = fake_value(node)
-    return str(list(value.shape)) if isinstance(value, torch.Tensor) else str(value)
 
 
 def erase_unused(graph: Graph, candidates: Sequence[Node]) -> int:

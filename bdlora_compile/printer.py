@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 
 from bdlora_compile.ir import (
     BankSource,
+    CacheSource,
     InputSource,
     Origin,
     RankIndices,
@@ -70,6 +71,8 @@ def _source(source: Source | None, node: Node) -> str:
     match source:
         case InputSource(index, rank_local):
             return f"input {index}" + (" rank-local" if rank_local else "")
+        case CacheSource(index, layer, part):
+            return f"cache {('keys', 'values')[part]} of layer {layer} in input {index}"
         case WeightSource(parameter, _):
             return f"weight {parameter}"
         case BankSource(field):

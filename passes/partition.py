@@ -7,7 +7,7 @@ Row site (W cut on D):      Before:  y = linear(x, W)
                                      y is a summand; the base all-reduce falls before its first use as a whole value
 Embedding (W cut on V):     Before:  e = embedding(ids, W)
                             After:   own = ids - start; e = embedding(own if inside else 0, W_k) * inside
-Cache:                      Before:  k, v = cache_update(keys, values, k, v, lengths)
+Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
                             After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
 
 Sources: Megatron-LM arXiv 1909.08053; S-LoRA arXiv 2311.03285 figure 4. Where no rule applies operands are gathered,
@@ -29,8 +29,10 @@ from bdlora_compile.factors import Layout, local_features, rank_capacity
 from bdlora_compile.ir import (
     BankField,
     BankSource,
+    CacheSource,
     Captured,
     Fact,
+    InputSource,
     Origin,
     RankIndices,
     Source,
@@ -43,11 +45,12 @@ from bdlora_compile.ir import (
     record,
     set_record,
 )
-from bdlora_compile.pass_manager import PassContext, find_fake_mode
+from bdlora_compile.pass_manager import PassContext
 from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for, tensor_operands
 from bdlora_compile.passes.tag import weight_name
 from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local_shape
 from bdlora_compile.plan import ModelPlan
+from bdlora_compile.propagation import find_fake_mode
 from bdlora_compile.report import PassStats, Refusal
 from bdlora_compile.runtime.cache import write_rows
 from bdlora_compile.runtime.ops import SlotField
@@ -209,12 +212,12 @@ class _Partitioning:
 
     def _place_cache_update(self, node: Node) -> None:
         """Write this rank's heads at each row's own position, and read the whole cache."""
-        keys, values, k, v, lengths = node.args
-        pieces = self._cache_pieces(keys, k)
+        store, k = node.args[:2]
+        pieces = self._cache_pieces(store, k)
         cut: Placement = Shard(1, pieces) if pieces > 1 else Replicate()
-        operands = [Replicate() if operand in (keys, values, lengths) else cut for operand in tensor_operands(node)]
-        self._require(node, operands, "it writes to the cache")
-        keys, values, k, v, lengths = node.args
+        self._require(node, [Replicate(), cut, cut, Replicate()], "it writes to the cache")
+        _, k, v, lengths, layer = node.args
+        caches = [self._cache_node(store, layer, part, cut) for part in (0, 1)]
         with self.graph.inserting_before(node):
             call, method = self.graph.call_function, self.graph.call_method
             batch, seq = method("size", (k, 0)), method("size", (k, 2))
@@ -222,12 +225,10 @@ class _Partitioning:
             rows = call(torch.unsqueeze, (call(torch.arange, (batch,), device), 1))
             steps = call(torch.arange, (seq,), device)
             position = call(operator.add, (call(torch.unsqueeze, (lengths, 1)), steps))
-            for cache, new in ((keys, k), (values, v)):
+            for cache, new in zip(caches, (k, v), strict=True):
                 call(write_rows, (cache, rows, position, call(torch.transpose, (new, 1, 2))))
         for user in list(node.users):
-            cache = (keys, values)[int(user.args[1])]  # type: ignore[call-overload,arg-type]  # getitem of a pair
-            assert isinstance(cache, Node), "a cache is an input of the graph"
-            set_record(cache, placement=cut)
+            cache = caches[int(user.args[1])]  # type: ignore[arg-type]  # getitem of a pair
             # Uses of the whole cache stand for the value with all heads, which rules need to see.
             view = self._alias(cache, user, cut)
             user.replace_all_uses_with(view)
@@ -342,13 +343,32 @@ class _Partitioning:
     def _source_node(self, source: Source) -> Node:
         """The placeholder of a value that a rank brings itself; one for each source."""
         if source not in self.sources:
-            with self.graph.inserting_after(placeholders(self.graph)[-1]):
-                node = self.graph.placeholder(_source_name(source))
-            set_record(node, source=source, stage="partition")
             with find_fake_mode(self.graph):
-                node.meta["example_value"] = _source_value(source, self.plan)
-            self.sources[source] = node
+                self._new_placeholder(source, _source_value(source, self.plan))
         return self.sources[source]
+
+    def _cache_node(self, store: object, layer: object, part: int, cut: Placement) -> Node:
+        """The placeholder of one layer's keys or values."""
+        assert isinstance(store, Node), "a cache is an input of the graph"
+        assert isinstance(layer, int), "the layer is a literal"
+        argument = record(store).source
+        assert isinstance(argument, InputSource), "a cache is an argument"
+        source = CacheSource(argument.index, layer, part)
+        if source not in self.sources:
+            with find_fake_mode(self.graph):
+                whole = fake_tensor(store)
+                # Not a view of the store: layers do not overlap, and Inductor would guard against it by copies.
+                value = torch.empty(whole.shape[2:], dtype=whole.dtype, device=whole.device)
+                self._new_placeholder(source, value)
+            set_record(self.sources[source], placement=cut)
+        return self.sources[source]
+
+    def _new_placeholder(self, source: Source, value: torch.Tensor) -> None:
+        with self.graph.inserting_after(placeholders(self.graph)[-1]):
+            node = self.graph.placeholder(_source_name(source))
+        set_record(node, source=source, stage="partition")
+        node.meta["example_value"] = value
+        self.sources[source] = node
 
     def _last_of(self, value: Node) -> Node:
         """Where nodes that read ``value`` may begin: placeholders come first."""
@@ -357,11 +377,11 @@ class _Partitioning:
     def _is_cut(self, weight: object) -> bool:
         return isinstance(weight, Node) and isinstance(record(weight).placement, Shard)
 
-    def _cache_pieces(self, keys: object, k: object) -> int:
+    def _cache_pieces(self, store: object, k: object) -> int:
         """Pieces of the kv heads: all heads over the heads of the cache that a rank passes."""
-        assert isinstance(keys, Node), "a cache is an input of the graph"
+        assert isinstance(store, Node), "a cache is an input of the graph"
         assert isinstance(k, Node), "new keys are a tensor of the graph"
-        all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(keys).shape[1])
+        all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(store).shape[3])
         placement = record(k).placement
         pieces = placement.pieces if isinstance(placement, Shard) else 1
         if own_heads * pieces != all_heads:
@@ -417,6 +437,8 @@ def _source_name(source: Source) -> str:
     match source:
         case BankSource(bank_field):
             return f"bank_{bank_field.value}"
+        case CacheSource(_, layer, part):
+            return f"cache_{('keys', 'values')[part]}_{layer}"
         case RankIndices(length, pieces):
             return f"own_indices_{length}_of_{pieces}"
         case _:

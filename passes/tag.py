@@ -54,9 +54,7 @@ class Tag:
 
 
 def _tag_placeholders(graph: Graph) -> None:
-    rank_local = {
-        operand for node in stage_nodes(graph, _CACHE_UPDATE) for operand in node.args[:2] if isinstance(operand, Node)
-    }
+    rank_local = {node.args[0] for node in stage_nodes(graph, _CACHE_UPDATE)}
     for index, node in enumerate(placeholders(graph)):
         example = node.meta["grapharg"].example if "grapharg" in node.meta else None
         tag = tag_of(example)

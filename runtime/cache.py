@@ -10,17 +10,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from bdlora_compile.errors import HollowError
 
 
-@torch.library.custom_op("bdlora::cache_update", mutates_args=("keys", "values"))
-def cache_update(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Append k and v to the cache and return the whole cache; the compiler gives it its meaning on a rank.
+@torch.library.custom_op("bdlora::cache_update", mutates_args=("store",))
+def cache_update(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Append k and v to a layer of the cache and return its keys and values; the compiler gives it its meaning.
 
-    In the graph that Dynamo captures k, v and the results have all kv heads, while ``keys`` and ``values`` have this
-    rank's; partitioning replaces the operator by writes into this rank's heads. It has no other implementation.
+    In the graph that Dynamo captures k, v and the results have all kv heads, while ``store`` has this rank's;
+    partitioning replaces the operator by writes into this rank's heads. It has no other implementation.
 
     Args:
-        keys, values: [batch, local kv heads, length, head_dim], written in place.
+        store: [layers, 2, batch, local kv heads, length, head_dim], written in place; 0 are keys, 1 values.
         k, v: [batch, kv heads, seq, head_dim].
         lengths: int64 [batch], tokens that each row holds already.
+        layer: index into ``store``.
     """
     raise HollowError(
         "bdlora_compile cache",
@@ -31,9 +32,9 @@ def cache_update(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Te
 
 
 @cache_update.register_fake
-def _(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = k.shape
-    length = keys.shape[2]
+    length = store.shape[4]
     return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
 
 
@@ -69,33 +70,48 @@ class CacheShape:
 
 
 class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped for mypy
-    """Keys and values of one layer, [batch, local kv heads, length, head_dim]."""
+    """One layer's view of the cache: keys and values [batch, local kv heads, length, head_dim]."""
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, shape: CacheShape, batch: int, length: int, lengths: Tensor) -> None:
+    def __init__(self, store: Tensor, lengths: Tensor, index: int) -> None:
         super().__init__()
-        self.max_cache_len = length
+        self.store = store
         self.lengths = lengths
-        size = (batch, shape.local_heads, length, shape.head_dim)
-        self.keys = _hosted_zeros(size, shape)
-        self.values = _hosted_zeros(size, shape)
+        self.index = index
         self.is_initialized = True
 
+    # The mixin sets both to None; here they are always the store's.
+    @property
+    def keys(self) -> Tensor:
+        """[batch, local kv heads, length, head_dim]."""
+        return self.store[self.index, 0]
+
+    @keys.setter
+    def keys(self, value: object) -> None: ...
+
+    @property
+    def values(self) -> Tensor:
+        """[batch, local kv heads, length, head_dim]."""
+        return self.store[self.index, 1]
+
+    @values.setter
+    def values(self, value: object) -> None: ...
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the layer is allocated when it is made."""
+        """Nothing: the cache is allocated when it is made."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append, and return all keys and values; see `cache_update`."""
-        keys, values = cache_update(self.keys, self.values, key_states, value_states, self.lengths)
+        keys, values = cache_update(self.store, key_states, value_states, self.lengths, self.index)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys that a mask covers."""
-        return self.max_cache_len, 0
+        return self.store.shape[4], 0
 
     def get_seq_length(self) -> Tensor:
         """Tokens that the longest row holds, int64 []."""
@@ -103,17 +119,13 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
 
     def get_max_length(self) -> int:
         """Tokens that a row can hold."""
-        return self.max_cache_len
+        return self.store.shape[4]
 
     def reset(self) -> None:
-        """Forget all rows; lengths are reset by the cache."""
-        for tensor in (*hosted(self.keys), *hosted(self.values)):
-            tensor.zero_()
+        """Nothing: the cache resets all layers at once."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        for tensor in (*hosted(self.keys), *hosted(self.values)):
-            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        """Nothing: the cache reorders all layers at once."""
 
 
 class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for mypy
@@ -125,11 +137,18 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         shape: what the model needs on a rank.
         batch: rows.
         length: tokens that a row can hold.
+
+    Attributes:
+        store: [layers, 2, batch, local kv heads, length, head_dim]. One tensor for all layers, so that a compiled
+            graph guards one input and has one set of symbolic sizes, however many layers there are.
+        lengths: int64 [batch], tokens that each row holds.
     """
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
+        size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
+        self.store = _hosted_zeros(size, shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
-        super().__init__(layers=[LocalCacheLayer(shape, batch, length, self.lengths) for _ in range(shape.num_layers)])
+        super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
         self.batch = batch
         self.length = length
         _mark_sizes_dynamic(self)
@@ -138,19 +157,23 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Append to one layer; the rows' lengths grow once all layers have been written."""
-        updated: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
+        keys, values = cache_update(self.store, key_states, value_states, self.lengths, layer_idx)
         if layer_idx == len(self.layers) - 1:
             self.lengths.add_(key_states.shape[2])
-        return updated
+        return keys, values
 
     def reset(self) -> None:
         """Forget all rows."""
-        super().reset()
+        for tensor in hosted(self.store):
+            tensor.zero_()
         self.lengths.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
-        super().reorder_cache(beam_idx)
+        for tensor in hosted(self.store):
+            for layer in tensor:
+                # Layer by layer: a copy of one layer is all the memory that this takes.
+                layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
         self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
 
 
@@ -169,9 +192,5 @@ def _hosted_zeros(size: Sequence[int], shape: CacheShape) -> Tensor:
 
 def _mark_sizes_dynamic(cache: LocalCache) -> None:
     """Batch and length vary from call to call: one graph serves them all (a batch of one is a graph of its own)."""
-    mark = torch._dynamo.maybe_mark_dynamic
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            mark(tensor, 0)
-            mark(tensor, 2)
-    mark(cache.lengths, 0)
+    torch._dynamo.maybe_mark_dynamic(cache.store, [2, 4])
+    torch._dynamo.maybe_mark_dynamic(cache.lengths, 0)

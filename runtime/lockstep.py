@@ -62,18 +62,15 @@ class LockStepProgram:
 
 def _rank_arguments(args: Sequence[Any], bound: BoundGraph, rank: int) -> list[Any]:
     """Rank 0 gets the caller's tensors; others their own caches, and copies of what all ranks share."""
-    values: list[Any] = []
+    own = list(args)
     for value in bound.values:
-        if not isinstance(value, InputSource):
-            values.append(value)
-            continue
-        argument = args[value.index]
-        if value.rank_local:
-            argument = hosted(argument)[rank]
-        elif rank and isinstance(argument, torch.Tensor):
-            argument = argument.clone()
-        values.append(argument)
-    return values
+        if isinstance(value, InputSource):
+            argument = args[value.index]
+            if value.rank_local:
+                own[value.index] = hosted(argument)[rank]
+            elif rank and isinstance(argument, torch.Tensor):
+                own[value.index] = argument.clone()
+    return bound.arguments(own)
 
 
 def _steps(graph: Graph, arguments: Sequence[Any]) -> Generator[_Step, torch.Tensor, Any]:

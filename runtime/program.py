@@ -1,17 +1,19 @@
 """What the backend returns to Dynamo: a compiled graph with this rank's values bound to its placeholders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bdlora_compile.errors import PassError
-from bdlora_compile.ir import BankSource, InputSource, RankIndices, Record, Source, WeightSource
+from bdlora_compile.ir import BankSource, CacheSource, InputSource, RankIndices, Record, Source, WeightSource
 from bdlora_compile.placement import Mesh, Shard, shard_slice
 from bdlora_compile.runtime.deployment import Deployment, RankState
 
 Callee = Callable[..., Any]
+CallSource = InputSource | CacheSource
+"""What a call brings: an argument, or a layer of the cache that an argument holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +22,21 @@ class BoundGraph:
 
     Attributes:
         run: the graph as a function of all its placeholders.
-        values: a bound tensor for each placeholder, or the input that fills it.
+        values: a bound tensor for each placeholder, or what of a call fills it.
     """
 
     run: Callee
-    values: Sequence[torch.Tensor | InputSource]
+    values: Sequence[torch.Tensor | CallSource]
 
     def arguments(self, args: Sequence[Any]) -> list[Any]:
         """Values of all placeholders for a call with ``args``."""
-        return [args[value.index] if isinstance(value, InputSource) else value for value in self.values]
+        caches = {index: cache_views(args[index]) for index in self.cache_indices}
+        return [_fill(value, args, caches) for value in self.values]
+
+    @property
+    def cache_indices(self) -> set[int]:
+        """The arguments that are caches."""
+        return {value.index for value in self.values if isinstance(value, CacheSource)}
 
 
 class Program:
@@ -52,18 +60,33 @@ class Program:
         return self._bound.run(*self._bound.arguments(args))
 
 
+def cache_views(store: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Keys and values of all layers of a cache [layers, 2, ...]: keys of layer l at 2 l, values at 2 l + 1."""
+    return store.flatten(0, 1).unbind()
+
+
+def _fill(value: torch.Tensor | CallSource, args: Sequence[Any], caches: Mapping[int, Sequence[torch.Tensor]]) -> Any:
+    match value:
+        case InputSource(index):
+            return args[index]
+        case CacheSource(index, layer, part):
+            return caches[index][2 * layer + part]
+        case _:
+            return value
+
+
 def bind(
     records: Sequence[Record], state: RankState, mesh: Mesh, device: torch.device
-) -> list[torch.Tensor | InputSource]:
+) -> list[torch.Tensor | CallSource]:
     """What fills each placeholder on one rank: a slice of a weight, a tensor of the bank, or an argument."""
     return [_value(info.source, info, state, mesh, device) for info in records]
 
 
 def _value(
     source: Source | None, info: Record, state: RankState, mesh: Mesh, device: torch.device
-) -> torch.Tensor | InputSource:
+) -> torch.Tensor | CallSource:
     match source:
-        case InputSource():
+        case InputSource() | CacheSource():
             return source
         case WeightSource(parameter, _):
             return state.store.get(parameter, info.placement)
