@@ -74,7 +74,7 @@ def _shaping_arguments(node: Node) -> list[object]:
     names = (
         [argument.name for argument in schema.arguments] if (schema := getattr(node.target, "_schema", None)) else []
     )
-    return [value for value, name in zip_longest(node.args, names) if name not in ("site", "sites")]
+    return [value for value, name in zip_longest(node.args, names) if name != "sites"]
 
 
 def _value_key(value: object) -> Hashable | None:

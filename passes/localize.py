@@ -72,10 +72,10 @@ def _localize(graph: Graph, expand: Node, plan: ModelPlan) -> bool:
     site = plan.sites[_site_of(expand)]
     width = rank_capacity(plan.max_rank, site, Layout.LOCAL, plan.mesh)
     _, out_features = local_features(site, Layout.LOCAL, plan.mesh)
-    is_local = not bridge and shrink.args[_SHRINK_WIDTH] == width and expand.args[_EXPAND_OUT] == out_features
+    is_local = not bridge and shrink.args[_SHRINK_WIDTH] == width and expand.args[_EXPAND_OUT] == [out_features]
     shrink.update_arg(_SHRINK_WIDTH, width)
     expand.update_arg(_EXPAND_H, shrink)
-    expand.update_arg(_EXPAND_OUT, out_features)
+    expand.update_arg(_EXPAND_OUT, [out_features])
     expand.update_arg(_EXPAND_PARTS, 1)
     erase_unused(graph, bridge)
     return not is_local

@@ -251,13 +251,13 @@ class _Partitioning:
         is_gathered = site.role is Role.COLUMN and plan.mesh.size > 1
         with self.graph.inserting_after(y):
             shrink_op = torch.ops.bdlora.lora_shrink.default
-            shrink = self.graph.call_function(shrink_op, (x, pool, slots, tokens, index, width))
+            shrink = self.graph.call_function(shrink_op, (x, pool, slots, tokens, [index], width))
         self._mark_lora(shrink, y, site_name)
         h = self._bridge(shrink, y, site_name, site.role)
         parts = plan.mesh.size if is_gathered else 1
         with self.graph.inserting_after(h):
             expand_op = torch.ops.bdlora.lora_expand.default
-            arguments = (y, h, pool, slots, scales, tokens, index, out_features, parts)
+            arguments = (y, h, pool, slots, scales, tokens, [index], [out_features], parts)
             expand = self.graph.call_function(expand_op, arguments)
         self._mark_lora(expand, y, site_name)
         set_record(expand, placement=record(y).placement)

@@ -1,7 +1,9 @@
 """LoRA as graph operators: one pool for all adapters and sites, a slot table, and a slot for each token.
 
-    lora_shrink   h = A x                      x [..., D] -> h [T, width]
-    lora_expand   y' = y + scale * (B h)       y [..., O], h [T, parts * width] -> y' [..., O]
+    lora_shrink   h = A x                      x [..., D] -> h [T, n * width]
+    lora_expand   y' = y + scale * (B h)       y [..., O], h [T, parts * n * width] -> y' [..., O]
+
+One call serves the n sites that read one x and whose outputs lie side by side in y (q, k and v; gate and up; or one).
 
 Legend: T tokens (all leading dims of x together), D/O columns of x and y on this rank, S slots, r local rank of a slot,
 c blocks. A slot's factors at a site are A [r, D/c] and transposed B [r, O_loc/c] with the blocks stacked on r, both
@@ -11,8 +13,9 @@ These are the plain PyTorch implementations: a loop over the slots in use. They 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,7 +39,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("bdlora::lora_shrink", mutates_args=())
-def lora_shrink(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site: int, width: int) -> Tensor:
+def lora_shrink(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequence[int], width: int) -> Tensor:
     """h = A x, each token with the A of its slot.
 
     Args:
@@ -44,29 +47,31 @@ def lora_shrink(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site
         pool: flat pool of factors, same dtype as x.
         slots: int64 [sites, S, 7], see `SlotField`.
         token_slot: int32 [at least T]; the first T entries give each token's slot, -1 for none.
-        site: row of ``slots``.
-        width: columns of h; no slot has a larger local rank.
+        sites: rows of ``slots``, n of them.
+        width: columns of h for each site; no slot has a larger local rank.
 
     Returns:
-        [T, width], float32 (float64 for float64 x); columns past the slot's rank and tokens of slot -1 are zero.
+        [T, n * width], float32 (float64 for float64 x), site after site; columns past a slot's rank and tokens of
+        slot -1 are zero.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    h = tokens.new_zeros(tokens.shape[0], width, dtype=accumulate_dtype(x.dtype))
+    h = tokens.new_zeros(tokens.shape[0], len(sites), width, dtype=accumulate_dtype(x.dtype))
     for slot, rows in _slots_in_use(token_slot[: tokens.shape[0]]):
-        fields = slots[site, slot].tolist()
-        rank, blocks = fields[SlotField.A_RANK], fields[SlotField.A_BLOCKS]
-        if rank == 0:
-            continue
-        a = _factor(pool, fields[SlotField.A_OFFSET], rank, blocks, x.shape[-1] // blocks, h.dtype)
-        x_blocks = tokens[rows].to(h.dtype).unflatten(-1, (blocks, -1))
-        h[rows, :rank] = torch.einsum("tbd,brd->tbr", x_blocks, a).flatten(1)
-    return h
+        for position, site in enumerate(sites):
+            fields = slots[site, slot].tolist()
+            rank, blocks = fields[SlotField.A_RANK], fields[SlotField.A_BLOCKS]
+            if rank == 0:
+                continue
+            a = _factor(pool, fields[SlotField.A_OFFSET], rank, blocks, x.shape[-1] // blocks, h.dtype)
+            x_blocks = tokens[rows].to(h.dtype).unflatten(-1, (blocks, -1))
+            h[rows, position, :rank] = torch.einsum("tbd,brd->tbr", x_blocks, a).flatten(1)
+    return h.flatten(1)
 
 
 @lora_shrink.register_fake
-def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, site: int, width: int) -> Tensor:
+def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequence[int], width: int) -> Tensor:
     # Not torch.Size.numel, which would fix the batch and the length to the numbers of this call.
-    return x.new_empty(math.prod(x.shape[:-1]), width, dtype=accumulate_dtype(x.dtype))
+    return x.new_empty(math.prod(x.shape[:-1]), len(sites) * width, dtype=accumulate_dtype(x.dtype))
 
 
 @torch.library.custom_op("bdlora::lora_expand", mutates_args=())
@@ -77,19 +82,20 @@ def lora_expand(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    site: int,
-    out_features: int,
+    sites: Sequence[int],
+    out_features: Sequence[int],
     parts: int,
 ) -> Tensor:
     """y' = y + scale * (B h), each token with the B and the scale of its slot.
 
     Args:
         y: [..., O] output of the base layer; T tokens in all.
-        h: [T, parts * width] from `lora_shrink`, gathered from ``parts`` ranks where ``parts`` is above 1: each part
-            holds an equal share of a slot's rank at its left.
-        pool, slots, token_slot, site: as for `lora_shrink`.
+        h: [T, parts * n * width] from `lora_shrink`, gathered from ``parts`` ranks where ``parts`` is above 1: each
+            part holds an equal share of a slot's rank at the left of each site's columns.
+        pool, slots, token_slot, sites: as for `lora_shrink`.
         scales: float32 [sites, S].
-        out_features: columns that B writes, beginning at the slot's OUT_START; columns past O are dropped.
+        out_features: for each site the columns that B writes. A site's columns of y begin where those of the sites
+            before it end, plus the slot's OUT_START; columns past O are dropped.
         parts: number of ranks whose shares of h lie side by side.
 
     Returns:
@@ -97,19 +103,21 @@ def lora_expand(
     """
     out = y.clone(memory_format=torch.contiguous_format)
     tokens = out.view(-1, out.shape[-1])
-    shares = h.unflatten(-1, (parts, -1))
+    shares = h.unflatten(-1, (parts, len(sites), -1))
+    starts = [0, *accumulate(out_features)]
     for slot, rows in _slots_in_use(token_slot[: tokens.shape[0]]):
-        fields = slots[site, slot].tolist()
-        rank, blocks = fields[SlotField.B_RANK], fields[SlotField.B_BLOCKS]
-        if rank == 0:
-            continue
-        b = _factor(pool, fields[SlotField.B_OFFSET], rank, blocks, out_features // blocks, h.dtype)
-        h_blocks = shares[rows, :, : rank // parts].flatten(1).unflatten(-1, (blocks, -1))
-        delta = torch.einsum("tbr,bro->tbo", h_blocks, b).flatten(1) * scales[site, slot].to(h.dtype)
-        start = fields[SlotField.OUT_START]
-        columns = slice(start, min(start + out_features, tokens.shape[1]))
-        written = delta[:, : columns.stop - columns.start]
-        tokens[rows, columns] = (tokens[rows, columns].to(h.dtype) + written).to(y.dtype)
+        for position, (site, size) in enumerate(zip(sites, out_features, strict=True)):
+            fields = slots[site, slot].tolist()
+            rank, blocks = fields[SlotField.B_RANK], fields[SlotField.B_BLOCKS]
+            if rank == 0:
+                continue
+            b = _factor(pool, fields[SlotField.B_OFFSET], rank, blocks, size // blocks, h.dtype)
+            h_blocks = shares[rows, :, position, : rank // parts].flatten(1).unflatten(-1, (blocks, -1))
+            delta = torch.einsum("tbr,bro->tbo", h_blocks, b).flatten(1) * scales[site, slot].to(h.dtype)
+            start = starts[position] + fields[SlotField.OUT_START]
+            columns = slice(start, min(start + size, tokens.shape[1]))
+            written = delta[:, : columns.stop - columns.start]
+            tokens[rows, columns] = (tokens[rows, columns].to(h.dtype) + written).to(y.dtype)
     return out
 
 
@@ -121,8 +129,8 @@ def _(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    site: int,
-    out_features: int,
+    sites: Sequence[int],
+    out_features: Sequence[int],
     parts: int,
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -136,13 +144,13 @@ def lora_apply(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    site: int,
+    sites: Sequence[int],
     width: int,
-    out_features: int,
+    out_features: Sequence[int],
 ) -> Tensor:
     """y' = y + scale * B (A x): `lora_shrink` and `lora_expand` with nothing between them. Arguments as there."""
-    h = lora_shrink(x, pool, slots, token_slot, site, width)
-    return torch.as_tensor(lora_expand(y, h, pool, slots, scales, token_slot, site, out_features, 1))
+    h = lora_shrink(x, pool, slots, token_slot, sites, width)
+    return torch.as_tensor(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, 1))
 
 
 @lora_apply.register_fake
@@ -153,9 +161,9 @@ def _(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    site: int,
+    sites: Sequence[int],
     width: int,
-    out_features: int,
+    out_features: Sequence[int],
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
