@@ -33,6 +33,8 @@ class Fact(Enum):
     """Every site whose layout is local has no collective between its factors."""
     FOLDED = "folded"
     """No two all-reduces feed one addition."""
+    MERGED = "merged"
+    """Layers that share an input are one product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,13 @@ class WeightSource:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class MergedSource:
+    """The value is this rank's slices of several parameters, one below the other, each with its placement."""
+
+    parts: tuple[tuple[str, Placement], ...]
+
+
 class BankField(Enum):
     """The tensors of an adapter bank."""
 
@@ -87,7 +96,7 @@ class RankIndices:
     pieces: int
 
 
-Source = InputSource | CacheSource | WeightSource | BankSource | RankIndices
+Source = InputSource | CacheSource | WeightSource | MergedSource | BankSource | RankIndices
 
 
 class Origin(Enum):

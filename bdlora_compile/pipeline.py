@@ -4,6 +4,7 @@ from bdlora_compile.pass_manager import GraphPass
 from bdlora_compile.passes.canonicalize import Canonicalize
 from bdlora_compile.passes.fold import Fold
 from bdlora_compile.passes.localize import LocalizeLora
+from bdlora_compile.passes.merge import Merge
 from bdlora_compile.passes.partition import Partition
 from bdlora_compile.passes.tag import Tag
 
@@ -13,4 +14,5 @@ PIPELINE: tuple[GraphPass, ...] = (
     Partition(),
     LocalizeLora(),
     Fold(),
+    Merge(),
 )

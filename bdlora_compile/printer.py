@@ -9,6 +9,7 @@ from bdlora_compile.ir import (
     BankSource,
     CacheSource,
     InputSource,
+    MergedSource,
     Origin,
     RankIndices,
     Source,
@@ -75,6 +76,8 @@ def _source(source: Source | None, node: Node) -> str:
             return f"cache {('keys', 'values')[part]} of layer {layer} in input {index}"
         case WeightSource(parameter, _):
             return f"weight {parameter}"
+        case MergedSource(parts):
+            return f"weights {' + '.join(name for name, _ in parts)}"
         case BankSource(field):
             return f"bank {field.value}"
         case RankIndices(length, pieces):

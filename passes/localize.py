@@ -13,7 +13,8 @@ Legal because of how the factors are stored: a site whose layout is local holds 
 whose layout is slora is left, and the report says so. Never a matter of a name, nor of what the weights happen to be.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch.fx import Graph, Node
@@ -21,17 +22,14 @@ from torch.fx import Graph, Node
 from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from bdlora_compile.errors import PassError
 from bdlora_compile.factors import Layout, local_features, rank_capacity
-from bdlora_compile.ir import Captured, Fact, operator_name, record, stage_nodes
+from bdlora_compile.ir import Captured, Fact, operator_name, record
+from bdlora_compile.lora_nodes import ExpandArguments, ShrinkArguments, bridge_of, is_expand, is_shrink
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats, Refusal
 
 _BRIDGE = frozenset({ALL_GATHER, ALL_REDUCE, WAIT, "chunk", "getitem", "cat"})
 """What may lie between the factors: communication, and moving what it brought."""
-
-_SHRINK, _EXPAND = "bdlora::lora_shrink", "bdlora::lora_expand"
-_SHRINK_WIDTH, _EXPAND_H, _EXPAND_OUT, _EXPAND_PARTS = 5, 1, 7, 8
-"""Argument positions of `lora_shrink` and `lora_expand`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ class LocalizeLora:
     def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
         graph, plan = captured.graph, context.plan
         matches, refusals = 0, []
-        for expand in list(stage_nodes(graph, _EXPAND)):
+        for expand in [node for node in graph.nodes if is_expand(node)]:
             site = _site_of(expand)
             if plan.layouts[site] is not Layout.LOCAL:
                 refusals.append(Refusal(site, "its factors are stored in S-LoRA placement (strategy='slora')"))
@@ -54,12 +52,12 @@ class LocalizeLora:
         return PassStats(matches=matches, refusals=refusals)
 
     def verify(self, captured: Captured, context: PassContext) -> None:
-        for expand in stage_nodes(captured.graph, _EXPAND):
-            site = _site_of(expand)
-            if context.plan.layouts[site] is Layout.LOCAL and operator_name(_h_of(expand)) != _SHRINK:
+        for expand in (node for node in captured.graph.nodes if is_expand(node)):
+            site, h = _site_of(expand), ExpandArguments.of(expand).h
+            if context.plan.layouts[site] is Layout.LOCAL and not is_shrink(h):
                 raise PassError(
                     f"LoRA site {site}",
-                    found=f"{operator_name(_h_of(expand))} between its factors",
+                    found=f"{operator_name(h)} between its factors",
                     expected="nothing: its layout is local",
                     remedy="report this with the graph",
                 )
@@ -67,32 +65,25 @@ class LocalizeLora:
 
 def _localize(graph: Graph, expand: Node, plan: ModelPlan) -> bool:
     """Rewrite one site; False if it is local already."""
-    bridge = _bridge_before(expand)
-    shrink = bridge[-1].all_input_nodes[0] if bridge else _h_of(expand)
+    shrink, bridge = bridge_of(expand)
+    _check_bridge(bridge, expand)
     site = plan.sites[_site_of(expand)]
     width = rank_capacity(plan.max_rank, site, Layout.LOCAL, plan.mesh)
     _, out_features = local_features(site, Layout.LOCAL, plan.mesh)
-    is_local = not bridge and shrink.args[_SHRINK_WIDTH] == width and expand.args[_EXPAND_OUT] == [out_features]
-    shrink.update_arg(_SHRINK_WIDTH, width)
-    expand.update_arg(_EXPAND_H, shrink)
-    expand.update_arg(_EXPAND_OUT, [out_features])
-    expand.update_arg(_EXPAND_PARTS, 1)
+    before = ShrinkArguments.of(shrink), ExpandArguments.of(expand)
+    after = replace(before[0], width=width), replace(before[1], h=shrink, out_features=[out_features], parts=1)
+    after[0].write_to(shrink)
+    after[1].write_to(expand)
     erase_unused(graph, bridge)
-    return not is_local
+    return before != after
 
 
-def _bridge_before(expand: Node) -> list[Node]:
-    """Nodes between a site's expand and its shrink, nearest to the expand first.
-
-    Raises:
-        PassError: something other than communication lies between them.
+def _check_bridge(bridge: Sequence[Node], expand: Node) -> None:
     """
-    bridge: list[Node] = []
-    pending = [_h_of(expand)]
-    while pending:
-        node = pending.pop(0)
-        if operator_name(node) == _SHRINK or node in bridge:
-            continue
+    Raises:
+        PassError: something other than communication lies between a site's factors.
+    """
+    for node in bridge:
         if operator_name(node) not in _BRIDGE:
             raise PassError(
                 f"LoRA site {_site_of(expand)}",
@@ -100,15 +91,6 @@ def _bridge_before(expand: Node) -> list[Node]:
                 expected="collectives alone",
                 remedy="report this with the graph",
             )
-        bridge.append(node)
-        pending += node.all_input_nodes
-    return bridge
-
-
-def _h_of(expand: Node) -> Node:
-    h = expand.args[_EXPAND_H]
-    assert isinstance(h, Node), f"{expand.name}: h is a tensor of the graph"
-    return h
 
 
 def _site_of(node: Node) -> str:

@@ -45,6 +45,7 @@ from bdlora_compile.ir import (
     record,
     set_record,
 )
+from bdlora_compile.lora_nodes import ExpandArguments, ShrinkArguments
 from bdlora_compile.pass_manager import PassContext
 from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for, tensor_operands
 from bdlora_compile.passes.tag import weight_name
@@ -250,15 +251,13 @@ class _Partitioning:
         _, out_features = local_features(site, Layout.SLORA, plan.mesh)
         is_gathered = site.role is Role.COLUMN and plan.mesh.size > 1
         with self.graph.inserting_after(y):
-            shrink_op = torch.ops.bdlora.lora_shrink.default
-            shrink = self.graph.call_function(shrink_op, (x, pool, slots, tokens, [index], width))
+            shrink = ShrinkArguments(x, pool, slots, tokens, [index], width).insert(self.graph)
         self._mark_lora(shrink, y, site_name)
         h = self._bridge(shrink, y, site_name, site.role)
         parts = plan.mesh.size if is_gathered else 1
         with self.graph.inserting_after(h):
-            expand_op = torch.ops.bdlora.lora_expand.default
-            arguments = (y, h, pool, slots, scales, tokens, [index], [out_features], parts)
-            expand = self.graph.call_function(expand_op, arguments)
+            arguments = ExpandArguments(y, h, pool, slots, scales, tokens, [index], [out_features], parts)
+            expand = arguments.insert(self.graph)
         self._mark_lora(expand, y, site_name)
         set_record(expand, placement=record(y).placement)
         expand.meta["example_value"] = expand.meta[_WHOLE] = fake_value(y)

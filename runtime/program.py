@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from bdlora_compile.errors import PassError
-from bdlora_compile.ir import BankSource, CacheSource, InputSource, RankIndices, Record, Source, WeightSource
+from bdlora_compile.ir import (
+    BankSource,
+    CacheSource,
+    InputSource,
+    MergedSource,
+    RankIndices,
+    Record,
+    Source,
+    WeightSource,
+)
 from bdlora_compile.placement import Mesh, Shard, shard_slice
 from bdlora_compile.runtime.deployment import Deployment, RankState
 
@@ -90,6 +99,8 @@ def _value(
             return source
         case WeightSource(parameter, _):
             return state.store.get(parameter, info.placement)
+        case MergedSource(parts):
+            return state.store.get_merged(parts)
         case BankSource(field):
             tensor: torch.Tensor = getattr(state.bank, field.value)
             return tensor

@@ -95,6 +95,7 @@ class ShardStore:
         self._dtype = dtype
         self._device = device
         self._held: dict[str, tuple[Placement, torch.Tensor]] = {}
+        self._merged: dict[tuple[tuple[str, Placement], ...], torch.Tensor] = {}
 
     def get(self, name: str, placement: Placement) -> torch.Tensor:
         """This rank's slice of parameter ``name``.
@@ -114,9 +115,29 @@ class ShardStore:
             )
         return tensor
 
+    def get_merged(self, parts: tuple[tuple[str, Placement], ...]) -> torch.Tensor:
+        """This rank's slices of several parameters, one below the other; held in place of the parts."""
+        if parts not in self._merged:
+            self._merged[parts] = self._read_merged(parts)
+        return self._merged[parts]
+
     def num_bytes(self) -> int:
         """Bytes of all slices held."""
-        return sum(tensor.nbytes for _, tensor in self._held.values())
+        single = sum(tensor.nbytes for _, tensor in self._held.values())
+        return single + sum(tensor.nbytes for tensor in self._merged.values())
+
+    def _read_merged(self, parts: tuple[tuple[str, Placement], ...]) -> torch.Tensor:
+        slices = [shard_slice(self._source.shape(name), placement, self._rank, self._mesh) for name, placement in parts]
+        _, *rest = self._source.shape(parts[0][0])
+        rows = [
+            self._source.shape(name)[0] if part.dim is None else part.length
+            for (name, _), part in zip(parts, slices, strict=True)
+        ]
+        merged = torch.zeros(sum(rows), *rest, dtype=self._dtype, device=self._device)
+        # One part at a time is read and copied to its place: no second copy of the whole.
+        for (name, placement), target in zip(parts, merged.split(rows), strict=True):
+            target.copy_(self._read(name, placement))
+        return merged
 
     def _read(self, name: str, placement: Placement) -> torch.Tensor:
         part = shard_slice(self._source.shape(name), placement, self._rank, self._mesh)

@@ -1,0 +1,89 @@
+"""Typed arguments of the LoRA operators' nodes: the one place that knows their order (see `runtime/ops.py`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+from torch.fx import Graph, Node
+
+from bdlora_compile.ir import operator_name
+
+SHRINK = "bdlora::lora_shrink"
+EXPAND = "bdlora::lora_expand"
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    @classmethod
+    def of(cls, node: Node) -> Self:
+        """The arguments of a node of this operator."""
+        return cls(*node.args)
+
+    def write_to(self, node: Node) -> None:
+        """Make these the node's arguments."""
+        node.args = self._in_order()
+
+    def _in_order(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, member.name) for member in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkArguments(_Arguments):
+    """Of ``bdlora::lora_shrink``."""
+
+    x: Node
+    pool: Node
+    slots: Node
+    token_slot: Node
+    sites: Sequence[int]
+    width: int
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_shrink.default, self._in_order())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandArguments(_Arguments):
+    """Of ``bdlora::lora_expand``."""
+
+    y: Node
+    h: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    sites: Sequence[int]
+    out_features: Sequence[int]
+    parts: int
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_expand.default, self._in_order())
+
+
+def is_shrink(node: Node) -> bool:
+    """Whether the node is the first half of a LoRA path."""
+    return operator_name(node) == SHRINK
+
+
+def is_expand(node: Node) -> bool:
+    """Whether the node is the second half of a LoRA path."""
+    return operator_name(node) == EXPAND
+
+
+def bridge_of(expand: Node) -> tuple[Node, list[Node]]:
+    """(shrink, what lies between it and ``expand``, nearest to the expand first)."""
+    bridge: list[Node] = []
+    pending = [ExpandArguments.of(expand).h]
+    shrink = None
+    while pending:
+        node = pending.pop(0)
+        if is_shrink(node):
+            shrink = node
+        elif node not in bridge:
+            bridge.append(node)
+            pending += node.all_input_nodes
+    assert shrink is not None, f"{expand.name}: h comes from a shrink"
+    return shrink, bridge
