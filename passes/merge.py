@@ -170,7 +170,7 @@ def _merged_lora(graph: Graph, y: Node, branches: Sequence[_Branch], plan: Model
     nodes.append(replace(expands[0], y=y, h=nodes[-1], sites=sites, out_features=out_features).insert(graph))
     for node in nodes:
         _describe(node, branches)
-        set_record(node, origin=Origin.LORA)
+        set_record(node, origin=Origin.LORA, placement=Replicate())
     set_record(nodes[-1], placement=record(y).placement)
     return nodes[-1]
 

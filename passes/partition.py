@@ -306,15 +306,17 @@ class _Partitioning:
         have = record(value).placement
         if not isinstance(have, Replicate) and not isinstance(placement, Replicate):
             return self._convert(self._convert(value, Replicate()), placement)
+        if isinstance(placement, Shard):
+            # Made first: a new placeholder comes after those that are there, and the conversion after it.
+            length = -(-fake_tensor(value).shape[placement.dim] // placement.pieces)
+            own = self._source_node(RankIndices(int(length), placement.pieces))
         with self.graph.inserting_after(self._last_of(value)):
             match have, placement:
                 case Partial(), Replicate():
                     nodes = _in_order(collectives.all_reduce(self.graph, value, self.plan.mesh))
                 case Shard(), Replicate():
                     nodes = self._insert_gather(value, have, Origin.FALLBACK)
-                case Replicate(), Shard(dim, pieces):
-                    length = -(-fake_tensor(value).shape[dim] // pieces)
-                    own = self._source_node(RankIndices(int(length), pieces))
+                case Replicate(), Shard(dim, _):
                     nodes = [self.graph.call_function(torch.index_select, (value, dim, own))]
                 case _:
                     raise PassError(

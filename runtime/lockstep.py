@@ -47,7 +47,7 @@ class LockStepProgram:
         self._deployment.select(batch, seq)
         arguments = [_rank_arguments(args, bound, rank) for rank, bound in enumerate(self._bound)]
         with torch.no_grad():
-            results = _run_together([_steps(self._graph, values) for values in arguments])
+            results = run_ranks(self._graph, arguments)
         for rank, (result, values) in enumerate(zip(results[1:], arguments[1:], strict=True), start=1):
             _require_same(results[0], result, f"results of rank {rank}")
             self._require_same_inputs(arguments[0], values, rank)
@@ -58,6 +58,15 @@ class LockStepProgram:
         for source, a, b in zip(self._bound[0].values, first, other, strict=True):
             if isinstance(source, InputSource) and not source.rank_local and isinstance(a, torch.Tensor):
                 _require_same([a], [b], f"input {source.index} of rank {rank}")
+
+
+def run_ranks(graph: Graph, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+    """Run one graph for several ranks, each with its own arguments; what it returns on each.
+
+    Raises:
+        AgreementError: ranks reach different collectives.
+    """
+    return _run_together([_steps(graph, own) for own in arguments])
 
 
 def _rank_arguments(args: Sequence[Any], bound: BoundGraph, rank: int) -> list[Any]:

@@ -1,0 +1,36 @@
+"""What all tests share: golden texts."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GoldenCheck = Callable[[str, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-goldens", action="store_true", help="write what the tests find into the golden files (make golden)"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> GoldenCheck:
+    """``golden(name, text)``: the text is that of the file ``goldens/<name>.txt`` beside the test."""
+    folder = Path(request.path).parent / "goldens"
+
+    def check(name: str, text: str) -> None:
+        path = folder / f"{name}.txt"
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        expected = path.read_text() if path.is_file() else ""
+        if text != expected:
+            lines = difflib.unified_diff(
+                expected.splitlines(), text.splitlines(), f"{path.name} (golden)", "found", lineterm=""
+            )
+            pytest.fail("\n".join([*lines, "", "if the change is meant: make golden, then read the diff in git"]))
+
+    return check
