@@ -1,10 +1,10 @@
 """The command line: ``bdlora run``."""
 
-import subprocess
 import sys
+import uuid
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,6 +51,7 @@ def run(
 
     Example: bdlora run ./SmolLM2 --adapter pirate=examples/adapters/pirate --tp 3 --prompt "What is the sun?"
     """
+    _check_model(model)
     for pair in adapter or []:
         _check_adapter(pair)
     arguments = [model, "--new-tokens", str(new_tokens), "--strategy", strategy.value]
@@ -62,17 +63,46 @@ def run(
 
 
 def launch(arguments: list[str], tp: int) -> int:
-    """Run `bdlora_compile.decode` in ``tp`` processes; returns their exit status."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
-    return subprocess.run([*torchrun, "-m", "bdlora_compile.decode", *arguments], check=False).returncode
+    """Run `bdlora_compile.decode` in ``tp`` processes, as torchrun does; returns the exit status of the first to fail.
+
+    A process says itself what went wrong; the launcher's own trace of a failed child would hide it.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # importing torch takes seconds
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=tp,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "bdlora_compile.decode", *arguments)
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _check_model(model: str) -> None:
+    """A path must be a folder; anything of the form ``name`` or ``owner/name`` may be on the hub."""
+    looks_like_a_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
+    if looks_like_a_path and not Path(model).is_dir():
+        _refuse(f"{model}: found no such folder, expected a Hugging Face model folder or an id on the hub")
+
+
+def _refuse(message: str) -> NoReturn:
+    Console(stderr=True).print(message, markup=False)
+    raise typer.Exit(2)
 
 
 def _check_adapter(pair: str) -> None:
     name, separator, path = pair.partition("=")
     if not separator or not name or not Path(path).is_dir():
-        Console(stderr=True).print(
+        _refuse(
             f"--adapter {pair!r}: found {'no folder ' + path if separator else 'no ='}, expected NAME=PATH of a folder "
-            "that PEFT's save_pretrained wrote; check the path",
-            markup=False,
+            "that PEFT's save_pretrained wrote; check the path"
         )
-        raise typer.Exit(2)

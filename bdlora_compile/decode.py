@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from bdlora_compile.errors import BdloraError
 from bdlora_compile.ir import Origin
 from bdlora_compile.model import Strategy, load, reports
 from bdlora_compile.report import Report
@@ -168,6 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(quiet=dist.is_initialized() and dist.get_rank() != 0)
     try:
         return 0 if decode(job, console) else 1
+    except BdloraError as error:
+        # One line, from the first rank that the others agree with; the trace would say where in the library.
+        console.file = sys.stderr
+        console.print(f"error: {error}", markup=False, style="red")
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -160,7 +160,7 @@ class AdapterBank:
         for chunk in sorted(self._chunks.values(), key=lambda chunk: chunk.start):
             if chunk.start - end >= size:
                 return end
-            end = chunk.start + chunk.size
+            end = max(end, chunk.start + chunk.size)
         return end if self.pool.numel() - end >= size else None
 
     def _compact(self) -> None:

@@ -1,0 +1,73 @@
+"""`bdlora run` on a tiny random model: what it prints, and what it says about bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from bdlora_compile.cli import app
+from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model with a tokenizer of single letters, and an adapter."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = save_model(ModelSpec(layers=1), folder / "model")
+    letters = {chr(97 + index): 3 + index for index in range(26)}
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(model)
+    return model, save_adapter(AdapterSpec(rank=4, nblocks=2), model, folder / "adapter")
+
+
+@pytest.mark.timeout(280)
+def test_two_ranks_answer_as_peft_does(files: tuple[Path, Path]) -> None:
+    """The whole way: processes are started, every row is decoded and checked against PEFT's eager result."""
+    model, adapter = files
+    command = [sys.executable, "-c", "from bdlora_compile.cli import app; app()", "run", str(model)]
+    command += ["--adapter", f"ours={adapter}", "--tp", "2", "--prompt", "abc", "--new-tokens", "4", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=260, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "2 rows x 4 tokens against PEFT: all equal" in done.stdout
+    assert "ours" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [("nopath", "found no ="), ("name=/nowhere", "found no folder /nowhere"), ("=x", "found no folder x")],
+)
+def test_a_bad_adapter_argument_is_named(files: tuple[Path, Path], pair: str, said: str) -> None:
+    result = runner.invoke(app, ["run", str(files[0]), "--prompt", "a", "--adapter", pair])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.timeout(280)
+def test_ranks_that_do_not_divide_the_heads_are_refused(files: tuple[Path, Path]) -> None:
+    """What a rank finds reaches the user in one line, without a trace."""
+    command = [sys.executable, "-c", "from bdlora_compile.cli import app; app()", "run", str(files[0])]
+    command += ["--tp", "3", "--prompt", "abc"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=260, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr[-3000:]
+    assert "choose a degree among 1, 2, 4, 8" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_no_command_shows_the_commands() -> None:
+    assert "run" in runner.invoke(app, []).output
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Before any process is started."""
+    result = runner.invoke(app, ["run", str(tmp_path / "missing"), "--prompt", "a"])
+    assert result.exit_code == 2
+    assert "no such folder" in " ".join(result.output.split())
