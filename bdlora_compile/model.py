@@ -332,6 +332,7 @@ def _take_apart(model: Any) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, 
     if hasattr(model, "peft_config") and hasattr(model, "unload"):
         from peft import get_peft_model_state_dict  # the model is PEFT's, so it is installed
 
+        _refuse_merged(model)
         taken = {
             name: (config.to_dict(), get_peft_model_state_dict(model, adapter_name=name))
             for name, config in model.peft_config.items()
@@ -345,6 +346,18 @@ def _take_apart(model: Any) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, 
             remedy="pass the whole model, not a part of it",
         )
     return model, {}
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    """A merged adapter is part of the base weights: unloading PEFT's layers would leave it there, for every row."""
+    merged = {name for module in model.modules() for name in getattr(module, "merged_adapters", ())}
+    if merged:
+        raise ConfigError(
+            "attach",
+            found=f"adapters merged into the base weights: {', '.join(sorted(merged))}",
+            expected="a PEFT model whose adapters are apart from the base weights",
+            remedy="call `model.unmerge_adapter()` first",
+        )
 
 
 def reports(model: PreTrainedModel) -> Sequence[Report]:
