@@ -34,6 +34,24 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
                 # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                 last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                 torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
+        with self._room_in_cache(*args, **kwargs):
+            return self._call_compiled(*args, **kwargs)
+
+    @contextmanager
+    def _room_in_cache(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Check that the forward fits its cache before anything is written, and count its tokens after it ran."""
+        cache = kwargs.get("past_key_values")
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        tokens = ids if embeds is None else embeds
+        if not (isinstance(cache, LocalCache) and isinstance(tokens, Tensor)):
+            yield
+            return
+        batch, seq = tokens.shape[:2]
+        cache.require_room(self.bdlora_cache_shape, batch, seq)
+        yield
+        cache.advance(seq)
+
+    def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().__call__(*args, **kwargs)
         except BackendCompilerFailed as failure:

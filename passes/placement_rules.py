@@ -292,7 +292,9 @@ def _cat(node: Node, placements: Sequence[Placement]) -> Ruling | str:
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     if int(dim) % fake_tensor(node).ndim == cut.dim:  # type: ignore[arg-type]  # a literal
         return f"it joins on the dim that is cut ({cut})"
-    return Ruling([cut] * len(placements), cut)
+    # torch joins an empty [0] tensor with anything: transformers' DynamicCache starts from one.
+    operands = [cut if fake_tensor(operand).ndim > 1 else Replicate() for operand in tensor_operands(node)]
+    return Ruling(operands, cut)
 
 
 def _split(node: Node, placements: Sequence[Placement]) -> Ruling | str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bdlora_compile.errors import AdapterError, BdloraError
+from bdlora_compile.errors import AdapterError, BdloraError, ConfigError
 from bdlora_compile.factors import read_local
 from bdlora_compile.runtime.adapter_file import Adapter, read_adapter
 from bdlora_compile.runtime.bank import StagedAdapter
@@ -105,8 +105,18 @@ class AdapterSet:
 
         Raises:
             AdapterError: a name is not loaded.
+            ConfigError: rows of names differ in length.
         """
-        chosen = Selection(torch.tensor(self._slots(names), dtype=torch.int32))
+        slots = self._slots(names)
+        try:
+            chosen = Selection(torch.tensor(slots, dtype=torch.int32))
+        except (ValueError, TypeError):
+            raise ConfigError(
+                "adapters.use",
+                found="names by row and by token, or rows of different length",
+                expected="one name (or None) for each row, or for each token in rows of the same length",
+                remedy="give every row as many names as it has tokens",
+            ) from None
         previous = self._deployment.selection
         self._deployment.selection = chosen
         try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from bdlora_compile.errors import HollowError
+from bdlora_compile.errors import ConfigError, HollowError
 
 
 @torch.library.custom_op("bdlora::cache_update", mutates_args=("store",))
@@ -144,11 +144,15 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         lengths: int64 [batch], tokens that each row holds.
     """
 
+    # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
+    _used = 0
+
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
         size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
         self.store = _hosted_zeros(size, shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
         super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
+        self.shape = shape
         self.batch = batch
         self.length = length
         _mark_sizes_dynamic(self)
@@ -162,8 +166,29 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             self.lengths.add_(key_states.shape[2])
         return keys, values
 
+    def require_room(self, shape: CacheShape, batch: int, seq: int) -> None:
+        """Check that a forward of [batch, seq] tokens of a model fits, before it writes anything.
+
+        Raises:
+            ConfigError: the cache was made for another model or batch, or its rows would grow past its length.
+        """
+        if shape != self.shape:
+            raise _misfit(f"the cache of another model ({self.shape})", str(shape))
+        if batch != self.batch:
+            raise _misfit(f"{self.batch} rows", f"the {batch} rows of the batch")
+        if self._used + seq > self.length:
+            raise _misfit(
+                f"{self._used} tokens of {self.length} in use",
+                f"room for {seq} more, a length of {self._used + seq} tokens",
+            )
+
+    def advance(self, seq: int) -> None:
+        """Count the tokens that a forward has written to every row."""
+        self._used += seq
+
     def reset(self) -> None:
         """Forget all rows."""
+        self._used = 0
         for tensor in hosted(self.store):
             tensor.zero_()
         self.lengths.zero_()
@@ -175,6 +200,11 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
                 # Layer by layer: a copy of one layer is all the memory that this takes.
                 layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
         self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+
+
+def _misfit(found: str, expected: str) -> ConfigError:
+    remedy = "make one that fits with `bdlora_compile.make_cache(model, batch, length)`"
+    return ConfigError("past_key_values", found=found, expected=expected, remedy=remedy)
 
 
 def hosted(tensor: Tensor) -> Sequence[Tensor]:

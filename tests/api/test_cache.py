@@ -76,9 +76,18 @@ def test_tokens_past_the_length_are_refused(files: Files, served: tuple[Any, Any
     cache = bd.make_cache(model, 2, 4)
     with adapters.use(ROWS), torch.no_grad():
         model(PROMPT, past_key_values=cache, use_cache=True)
-        with pytest.raises(bd.ConfigError, match=r"5 tokens.*4.*make_cache"):
+        with pytest.raises(bd.ConfigError, match=r"4 tokens of 4 in use.*5 tokens.*make_cache"):
             model(NEXT, past_key_values=cache, use_cache=True)
     assert cache.lengths.tolist() == [4, 4]
+
+
+def test_a_refused_forward_takes_no_room(files: Files, served: tuple[Any, Any]) -> None:
+    """A wrong choice of adapters raises before anything is written; the cache serves the next call as if new."""
+    model, adapters = served
+    cache = bd.make_cache(model, 2, 5)
+    with adapters.use(["plain"]), torch.no_grad(), pytest.raises(bd.ConfigError, match=r"adapters\.use"):
+        model(PROMPT, past_key_values=cache, use_cache=True)
+    assert relative_error(two_steps(model, adapters, cache), reference(files)) < TOLERANCE
 
 
 def test_another_batch_is_refused(served: tuple[Any, Any]) -> None:
@@ -87,7 +96,7 @@ def test_another_batch_is_refused(served: tuple[Any, Any]) -> None:
     with (
         adapters.use(ROWS),
         torch.no_grad(),
-        pytest.raises(bd.ConfigError, match=r"3 rows.*2.*make_cache"),
+        pytest.raises(bd.ConfigError, match=r"3 rows.*2 rows.*make_cache"),
     ):
         model(PROMPT, past_key_values=bd.make_cache(model, 3, 16), use_cache=True)
 
@@ -104,7 +113,7 @@ def test_plain_model_gets_no_cache(files: Files) -> None:
     """`make_cache` wants a loaded model."""
     from transformers import AutoModelForCausalLM
 
-    with pytest.raises(bd.ConfigError, match="bdlora_compile.load"):
+    with pytest.raises(bd.ConfigError, match=r"bdlora_compile\.load"):
         bd.make_cache(AutoModelForCausalLM.from_pretrained(files.model), 1, 8)
 
 
