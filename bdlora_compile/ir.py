@@ -35,6 +35,8 @@ class Fact(Enum):
     """No two all-reduces feed one addition."""
     MERGED = "merged"
     """Layers that share an input are one product."""
+    FUSED = "fused"
+    """A LoRA path without a collective is one operator that adds in place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,27 @@ class ExpandArguments(_Arguments):
         return graph.call_function(torch.ops.bdlora.lora_expand.default, self._in_order())
 
 
+@dataclass(frozen=True, slots=True)
+class ApplyArguments(_Arguments):
+    """Of ``bdlora::lora_apply_``, which adds to ``y`` in place."""
+
+    x: Node
+    y: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    sites: Sequence[int]
+    width: int
+    out_features: Sequence[int]
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_apply_.default, self._in_order())
+
+
 def is_shrink(node: Node) -> bool:
     """Whether the node is the first half of a LoRA path."""
     return operator_name(node) == SHRINK

@@ -3,6 +3,7 @@
 from bdlora_compile.pass_manager import GraphPass
 from bdlora_compile.passes.canonicalize import Canonicalize
 from bdlora_compile.passes.fold import Fold
+from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.passes.localize import LocalizeLora
 from bdlora_compile.passes.merge import Merge
 from bdlora_compile.passes.partition import Partition
@@ -15,4 +16,5 @@ PIPELINE: tuple[GraphPass, ...] = (
     LocalizeLora(),
     Fold(),
     Merge(),
+    Fuse(),
 )

@@ -79,10 +79,10 @@ def _shaping_arguments(node: Node) -> list[object]:
 
 def _value_key(value: object) -> Hashable | None:
     if isinstance(value, torch.Tensor):
-        sizes = tuple(_number_key(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
+        sizes = tuple(number_key(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
         return ("tensor", value.dtype, value.device, value.ndim, value.requires_grad, sizes)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return ("symbol", _number_key(value))
+        return ("symbol", number_key(value))
     if isinstance(value, (tuple, list)):
         inner = tuple(_value_key(item) for item in value)
         return None if None in inner else (type(value), inner)
@@ -91,7 +91,8 @@ def _value_key(value: object) -> Hashable | None:
     return (type(value), value) if isinstance(value, Hashable) else None
 
 
-def _number_key(number: Any) -> Hashable:
+def number_key(number: Any) -> Hashable:
+    """A number, or the expression of a symbolic one with what is known to be equal replaced."""
     return number if isinstance(number, (int, float, bool)) else (number.node.expr,)
 
 

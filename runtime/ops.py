@@ -9,7 +9,8 @@ Legend: T tokens (all leading dims of x together), D/O columns of x and y on thi
 c blocks. A slot's factors at a site are A [r, D/c] and transposed B [r, O_loc/c] with the blocks stacked on r, both
 row-major in one flat pool; `SlotField` names the columns of the slot table. Tokens of slot -1 have no adapter.
 
-These are the plain PyTorch implementations: a loop over the slots in use. They state what faster kernels must compute.
+The plain PyTorch implementations are loops over the slots in use: they state what the Triton kernels compute, and serve
+where there are no kernels (CPUs, float32).
 """
 
 import math
@@ -149,8 +150,10 @@ def lora_apply(
     out_features: Sequence[int],
 ) -> Tensor:
     """y' = y + scale * B (A x): `lora_shrink` and `lora_expand` with nothing between them. Arguments as there."""
-    h = lora_shrink(x, pool, slots, token_slot, sites, width)
-    return torch.as_tensor(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, 1))
+    out = y.clone(memory_format=torch.contiguous_format)
+    order, segments = lora_work(x, token_slot, slots)
+    lora_apply_(x, out, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
+    return out
 
 
 @lora_apply.register_fake
@@ -166,6 +169,148 @@ def _(
     out_features: Sequence[int],
 ) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("bdlora::lora_apply_", mutates_args=("y",))
+def lora_apply_(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> None:
+    """y += scale * B (A x), in place; ``order`` and ``segments`` from `lora_work`, the rest as for `lora_apply`."""
+    h = lora_shrink(x, pool, slots, token_slot, sites, width)
+    y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, 1))
+
+
+@lora_apply_.register_fake
+def _(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> None:
+    return None
+
+
+@torch.library.custom_op("bdlora::lora_work", mutates_args=())
+def lora_work(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """How a forward's tokens are grouped by slot; made once and read by every `lora_apply_` of the forward.
+
+    Returns:
+        order: int32 [T], tokens sorted by slot.
+        segments: int32 [T, 3], see `kernels.launch.segment_work`. Both hold nothing where T is so small that kernels
+        work token by token, and on devices without kernels.
+    """
+    tokens = math.prod(x.shape[:-1])
+    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+
+
+@lora_work.register_fake
+def _(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = math.prod(x.shape[:-1])
+    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+
+
+# --- on GPUs: the same by Triton kernels, for bf16 and fp16 ---------------------------------------------------------
+
+
+@lora_work.register_kernel("cuda")
+def _(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    tokens = math.prod(x.shape[:-1])
+    if not _has_kernels(x) or not launch.works_by_segment(tokens):
+        return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    return launch.segment_work(token_slot[:tokens])
+
+
+@lora_apply_.register_kernel("cuda")
+def _(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> None:
+    if not _has_kernels(x):
+        return lora_apply_._init_fn(x, y, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    work = (order, segments) if launch.works_by_segment(rows.shape[0]) else None
+    h = launch.shrink(rows, pool, slots, token_slot, work, sites, width)
+    launch.expand(out, h, pool, slots, scales, token_slot, work, sites, out_features)
+
+
+@lora_shrink.register_kernel("cuda")
+def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequence[int], width: int) -> Tensor:
+    if not _has_kernels(x):
+        return lora_shrink._init_fn(x, pool, slots, token_slot, sites, width)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows = x.reshape(-1, x.shape[-1])
+    work = _own_work(rows.shape[0], token_slot, slots)
+    # A collective follows: what no slot writes must be zero.
+    planes = launch.shrink(rows, pool, slots, token_slot, work, sites, width, zeroed=True)
+    return planes.sum(0).flatten(1)
+
+
+@lora_expand.register_kernel("cuda")
+def _(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> Tensor:
+    if not _has_kernels(y):
+        return lora_expand._init_fn(y, h, pool, slots, scales, token_slot, sites, out_features, parts)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    out = y.clone(memory_format=torch.contiguous_format)
+    rows = out.view(-1, out.shape[-1])
+    work = _own_work(rows.shape[0], token_slot, slots)
+    planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
+    launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
+    return out
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _own_work(tokens: int, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    return launch.segment_work(token_slot[:tokens]) if launch.works_by_segment(tokens) else None
+
+
+# --- plain PyTorch --------------------------------------------------------------------------------------------------
 
 
 def _slots_in_use(token_slot: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,1 +1,1 @@
-"""Triton kernels for the LoRA operators."""
+"""Triton kernels for the LoRA operators: bf16 and fp16 on NVIDIA GPUs, sums in float32 (see docs/kernels.md)."""

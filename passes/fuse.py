@@ -1,0 +1,97 @@
+"""A LoRA path without a collective becomes one operator that adds to the base product in place.
+
+    Before:  h = shrink(x, A);  y2 = expand(y, h, B)            y2 is used where y was
+    After:   order, segments = lora_work(x, token_slot)         once a forward: tokens grouped by slot
+             lora_apply_(x, y, A, B, order, segments)           y is used itself
+
+Legal where nothing else reads y: then nobody sees that it changed. On GPUs the operator is two Triton kernels.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, Node
+
+from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, record, set_record
+from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, ShrinkArguments, bridge_of, is_expand
+from bdlora_compile.pass_manager import PassContext, erase_unused
+from bdlora_compile.propagation import number_key
+from bdlora_compile.report import PassStats, Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Fuse:
+    """One in-place operator for each LoRA path without a collective."""
+
+    name: ClassVar[str] = "fuse"
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.LORA_LOCAL, Fact.MERGED})
+    establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.FUSED})
+
+    def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
+        graph = captured.graph
+        matches, refusals = 0, []
+        work: dict[object, tuple[Node, Node]] = {}
+        for expand in [node for node in graph.nodes if is_expand(node)]:
+            reason = _refusal(expand)
+            if reason:
+                refusals.append(Refusal(record(expand).site or expand.name, reason))
+                continue
+            _fuse(graph, expand, work)
+            matches += 1
+        return PassStats(matches=matches, refusals=refusals)
+
+    def verify(self, captured: Captured, context: PassContext) -> None:
+        """Nothing beyond shapes: y keeps its own."""
+
+
+def _refusal(expand: Node) -> str:
+    """Why a path stays two operators; empty if nothing is in the way."""
+    _, bridge = bridge_of(expand)
+    if bridge:
+        return "a collective lies between its factors"
+    y = ExpandArguments.of(expand).y
+    if len(y.users) > 1:
+        return "its base output is read elsewhere too"
+    return ""
+
+
+def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> None:
+    second = ExpandArguments.of(expand)
+    first = ShrinkArguments.of(second.h)
+    # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each number.
+    tokens = tuple(number_key(size) for size in fake_tensor(first.x).shape[:-1])
+    if tokens not in work:
+        work[tokens] = _insert_work(graph, first, second.h)
+    order, segments = work[tokens]
+    arguments = ApplyArguments(
+        x=first.x,
+        y=second.y,
+        pool=second.pool,
+        slots=second.slots,
+        scales=second.scales,
+        token_slot=second.token_slot,
+        order=order,
+        segments=segments,
+        sites=second.sites,
+        width=first.width,
+        out_features=second.out_features,
+    )
+    with graph.inserting_before(expand):
+        fused = arguments.insert(graph)
+    fused.meta["nn_module_stack"] = expand.meta.get("nn_module_stack")
+    set_record(fused, origin=Origin.LORA, site=record(expand).site, stage="fuse")
+    set_record(second.y, site=record(expand).site)
+    expand.replace_all_uses_with(second.y)
+    erase_unused(graph, [expand, second.h])
+
+
+def _insert_work(graph: Graph, first: ShrinkArguments, shrink: Node) -> tuple[Node, Node]:
+    with graph.inserting_before(shrink):
+        pair = graph.call_function(torch.ops.bdlora.lora_work.default, (first.x, first.token_slot, first.slots))
+        order, segments = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
+    for node in (pair, order, segments):
+        node.meta["nn_module_stack"] = shrink.meta.get("nn_module_stack")
+        set_record(node, origin=Origin.LORA, stage="fuse")
+    return order, segments

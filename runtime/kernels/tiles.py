@@ -1,0 +1,40 @@
+"""Tile sizes of the kernels; found by `benchmarks/bench_lora_kernels.py --tune` on the GPU that each row names."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Sizes of one launch.
+
+    Attributes:
+        splits: planes of h, each a share of the columns of A.
+        shrink_r, shrink_k: rows and columns of A that a program holds at once.
+        expand_r, expand_o: rows of B and columns of y that a program holds at once.
+        shrink_warps, expand_warps: warps of a program.
+    """
+
+    splits: int
+    shrink_r: int
+    shrink_k: int
+    expand_r: int
+    expand_o: int
+    shrink_warps: int = 4
+    expand_warps: int = 4
+
+
+BY_TOKEN_LIMIT = 64
+"""Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
+
+SEGMENT_TOKENS = 32
+"""Tokens of a segment at most."""
+
+
+def tiles_for(tokens: int, in_features: int, width: int) -> Tiles:
+    """Sizes for a call of ``tokens`` tokens with ``in_features`` columns of x and local ranks up to ``width``."""
+    if tokens > BY_TOKEN_LIMIT:
+        rows = 16 if width <= 16 else 32
+        return Tiles(splits=1 if tokens >= 512 else 4, shrink_r=rows, shrink_k=128, expand_r=rows, expand_o=128)
+    wanted = 4 if tokens <= 16 else 2
+    splits = max(1, min(wanted, in_features // 512))
+    return Tiles(splits=splits, shrink_r=4, shrink_k=512, expand_r=4, expand_o=512)

@@ -1,0 +1,194 @@
+"""The Triton kernels against one dense product a token in float64; on a CPU in Triton's interpreter.
+
+Tolerance: factors and y are bf16 or fp16 and are taken as they are by the reference; h is float32, and is rounded to
+the factors' dtype by the kernels that use the tensor cores; y is rounded once. So errors are a few units of 2^-8 (bf16)
+or 2^-11 (fp16) of the largest value.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bdlora_compile.factors import LocalFactors, LocalShape
+from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.runtime.kernels import launch
+from bdlora_compile.runtime.kernels.tiles import SEGMENT_TOKENS, Tiles
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = ("q", "k", "v")
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALL = Tiles(splits=2, shrink_r=2, shrink_k=32, expand_r=2, expand_o=32)
+SEGMENT = Tiles(splits=1, shrink_r=16, shrink_k=32, expand_r=16, expand_o=32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ranks of each slot at each site, and how its factors are packed."""
+
+    ranks: tuple[tuple[int, int, int], ...]
+    in_features: int
+    out_features: tuple[int, ...]
+    a_blocks: int
+    b_blocks: int
+    tokens: int
+    seed: int
+    dtype: torch.dtype
+    is_strided: bool
+
+    @property
+    def width(self) -> int:
+        """Columns of h for a site."""
+        return max(8, max(max(ranks) for ranks in self.ranks))
+
+
+def bank_of(case: Case) -> tuple[AdapterBank, dict[tuple[int, int], Tensor]]:
+    """A bank with the case's adapters, and each (slot, site)'s scale * B A, dense in float64."""
+    torch.manual_seed(case.seed)
+    bank = AdapterBank(NAMES, len(case.ranks), 60000, 256, case.dtype, DEVICE)
+    dense = {}
+    for slot, ranks in enumerate(case.ranks):
+        factors = {}
+        for site, (rank, out) in enumerate(zip(ranks, case.out_features, strict=False)):
+            if rank == 0:
+                continue
+            fits_a = rank % case.a_blocks == 0 and case.in_features % case.a_blocks == 0
+            fits_b = rank % case.b_blocks == 0 and out % case.b_blocks == 0
+            a_blocks = case.a_blocks if fits_a else 1
+            b_blocks = case.b_blocks if fits_b and a_blocks == 1 else 1
+            shape = LocalShape(rank, rank, a_blocks, b_blocks, case.in_features, out)
+            a = (torch.randn(rank, case.in_features // a_blocks) / 4).to(case.dtype)
+            b = (torch.randn(rank, out // b_blocks) / 4).to(case.dtype)
+            factors[NAMES[site]] = (LocalFactors(shape, a, b), 0.25 * (slot + 1))
+            dense_a = torch.block_diag(*a.double().chunk(a_blocks))
+            dense_b = torch.block_diag(*[block.t() for block in b.double().chunk(b_blocks)])
+            dense[slot, site] = 0.25 * (slot + 1) * dense_b @ dense_a
+        bank.write(slot, bank.stage(factors))
+    return bank, dense
+
+
+def run(case: Case, bank: AdapterBank, x: Tensor, y: Tensor, by_segment: bool) -> Tensor:
+    """y with all sites' LoRA added by the kernels."""
+    tokens = bank.token_slot[: case.tokens]
+    sites = list(range(len(case.out_features)))
+    work = launch.segment_work(tokens) if by_segment else None
+    tiles = SEGMENT if by_segment else SMALL
+    out = y.clone()
+    h = launch.shrink(x, bank.pool, bank.slots, tokens, work, sites, case.width, tiles)
+    launch.expand(out, h, bank.pool, bank.slots, bank.scales, tokens, work, sites, case.out_features, 1, tiles)
+    return out
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, y, slot of each token)."""
+    torch.manual_seed(case.seed + 1)
+    wide = torch.randn(case.tokens, 2 * case.in_features).to(DEVICE, case.dtype)
+    x = wide[:, : case.in_features]
+    y = torch.randn(case.tokens, sum(case.out_features)).to(DEVICE, case.dtype)
+    slots = torch.randint(-1, len(case.ranks), (case.tokens,))
+    return x if case.is_strided else x.contiguous(), y, slots
+
+
+def expected(case: Case, x: Tensor, y: Tensor, slots: Tensor, dense: dict[tuple[int, int], Tensor]) -> Tensor:
+    """The same in float64, token by token."""
+    out, x = y.double().cpu().clone(), x.double().cpu()
+    for token, slot in enumerate(slots.tolist()):
+        start = 0
+        for site, size in enumerate(case.out_features):
+            if (slot, site) in dense:
+                out[token, start : start + size] += dense[slot, site] @ x[token]
+            start += size
+    return out
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_slots = draw(st.integers(1, 4))
+    rank = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 17])
+    return Case(
+        ranks=tuple(draw(st.tuples(rank, rank, rank)) for _ in range(num_slots)),
+        in_features=draw(st.sampled_from([24, 36, 64, 96])),
+        out_features=draw(st.sampled_from([(24,), (48, 16), (64, 24, 24), (36, 6)])),
+        a_blocks=draw(st.sampled_from([1, 2, 4])),
+        b_blocks=draw(st.sampled_from([1, 2, 3])),
+        tokens=draw(st.sampled_from([1, 2, 5, 40])),
+        seed=draw(st.integers(0, 1000)),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        is_strided=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases(), st.booleans())
+def test_kernels_equal_a_dense_product(case: Case, by_segment: bool) -> None:
+    """Slots of different rank, empty ones, tokens without adapter, packed blocks, odd sizes, x with gaps."""
+    if by_segment and DEVICE.type == "cpu":
+        # Triton's interpreter multiplies the bits of bf16 operands of `dot`; fp16 takes the same path through the code.
+        case = replace(case, dtype=torch.float16)
+    bank, dense = bank_of(case)
+    x, y, slots = inputs(case)
+    bank.token_slot[: case.tokens] = slots.to(torch.int32)
+    found = run(case, bank, x, y, by_segment)
+    assert error(found, expected(case, x, y, slots, dense)) < 4 * ROUNDING[case.dtype]
+
+
+PLAIN = Case(((4, 4, 4), (8, 2, 3)), 64, (64, 24, 24), 1, 1, 40, 3, torch.float16, False)
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("damage", ["scale", "token", "offset"])
+def test_damage_is_noticed(damage: str, by_segment: bool) -> None:
+    """The twins: a scale dropped, a token with another slot, a factor read one row off."""
+    bank, dense = bank_of(PLAIN)
+    x, y, slots = inputs(PLAIN)
+    slots[:2] = torch.tensor([0, 1])
+    bank.token_slot[: PLAIN.tokens] = slots.to(torch.int32)
+    if damage == "scale":
+        bank.scales.fill_(1)
+    elif damage == "token":
+        bank.token_slot[0] = 1
+    else:
+        bank.slots[0, 0, 0] += PLAIN.in_features
+    found = run(PLAIN, bank, x, y, by_segment)
+    assert error(found, expected(PLAIN, x, y, slots, dense)) > 0.02
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-1, 5), min_size=1, max_size=150))
+def test_segments_hold_every_token_once(slots: list[int]) -> None:
+    """Each token with an adapter is in one segment, of its slot; no segment is longer than allowed."""
+    token_slot = torch.tensor(slots, dtype=torch.int32)
+    order, segments = launch.segment_work(token_slot)
+    seen = []
+    for slot, start, count in segments.tolist():
+        assert count <= SEGMENT_TOKENS
+        members = order[start : start + count].tolist()
+        assert all(slots[token] == slot for token in members)
+        seen += members
+    assert not segments[launch.num_segments(len(slots), 6) :].any()
+    assert sorted(seen) == [token for token, slot in enumerate(slots) if slot >= 0]
+
+
+def test_shares_of_several_ranks() -> None:
+    """h as a gather brings it: two ranks' shares side by side."""
+    case = Case(((8, 4, 2),), 64, (64, 24, 24), 1, 1, 5, 0, torch.bfloat16, False)
+    bank, dense = bank_of(case)
+    x, y, _ = inputs(case)
+    tokens = bank.token_slot[:5].fill_(0)
+    sites = [0, 1, 2]
+    whole = launch.shrink(x, bank.pool, bank.slots, tokens, None, sites, 8, SMALL, zeroed=True).sum(0)
+    gathered = torch.zeros(1, 5, 2 * 3, 8, device=DEVICE)
+    for part in range(2):
+        for site, rank in enumerate(case.ranks[0]):
+            share = rank // 2
+            gathered[0, :, part * 3 + site, :share] = whole[:, site, part * share : (part + 1) * share]
+    found = y.clone()
+    launch.expand(found, gathered, bank.pool, bank.slots, bank.scales, tokens, None, sites, case.out_features, 2, SMALL)
+    assert error(found, expected(case, x, y, torch.zeros(5, dtype=torch.int64), dense)) < 4 * ROUNDING[case.dtype]
