@@ -259,8 +259,7 @@ def _(
 
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     work = (order, segments) if launch.works_by_segment(rows.shape[0]) else None
-    h = launch.shrink(rows, pool, slots, token_slot, work, sites, width)
-    launch.expand(out, h, pool, slots, scales, token_slot, work, sites, out_features)
+    launch.apply_(rows, out, pool, slots, scales, token_slot, work, sites, width, out_features)
 
 
 @lora_shrink.register_kernel("cuda")

@@ -7,14 +7,10 @@ of a gather, each with an equal share of a slot's rank at the left).
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import B_BLOCKS, B_OFFSET, B_RANK, OUT_START, choose, slot_row
+from bdlora_compile.runtime.kernels.fields import B_BLOCKS, B_OFFSET, B_RANK, OUT_START, choose, site_and_tile, slot_row
 
-
-@triton.jit
-def _site_and_tile(tile, tiles0, tiles1):
-    """Which site a column tile belongs to, and its number among the site's tiles."""
-    index = tl.where(tile < tiles0, 0, tl.where(tile < tiles0 + tiles1, 1, 2))
-    return index, tile - choose(index, 0, tiles0, tiles0 + tiles1)
+_VARYING = ["num_slots", "tokens", "tiles0", "tiles1", "site0", "site1", "site2"]
+"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
 
 
 @triton.jit
@@ -67,7 +63,7 @@ def _dense_columns_of_token(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def expand_tokens(
     y, h, pool, slots, scales, token_slot,
     y_stride, y_columns, num_slots, tokens, width, tiles0, tiles1,
@@ -79,7 +75,7 @@ def expand_tokens(
     slot = tl.load(token_slot + token)
     if slot < 0:
         return
-    index, tile = _site_and_tile(tl.program_id(1), tiles0, tiles1)
+    index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)
     row = slot_row(slots, site, slot, num_slots)
@@ -116,7 +112,7 @@ def expand_tokens(
     tl.store(target, (before + scale * total).to(y.dtype.element_ty), mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def expand_segments(
     y, h, pool, slots, scales, order, segments,
     y_stride, y_columns, num_slots, tokens, width, tiles0, tiles1,
@@ -131,7 +127,7 @@ def expand_segments(
         return
     slot = tl.load(segments + segment * 3)
     first_token = tl.load(segments + segment * 3 + 1)
-    index, tile = _site_and_tile(tl.program_id(1), tiles0, tiles1)
+    index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)
     row = slot_row(slots, site, slot, num_slots)

@@ -24,6 +24,13 @@ def choose(index, first, second, third):
 
 
 @triton.jit
+def site_and_tile(tile, tiles0, tiles1):
+    """Which site a column tile of a call belongs to, and its number among the site's tiles."""
+    index = tl.where(tile < tiles0, 0, tl.where(tile < tiles0 + tiles1, 1, 2))
+    return index, tile - choose(index, 0, tiles0, tiles0 + tiles1)
+
+
+@triton.jit
 def slot_row(slots, site, slot, num_slots):
     """Where a slot's fields at a site begin."""
     return slots + (site.to(tl.int64) * num_slots + slot) * NUM_FIELDS

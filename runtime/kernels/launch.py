@@ -6,10 +6,67 @@ import torch
 import triton
 from torch import Tensor
 
+from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, SEGMENT_TOKENS, Tiles, tiles_for
+from bdlora_compile.runtime.kernels.tiles import (
+    BY_TOKEN_LIMIT,
+    SEGMENT_TOKENS,
+    ApplyTiles,
+    Tiles,
+    apply_tiles_for,
+    tiles_for,
+)
+
+
+def apply_(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    work: tuple[Tensor, Tensor] | None,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> None:
+    """y += scale * (B (A x)), in place: one launch where programs work by token, else a shrink and an expand."""
+    if work is None:
+        apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features)
+        return
+    h = shrink(x, pool, slots, token_slot, work, sites, width)
+    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features)
+
+
+def apply_by_token(
+    x: Tensor,
+    y: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    tiles: ApplyTiles | None = None,
+) -> None:
+    """The one launch of `apply_`.
+
+    Args:
+        x: [T, D], y: [T, O]; columns contiguous.
+    """
+    tokens, in_features = x.shape
+    tiles = tiles or apply_tiles_for(tokens)
+    counts = [triton.cdiv(size, tiles.columns) for size in out_features]
+    sizes = (x.stride(0), in_features, y.stride(0), y.shape[1], slots.shape[1], *_three(counts)[:2])
+    sizes = (*sizes, *_three(sites), *_three(out_features))
+    constants = {"MAX_R": tiles.rows, "BLOCK_K": tiles.depth, "BLOCK_O": tiles.columns, "OVERLAP": tiles.overlap}
+    # Asked for only where it is wanted: the interpreter knows no such option.
+    launch_options = {"launch_pdl": True} if tiles.overlap else {}
+    apply_tokens[(tokens, sum(counts))](
+        x, y, pool, slots, scales, token_slot, *sizes, **constants, num_warps=tiles.warps, **launch_options
+    )
 
 
 def shrink(

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from bdlora_compile.runtime.kernels.fields import A_BLOCKS, A_OFFSET, A_RANK, choose, slot_row
 
+_VARYING = ["num_slots", "tokens", "site0", "site1", "site2"]
+"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
+
 
 @triton.jit
 def _rows_of_token(x_row, a, rows, is_row, height, columns, begin, end, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -26,7 +29,7 @@ def _rows_of_token(x_row, a, rows, is_row, height, columns, begin, end, BLOCK_R:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def shrink_tokens(
     x, pool, slots, token_slot, h,
     x_stride, in_features, num_slots, tokens, width,
@@ -61,7 +64,7 @@ def shrink_tokens(
         tl.store(plane + rows, total, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def shrink_segments(
     x, pool, slots, order, segments, h,
     x_stride, in_features, num_slots, tokens, width,

@@ -16,7 +16,7 @@ from torch import Tensor
 from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import SEGMENT_TOKENS, Tiles
+from bdlora_compile.runtime.kernels.tiles import SEGMENT_TOKENS, ApplyTiles, Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("q", "k", "v")
@@ -70,10 +70,19 @@ def bank_of(case: Case) -> tuple[AdapterBank, dict[tuple[int, int], Tensor]]:
     return bank, dense
 
 
-def run(case: Case, bank: AdapterBank, x: Tensor, y: Tensor, by_segment: bool) -> Tensor:
+FORMS = ("one launch", "two launches", "segments")
+
+
+def run(case: Case, bank: AdapterBank, x: Tensor, y: Tensor, form: str) -> Tensor:
     """y with all sites' LoRA added by the kernels."""
     tokens = bank.token_slot[: case.tokens]
     sites = list(range(len(case.out_features)))
+    by_segment = form == "segments"
+    if form == "one launch":
+        added = y.clone()
+        rest = (bank.pool, bank.slots, bank.scales, tokens, sites, case.out_features)
+        launch.apply_by_token(x, added, *rest, ApplyTiles(rows=2, depth=32, columns=32, warps=4))
+        return added
     work = launch.segment_work(tokens) if by_segment else None
     tiles = SEGMENT if by_segment else SMALL
     out = y.clone()
@@ -126,25 +135,25 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @settings(max_examples=30, deadline=None)
-@given(cases(), st.booleans())
-def test_kernels_equal_a_dense_product(case: Case, by_segment: bool) -> None:
+@given(cases(), st.sampled_from(FORMS))
+def test_kernels_equal_a_dense_product(case: Case, form: str) -> None:
     """Slots of different rank, empty ones, tokens without adapter, packed blocks, odd sizes, x with gaps."""
-    if by_segment and DEVICE.type == "cpu":
+    if form == "segments" and DEVICE.type == "cpu":
         # Triton's interpreter multiplies the bits of bf16 operands of `dot`; fp16 takes the same path through the code.
         case = replace(case, dtype=torch.float16)
     bank, dense = bank_of(case)
     x, y, slots = inputs(case)
     bank.token_slot[: case.tokens] = slots.to(torch.int32)
-    found = run(case, bank, x, y, by_segment)
+    found = run(case, bank, x, y, form)
     assert error(found, expected(case, x, y, slots, dense)) < 4 * ROUNDING[case.dtype]
 
 
 PLAIN = Case(((4, 4, 4), (8, 2, 3)), 64, (64, 24, 24), 1, 1, 40, 3, torch.float16, False)
 
 
-@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damage", ["scale", "token", "offset"])
-def test_damage_is_noticed(damage: str, by_segment: bool) -> None:
+def test_damage_is_noticed(damage: str, form: str) -> None:
     """The twins: a scale dropped, a token with another slot, a factor read one row off."""
     bank, dense = bank_of(PLAIN)
     x, y, slots = inputs(PLAIN)
@@ -156,7 +165,7 @@ def test_damage_is_noticed(damage: str, by_segment: bool) -> None:
         bank.token_slot[0] = 1
     else:
         bank.slots[0, 0, 0] += PLAIN.in_features
-    found = run(PLAIN, bank, x, y, by_segment)
+    found = run(PLAIN, bank, x, y, form)
     assert error(found, expected(PLAIN, x, y, slots, dense)) > 0.02
 
 
