@@ -1,10 +1,16 @@
 """What all tests share: golden texts."""
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter, which has to be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 GoldenCheck = Callable[[str, str], None]
 

@@ -169,7 +169,7 @@ def test_generate_equals_peft_and_compiles_four_graphs(files: Any) -> None:
     reference = Reference(model, paths, torch.float64)
     generator = torch.Generator().manual_seed(3)
     names = [None, *paths]
-    for step in range(40):
+    for step in range(200):
         batch = int(torch.randint(1, 9, (), generator=generator))
         length = int(torch.randint(1, 65, (), generator=generator))
         ids = torch.randint(3, 120, (batch, length), generator=generator)
@@ -179,11 +179,12 @@ def test_generate_equals_peft_and_compiles_four_graphs(files: Any) -> None:
         rows = [names[int(torch.randint(0, 3, (), generator=generator))] for _ in range(batch)]
         with adapters.use(rows):
             tokens = loaded.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
-        if step % 8 == 1:
+        if step % 20 == 1:
             assert torch.equal(tokens[:, length:], reference.generate(ids, rows, mask, 2))
         if step % 10 == 5:
             adapters.unload("plain")
             adapters.load("plain", paths["plain"])
+    # A recompile is a graph more: four in all leave none.
     assert len(bd.reports(loaded)) <= 4
 
 
