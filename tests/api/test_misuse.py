@@ -29,6 +29,7 @@ RUNS: dict[str, Callable[[Any], Any]] = {
     "embedding": lambda model: model.get_input_embeddings()(IDS),
     "eager": lambda model: torch.compile(model, backend="eager")(IDS),
     "aot_eager": lambda model: torch.compile(model, backend="aot_eager")(IDS),
+    "inductor": lambda model: torch.compile(model, backend="inductor")(IDS),
     "wrapped generate": lambda model: _wrapped(model).generate(
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=1
     ),
