@@ -3,25 +3,25 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.hollow import tag_of
-from bdlora_compile.ir import CacheSource, Captured, InputSource, fake_value, placeholders, record
+from bdlora_compile.inductor import compile_region
+from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
 from bdlora_compile.pass_manager import PassContext, run_passes
-from bdlora_compile.pipeline import PIPELINE
+from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
 from bdlora_compile.printer import type_text
+from bdlora_compile.regions import Regions, split
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
-from bdlora_compile.runtime.lockstep import LockStepProgram
-from bdlora_compile.runtime.program import BoundGraph, CallSource, Program, bind
+from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
+from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def bdlora(
     *,
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
-) -> Callable[..., Any]:
+) -> Program | LockStepProgram:
     """Compile a graph that Dynamo captured into this rank's part of it.
 
     Raises:
@@ -85,36 +85,67 @@ def bdlora(
     deployment = _deployment_of(module)
     captured = _copy(module)
     report = _new_report(captured, deployment)
-    run_passes(PIPELINE, captured, PassContext(deployment.plan, deployment.strict), report)
+    context = PassContext(deployment.plan, deployment.strict)
+    run_passes(PIPELINE, captured, context, report.stages)
+    base_only = captured.copy()
+    run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
-    require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", ordered_list(captured.graph))
-    return _emit(captured, example_inputs, deployment, chosen)
+    lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
+    require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
+    return _emit(captured, base_only, example_inputs, deployment, chosen)
 
 
 def _copy(module: GraphModule) -> Captured:
     """A graph of our own: Dynamo goes on reading the one that it captured."""
-    graph = Graph()
-    output = graph.graph_copy(module.graph, {})
-    graph.output(output)
-    return Captured(GraphModule(module, graph))
+    return Captured(module, module.graph).copy()
 
 
 def _emit(
-    captured: Captured, example_inputs: Sequence[Any], deployment: Deployment, options: CompileOptions
-) -> Callable[..., Any]:
+    captured: Captured,
+    base_only: Captured,
+    example_inputs: Sequence[Any],
+    deployment: Deployment,
+    options: CompileOptions,
+) -> Program | LockStepProgram:
     """Read this rank's slices, bind them, and compile what is left."""
-    plan = deployment.plan
-    records = [record(node) for node in placeholders(captured.graph)]
     token_index = _token_index(captured)
-    bound = [bind(records, state, plan.mesh, plan.device) for state in deployment.ranks]
+    variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
-        graphs = [BoundGraph(captured.module.forward, values) for values in bound]
-        return LockStepProgram(deployment, captured.graph, graphs, token_index)
-    inner = options.inner or ("inductor" if plan.device.type == "cuda" else "eager")
-    run = captured.module.forward if inner == "eager" else _inductor(captured, bound[0], example_inputs)
-    return Program(deployment, BoundGraph(run, bound[0]), token_index)
+        with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
+        return LockStepProgram(deployment, with_lora, without, token_index)
+    inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
+    bound = (_bind_and_compile(regions, deployment, example_inputs, inner) for regions in variants)
+    return Program(deployment, Variants(*bound), token_index)
+
+
+def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRegion]:
+    return [
+        LockStepRegion(
+            regions.modules[step.region].graph,
+            [bind(regions.sources(step), regions.placements(step), rank, deployment.plan) for rank in deployment.ranks],
+        )
+        for step in regions.steps
+    ]
+
+
+def _bind_and_compile(
+    regions: Regions, deployment: Deployment, example_inputs: Sequence[Any], inner: Inner
+) -> list[BoundRegion]:
+    """This rank's values for every step; each region is compiled once, with those of its first step."""
+    (state,) = deployment.ranks
+    compiled: dict[int, Callable[..., Any]] = {}
+    bound = []
+    for step in regions.steps:
+        values = bind(regions.sources(step), regions.placements(step), state, deployment.plan)
+        module = regions.modules[step.region]
+        if step.region not in compiled:
+            compiled[step.region] = (
+                module.forward if inner == "eager" else compile_region(module, values, example_inputs)
+            )
+        bound.append(BoundRegion(compiled[step.region], values))
+    return bound
 
 
 def _token_index(captured: Captured) -> int:
@@ -122,35 +153,6 @@ def _token_index(captured: Captured) -> int:
     source = record(captured.token_input).source
     assert isinstance(source, InputSource), "the token input is an argument"
     return source.index
-
-
-def _inductor(
-    captured: Captured, values: Sequence[torch.Tensor | CallSource], example_inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    """Compile with Inductor; constants enter as fakes of fixed shape, arguments as Dynamo gave them."""
-    from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
-
-    context = TracingContext.get()
-    mode = context.fake_mode
-    assert mode is not None, "Dynamo traces under a fake mode"
-    inputs = [
-        _example_input(value, node, example_inputs, mode)
-        for value, node in zip(values, placeholders(captured.graph), strict=True)
-    ]
-    compiled: Any = compile_fx(captured.module, inputs)
-    return cast(Callable[..., Any], compiled)
-
-
-def _example_input(
-    value: torch.Tensor | CallSource, node: Node, example_inputs: Sequence[Any], mode: FakeTensorMode
-) -> Any:
-    match value:
-        case InputSource(index):
-            return example_inputs[index]
-        case CacheSource():
-            return fake_value(node)
-        case _:
-            return mode.from_tensor(value, static_shapes=True)
 
 
 def _new_report(captured: Captured, deployment: Deployment) -> Report:

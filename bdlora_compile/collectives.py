@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
-from bdlora_compile.ir import operator_name
+from bdlora_compile.ir import Captured, operator_name
 from bdlora_compile.placement import Mesh, Shard
 
 _NAMES = frozenset(
@@ -46,12 +46,18 @@ def all_gather(graph: Graph, value: Node, shard: Shard, mesh: Mesh) -> Sequence[
     return stacked, waited, chunks, *kept, joined
 
 
-def ordered_list(graph: Graph) -> str:
-    """The graph's collectives in order, a line each: operator, dtype, shape. Ranks compare this text."""
+def ordered_list(captured: Captured) -> str:
+    """The graph's collectives in order, a line each: operator, dtype, shape. Ranks compare this text.
+
+    Where a layer stands for others a line says which.
+    """
+    layers = [] if captured.layers is None else [f"layers {captured.layers.stands_in}"]
     lines = [
-        f"{operator_name(node).split('::')[-1]} {_operand_text(node)}" for node in graph.nodes if is_collective(node)
+        f"{operator_name(node).split('::')[-1]} {_operand_text(node)}"
+        for node in captured.graph.nodes
+        if is_collective(node)
     ]
-    return "\n".join(lines)
+    return "\n".join([*layers, *lines])
 
 
 def _operand_text(node: Node) -> str:

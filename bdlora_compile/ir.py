@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch import nn
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from bdlora_compile.errors import PassError
@@ -27,6 +28,8 @@ class Fact(Enum):
     """No bookkeeping nodes; sizes that are known are literals."""
     TAGGED = "tagged"
     """Every LoRA site in the graph is marked at its linear node."""
+    DEDUPLICATED = "deduplicated"
+    """Of layers that are alike the graph holds one, between boundaries."""
     PARTITIONED = "partitioned"
     """Every value has a placement; shapes are those of one rank; LoRA is in S-LoRA placement."""
     LORA_LOCAL = "lora-local"
@@ -37,6 +40,8 @@ class Fact(Enum):
     """Layers that share an input are one product."""
     FUSED = "fused"
     """A LoRA path without a collective is one operator that adds in place."""
+    BASE_ONLY = "base-only"
+    """No LoRA node: the graph of a batch in which no row has an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,13 @@ class BankField(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BankSource:
-    """The value is a tensor of this rank's adapter bank."""
+    """The value is a tensor of this rank's adapter bank.
+
+    ``layer``: only the rows of the sites of that layer (a module path), for slots and scales; None is all rows.
+    """
 
     field: BankField
+    layer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,21 @@ class RankIndices:
     pieces: int
 
 
-Source = InputSource | CacheSource | WeightSource | MergedSource | BankSource | RankIndices
+@dataclass(frozen=True, slots=True)
+class CarriedSource:
+    """The value is what the region before handed on (see `regions.py`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSource:
+    """The value was computed before the layers, which all read it: number ``index`` of those."""
+
+    index: int
+
+
+Source = (
+    InputSource | CacheSource | WeightSource | MergedSource | BankSource | RankIndices | CarriedSource | SharedSource
+)
 
 
 class Origin(Enum):
@@ -191,6 +214,11 @@ def operator_name(node: Node) -> str:
     return name.strip("_") if name.startswith("__") else name
 
 
+def is_symbol(node: Node) -> bool:
+    """Whether the node's value is a symbolic number."""
+    return isinstance(fake_value(node), torch.SymInt)
+
+
 def placeholders(graph: Graph) -> Sequence[Node]:
     """The graph's placeholders in order."""
     return graph.find_nodes(op="placeholder")
@@ -205,6 +233,15 @@ def module_path(node: Node) -> str:
     return _plain_path(str(path))
 
 
+def layer_of(path: str) -> str | None:
+    """The decoder layer of a module path: ``model.layers.3`` of ``model.layers.3.mlp``; None outside layers."""
+    parts = path.split(".")
+    for index, part in enumerate(parts[1:], start=1):
+        if part.isdecimal():
+            return ".".join(parts[: index + 1])
+    return None
+
+
 def _plain_path(source: str) -> str:
     """``L['self']._modules['model']._modules['layers']._modules['3']`` and ``L['self'].model.layers[3]`` alike."""
     inner = source.split("]", 1)[1] if source.startswith("L[") else source
@@ -217,24 +254,57 @@ def stage_nodes(graph: Graph, name: str) -> Iterator[Node]:
     return (node for node in graph.nodes if node.op.startswith("call_") and operator_name(node) == name)
 
 
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """A model's decoder layers, and which of them the graph holds.
+
+    Attributes:
+        prefix: module path of their list, for example ``model.layers``.
+        stands_in: for each layer the number of the layer in the graph that is like it.
+    """
+
+    prefix: str
+    stands_in: tuple[int, ...]
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Numbers of the layers that the graph holds, in order."""
+        return tuple(sorted(set(self.stands_in)))
+
+    def path(self, number: int) -> str:
+        """Module path of a layer."""
+        return f"{self.prefix}.{number}"
+
+
 @dataclass(slots=True)
 class Captured:
     """A graph on its way through the passes, with what holds for all of it.
 
     Attributes:
-        module: the graph and its code.
+        module: what the graph's attributes belong to.
+        graph: the FX graph.
         facts: what has been established.
         token_input: placeholder whose first two dims are the [batch, seq] of the forward.
+        layers: which layers the graph holds, None if it holds them all.
     """
 
-    module: GraphModule
+    module: nn.Module
+    graph: Graph
     facts: frozenset[Fact] = frozenset()
     token_input: Node | None = None
+    layers: Layers | None = None
 
-    @property
-    def graph(self) -> Graph:
-        """The FX graph."""
-        return self.module.graph
+    def copy(self) -> "Captured":
+        """The same graph in nodes of its own."""
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        graph.output(graph.graph_copy(self.graph, copies))
+        token_input = copies[self.token_input] if self.token_input is not None else None
+        return replace(self, graph=graph, token_input=token_input)
+
+    def layer_of_site(self, site: str) -> str | None:
+        """The layer whose rows of the adapter tables a site's operators see; None if they see all rows."""
+        return layer_of(site) if self.layers is not None else None
 
 
 def replace_by_literal(node: Node, value: int) -> None:

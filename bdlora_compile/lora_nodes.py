@@ -11,6 +11,7 @@ from bdlora_compile.ir import operator_name
 
 SHRINK = "bdlora::lora_shrink"
 EXPAND = "bdlora::lora_expand"
+APPLY = "bdlora::lora_apply_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,11 @@ def is_shrink(node: Node) -> bool:
 def is_expand(node: Node) -> bool:
     """Whether the node is the second half of a LoRA path."""
     return operator_name(node) == EXPAND
+
+
+def is_apply(node: Node) -> bool:
+    """Whether the node is a whole LoRA path that adds in place."""
+    return operator_name(node) == APPLY
 
 
 def bridge_of(expand: Node) -> tuple[Node, list[Node]]:

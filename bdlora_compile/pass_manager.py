@@ -12,7 +12,7 @@ from bdlora_compile.ir import Captured, Fact
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import propagate
-from bdlora_compile.report import PassStats, Report, StageReport, take_census
+from bdlora_compile.report import PassStats, StageReport, take_census
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,16 @@ class GraphPass(Protocol):
         ...
 
 
-def run_passes(passes: Sequence[GraphPass], captured: Captured, context: PassContext, report: Report) -> None:
-    """Run passes in order, each with its requirements checked, its result verified, and a snapshot in the report.
+def run_passes(
+    passes: Sequence[GraphPass], captured: Captured, context: PassContext, stages: list[StageReport]
+) -> None:
+    """Run passes in order, each with its requirements checked, its result verified, and a snapshot in ``stages``.
 
     Raises:
         PassError: a requirement is missing or a result does not verify.
     """
     for graph_pass in passes:
-        report.stages.append(_run_pass(graph_pass, captured, context, report.stages))
+        stages.append(_run_pass(graph_pass, captured, context, stages))
 
 
 def _run_pass(
@@ -71,7 +73,6 @@ def _run_pass(
         captured.graph.lint()
         propagate(captured.graph, graph_pass.name)
     graph_pass.verify(captured, context)
-    captured.module.recompile()
     captured.facts |= graph_pass.establishes
     return StageReport(
         name=graph_pass.name,
@@ -79,7 +80,7 @@ def _run_pass(
         nodes_before=nodes_before,
         nodes_after=len(captured.graph.nodes),
         stats=stats,
-        census=take_census(captured.graph),
+        census=take_census(captured.graph, captured.layers),
         text=print_graph(captured.graph),
     )
 

@@ -41,9 +41,17 @@ class ModelPlan:
         """Placement of a parameter."""
         return self.weights.get(parameter, Replicate())
 
-    def site_index(self, name: str) -> int:
-        """Row of a site in the slot tables."""
-        return list(self.sites).index(name)
+    def rows(self, layer: str | None) -> slice:
+        """Rows of the slot tables that belong to the sites of a layer (a module path); None is all of them."""
+        if layer is None:
+            return slice(0, len(self.sites))
+        rows = [row for row, name in enumerate(self.sites) if name.startswith(f"{layer}.")]
+        assert rows == list(range(rows[0], rows[-1] + 1)), f"{layer}: its sites follow one another in module order"
+        return slice(rows[0], rows[-1] + 1)
+
+    def row(self, site: str, layer: str | None) -> int:
+        """Row of a site among the `rows` of a layer."""
+        return list(self.sites).index(site) - self.rows(layer).start
 
 
 def plan_model(

@@ -78,8 +78,8 @@ def _source(source: Source | None, node: Node) -> str:
             return f"weight {parameter}"
         case MergedSource(parts):
             return f"weights {' + '.join(name for name, _ in parts)}"
-        case BankSource(field):
-            return f"bank {field.value}"
+        case BankSource(field, layer):
+            return f"bank {field.value}" + (f" of {layer}" if layer else "")
         case RankIndices(length, pieces):
             return f"own indices {length} of {pieces}"
         case _:

@@ -65,7 +65,7 @@ def find_fake_mode(graph: Graph) -> FakeTensorMode:
 def _call_key(node: Node) -> Hashable | None:
     """What decides the metadata of the node's value; None if an operand cannot be compared."""
     leaves, structure = tree_flatten((_shaping_arguments(node), node.kwargs))
-    keys = tuple(_value_key(fake_value(leaf) if isinstance(leaf, Node) else leaf) for leaf in leaves)
+    keys = tuple(value_key(fake_value(leaf) if isinstance(leaf, Node) else leaf) for leaf in leaves)
     return None if None in keys else (node.op, node.target, str(structure), keys)
 
 
@@ -77,17 +77,18 @@ def _shaping_arguments(node: Node) -> list[object]:
     return [value for value, name in zip_longest(node.args, names) if name != "sites"]
 
 
-def _value_key(value: object) -> Hashable | None:
+def value_key(value: object) -> Hashable | None:
+    """What two values that no operator can tell apart in shape have in common; None if a value cannot be compared."""
     if isinstance(value, torch.Tensor):
         sizes = tuple(number_key(size) for size in (*value.shape, *value.stride(), value.storage_offset()))
         return ("tensor", value.dtype, value.device, value.ndim, value.requires_grad, sizes)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return ("symbol", number_key(value))
     if isinstance(value, (tuple, list)):
-        inner = tuple(_value_key(item) for item in value)
+        inner = tuple(value_key(item) for item in value)
         return None if None in inner else (type(value), inner)
     if isinstance(value, slice):
-        return _value_key((value.start, value.stop, value.step))
+        return value_key((value.start, value.stop, value.step))
     return (type(value), value) if isinstance(value, Hashable) else None
 
 

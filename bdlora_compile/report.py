@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph
 
 from bdlora_compile.collectives import is_collective
-from bdlora_compile.ir import Origin, module_path, operator_name, record
+from bdlora_compile.ir import Layers, Origin, layer_of, module_path, operator_name, record
 
 _OUTSIDE = "outside layers"
 
@@ -57,23 +57,19 @@ class Census:
         ]
 
 
-def take_census(graph: Graph) -> Census:
-    """Count the collectives of a graph."""
-    counts = Counter(
-        (layer_of(module_path(node)), record(node).origin.value, operator_name(node).split("::")[-1])
-        for node in graph.nodes
-        if is_collective(node)
-    )
+def take_census(graph: Graph, layers: Layers | None = None) -> Census:
+    """Count the collectives of a graph; a layer that stands for others counts for each of them."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for node in filter(is_collective, graph.nodes):
+        kind = (record(node).origin.value, operator_name(node).split("::")[-1])
+        counts.update((path, *kind) for path in _stands_for(layer_of(module_path(node)), layers))
     return Census(dict(counts))
 
 
-def layer_of(path: str) -> str:
-    """The decoder layer of a module path: ``model.layers.3`` of ``model.layers.3.mlp``."""
-    parts = path.split(".")
-    for index, part in enumerate(parts[1:], start=1):
-        if part.isdecimal():
-            return ".".join(parts[: index + 1])
-    return _OUTSIDE
+def _stands_for(path: str | None, layers: Layers | None) -> Sequence[str]:
+    if path is None or layers is None:
+        return [path or _OUTSIDE]
+    return [layers.path(number) for number, kept in enumerate(layers.stands_in) if layers.path(kept) == path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +103,14 @@ class Report:
         tp_size: tensor-parallel degree.
         inputs: types of the forward's own inputs.
         stages: one for each pass, in order.
+        base_only: what a copy of the last stage went through for batches without adapters.
     """
 
     model: str
     tp_size: int
     inputs: Sequence[str]
     stages: list[StageReport] = field(default_factory=list)
+    base_only: list[StageReport] = field(default_factory=list)
 
     def stage(self, name: str) -> StageReport:
         """The report of one pass."""
@@ -121,7 +119,7 @@ class Report:
     def summary(self) -> str:
         """A short text: passes with matches, refusals with reasons, collectives after each stage."""
         lines = [f"{self.model} on {self.tp_size} ranks, inputs {', '.join(self.inputs)}"]
-        for stage in self.stages:
+        for stage in (*self.stages, *self.base_only):
             base, lora = stage.census.total(Origin.BASE), stage.census.total(Origin.LORA)
             fallback = stage.census.total(Origin.FALLBACK)
             counts = f"collectives: base {base}, LoRA {lora}" + (f", fallback {fallback}" if fallback else "")

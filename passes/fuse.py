@@ -18,6 +18,7 @@ from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, record, set_r
 from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, ShrinkArguments, bridge_of, is_expand
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.propagation import number_key
+from bdlora_compile.regions import is_boundary
 from bdlora_compile.report import PassStats, Refusal
 
 
@@ -63,7 +64,7 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> 
     # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each number.
     tokens = tuple(number_key(size) for size in fake_tensor(first.x).shape[:-1])
     if tokens not in work:
-        work[tokens] = _insert_work(graph, first, second.h)
+        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or second.h)
     order, segments = work[tokens]
     arguments = ApplyArguments(
         x=first.x,
@@ -87,11 +88,22 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> 
     erase_unused(graph, [expand, second.h])
 
 
-def _insert_work(graph: Graph, first: ShrinkArguments, shrink: Node) -> tuple[Node, Node]:
-    with graph.inserting_before(shrink):
-        pair = graph.call_function(torch.ops.bdlora.lora_work.default, (first.x, first.token_slot, first.slots))
+def _before_layers(graph: Graph, x: Node) -> Node | None:
+    """The first boundary between layers, if the tokens of ``x`` are those that it carries: work for all layers."""
+    boundary = next(filter(is_boundary, graph.nodes), None)
+    if boundary is None:
+        return None
+    carried, own = fake_tensor(boundary), fake_tensor(x)
+    same = [number_key(size) for size in carried.shape[:-1]] == [number_key(size) for size in own.shape[:-1]]
+    return boundary if same and carried.dtype == own.dtype else None
+
+
+def _insert_work(graph: Graph, first: ShrinkArguments, before: Node) -> tuple[Node, Node]:
+    x = before.args[0] if is_boundary(before) else first.x
+    with graph.inserting_before(before):
+        pair = graph.call_function(torch.ops.bdlora.lora_work.default, (x, first.token_slot, first.slots))
         order, segments = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
     for node in (pair, order, segments):
-        node.meta["nn_module_stack"] = shrink.meta.get("nn_module_stack")
+        node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")
         set_record(node, origin=Origin.LORA, stage="fuse")
     return order, segments

@@ -243,10 +243,11 @@ class _Partitioning:
         site, plan = self.plan.sites[site_name], self.plan
         x = y.args[0]
         assert isinstance(x, Node), "a linear layer's input is a tensor"
-        bank = {name: self._source_node(BankSource(name)) for name in BankField}
+        layer = self.captured.layer_of_site(site_name)
+        bank = {name: self._source_node(_bank_source(name, layer)) for name in BankField}
         pool, slots, scales = bank[BankField.POOL], bank[BankField.SLOTS], bank[BankField.SCALES]
         tokens = bank[BankField.TOKEN_SLOT]
-        index = plan.site_index(site_name)
+        index = plan.row(site_name, layer)
         width = rank_capacity(plan.max_rank, site, Layout.SLORA, plan.mesh)
         _, out_features = local_features(site, Layout.SLORA, plan.mesh)
         is_gathered = site.role is Role.COLUMN and plan.mesh.size > 1
@@ -436,8 +437,8 @@ def _stand_for(made: Node, original: Node, stage: str) -> None:
 
 def _source_name(source: Source) -> str:
     match source:
-        case BankSource(bank_field):
-            return f"bank_{bank_field.value}"
+        case BankSource(bank_field, layer):
+            return f"bank_{bank_field.value}" + (f"_{layer.replace('.', '_')}" if layer else "")
         case CacheSource(_, layer, part):
             return f"cache_{('keys', 'values')[part]}_{layer}"
         case RankIndices(length, pieces):
@@ -446,17 +447,22 @@ def _source_name(source: Source) -> str:
             raise AssertionError(f"{source} is captured, never made")
 
 
+def _bank_source(bank_field: BankField, layer: str | None) -> BankSource:
+    """A table has rows for every site: a layer sees its own."""
+    return BankSource(bank_field, layer if bank_field in (BankField.SLOTS, BankField.SCALES) else None)
+
+
 def _source_value(source: Source, plan: ModelPlan) -> torch.Tensor:
     """A value of the right dtype and shape; banks' own sizes are fixed at load and do not matter to shapes."""
     num_sites = max(len(plan.sites), 1)
     match source:
-        case BankSource(BankField.POOL):
+        case BankSource(BankField.POOL, _):
             return torch.empty(1, dtype=plan.dtype, device=plan.device)
-        case BankSource(BankField.SLOTS):
+        case BankSource(BankField.SLOTS, _):
             return torch.empty(num_sites, 1, len(SlotField), dtype=torch.int64, device=plan.device)
-        case BankSource(BankField.SCALES):
+        case BankSource(BankField.SCALES, _):
             return torch.empty(num_sites, 1, device=plan.device)
-        case BankSource(BankField.TOKEN_SLOT):
+        case BankSource(BankField.TOKEN_SLOT, _):
             return torch.empty(1, dtype=torch.int32, device=plan.device)
         case RankIndices(length, _):
             return torch.empty(length, dtype=torch.int64, device=plan.device)

@@ -360,4 +360,5 @@ _RULES: Mapping[str, Rule] = {
     "unsqueeze": _unsqueeze,
     "cat": _cat,
     "getitem": _getitem,
+    "layer_boundary": lambda node, placements: replicated(node, placements),
 }

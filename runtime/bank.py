@@ -69,7 +69,8 @@ class AdapterBank:
         num_sites = len(site_names)
         # At least one site and slot, so that the tables of a model without adapters are ordinary tensors.
         self.pool = torch.zeros(max(capacity, 1), dtype=dtype, device=device)
-        shape = (max(num_sites, 1), max(num_slots, 1))
+        # Slots in fours: a layer's rows of a table then begin at a multiple of 16 bytes, as compiled code expects.
+        shape = (max(num_sites, 1), -(-max(num_slots, 1) // 4) * 4)
         self.slots = torch.zeros(*shape, len(SlotField), dtype=torch.int64, device=device)
         self.slots[..., SlotField.A_BLOCKS] = 1
         self.slots[..., SlotField.B_BLOCKS] = 1

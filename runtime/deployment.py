@@ -41,6 +41,7 @@ class Deployment:
     selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
     _written: tuple[Selection, int, int] | None = None
+    _has_adapters: bool = False
 
     @property
     def is_lockstep(self) -> bool:
@@ -51,14 +52,17 @@ class Deployment:
         """Make the next forward write its slots again: a slot's meaning has changed."""
         self._written = None
 
-    def select(self, batch: int, seq: int) -> None:
+    def select(self, batch: int, seq: int) -> bool:
         """Write the slot of each token of the coming forward into every hosted bank.
+
+        Returns:
+            Whether any token has an adapter.
 
         Raises:
             ConfigError: the selection was made for another batch, or the forward has too many tokens.
         """
         if self._written is not None and self._written[0] is self.selection and self._written[1:] == (batch, seq):
-            return
+            return self._has_adapters
         slots = self.selection.by_token(batch, seq)
         for rank in self.ranks:
             buffer = rank.bank.token_slot
@@ -71,3 +75,5 @@ class Deployment:
                 )
             buffer[: slots.numel()].copy_(slots)
         self._written = (self.selection, batch, seq)
+        self._has_adapters = self.selection.has_adapters
+        return self._has_adapters

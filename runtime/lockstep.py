@@ -5,6 +5,7 @@ very graph that a real launch would run on it.
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,25 @@ from torch.fx.node import map_arg
 
 from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, WAIT, is_collective
 from bdlora_compile.errors import AgreementError, PassError
-from bdlora_compile.ir import InputSource, operator_name
+from bdlora_compile.ir import CacheSource, InputSource, operator_name
 from bdlora_compile.runtime.cache import hosted
 from bdlora_compile.runtime.deployment import Deployment
-from bdlora_compile.runtime.program import BoundGraph
+from bdlora_compile.runtime.program import CallSource, Flow
 
 _Step = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LockStepRegion:
+    """One run of a region on all ranks.
+
+    Attributes:
+        graph: the region, the same for all ranks.
+        values: for each rank, a bound tensor for each placeholder, or what of a call fills it.
+    """
+
+    graph: Graph
+    values: Sequence[Sequence[torch.Tensor | CallSource]]
 
 
 class LockStepProgram:
@@ -26,15 +40,20 @@ class LockStepProgram:
 
     Args:
         deployment: the model's state, hosting every rank.
-        graph: the graph, the same for all ranks.
-        bound: each rank's values.
+        with_lora, base_only: the two graphs of a forward, as for `Program`.
         token_index: the argument whose first two dims are [batch, seq].
     """
 
-    def __init__(self, deployment: Deployment, graph: Graph, bound: Sequence[BoundGraph], token_index: int) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        with_lora: Sequence[LockStepRegion],
+        base_only: Sequence[LockStepRegion],
+        token_index: int,
+    ) -> None:
         self._deployment = deployment
-        self._graph = graph
-        self._bound = bound
+        self._with_lora = with_lora
+        self._base_only = base_only
         self._token_index = token_index
 
     def __call__(self, *args: Any) -> Any:
@@ -44,20 +63,36 @@ class LockStepProgram:
             AgreementError: ranks reach different collectives, or end with different results.
         """
         batch, seq = args[self._token_index].shape[:2]
-        self._deployment.select(batch, seq)
-        arguments = [_rank_arguments(args, bound, rank) for rank, bound in enumerate(self._bound)]
+        regions = self._with_lora if self._deployment.select(batch, seq) else self._base_only
+        flows = [Flow(_rank_arguments(args, regions, rank)) for rank in range(len(self._deployment.ranks))]
+        results: list[Any] = []
         with torch.no_grad():
-            results = run_ranks(self._graph, arguments)
-        for rank, (result, values) in enumerate(zip(results[1:], arguments[1:], strict=True), start=1):
+            for region in regions:
+                if results:
+                    for flow, result in zip(flows, results, strict=True):
+                        flow.take(result)
+                arguments = [flow.arguments(own) for flow, own in zip(flows, region.values, strict=True)]
+                results = run_ranks(region.graph, arguments)
+        for rank, (result, flow) in enumerate(zip(results[1:], flows[1:], strict=True), start=1):
             _require_same(results[0], result, f"results of rank {rank}")
-            self._require_same_inputs(arguments[0], values, rank)
+            _require_same_inputs(regions, flows[0].args, flow.args, rank)
         return results[0]
 
-    def _require_same_inputs(self, first: Sequence[Any], other: Sequence[Any], rank: int) -> None:
-        """Inputs that a graph writes (lengths of a cache) must end equal on all ranks."""
-        for source, a, b in zip(self._bound[0].values, first, other, strict=True):
-            if isinstance(source, InputSource) and not source.rank_local and isinstance(a, torch.Tensor):
-                _require_same([a], [b], f"input {source.index} of rank {rank}")
+
+def _require_same_inputs(
+    regions: Sequence[LockStepRegion], first: Sequence[Any], other: Sequence[Any], rank: int
+) -> None:
+    """Inputs that a graph writes (lengths of a cache) must end equal on all ranks."""
+    for source in _inputs(regions):
+        value = first[source.index]
+        if not source.rank_local and isinstance(value, torch.Tensor):
+            _require_same([value], [other[source.index]], f"input {source.index} of rank {rank}")
+
+
+def _inputs(regions: Sequence[LockStepRegion]) -> Sequence[InputSource]:
+    """The arguments that the regions read, each once."""
+    values = (value for region in regions for value in region.values[0])
+    return list(dict.fromkeys(value for value in values if isinstance(value, InputSource)))
 
 
 def run_ranks(graph: Graph, arguments: Sequence[Sequence[Any]]) -> list[Any]:
@@ -69,17 +104,20 @@ def run_ranks(graph: Graph, arguments: Sequence[Sequence[Any]]) -> list[Any]:
     return _run_together([_steps(graph, own) for own in arguments])
 
 
-def _rank_arguments(args: Sequence[Any], bound: BoundGraph, rank: int) -> list[Any]:
+def _rank_arguments(args: Sequence[Any], regions: Sequence[LockStepRegion], rank: int) -> list[Any]:
     """Rank 0 gets the caller's tensors; others their own caches, and copies of what all ranks share."""
     own = list(args)
-    for value in bound.values:
-        if isinstance(value, InputSource):
-            argument = args[value.index]
-            if value.rank_local:
-                own[value.index] = hosted(argument)[rank]
-            elif rank and isinstance(argument, torch.Tensor):
-                own[value.index] = argument.clone()
-    return bound.arguments(own)
+    for region in regions:
+        for value in region.values[0]:
+            if isinstance(value, CacheSource):
+                own[value.index] = hosted(args[value.index])[rank]
+    for source in _inputs(regions):
+        argument = args[source.index]
+        if source.rank_local:
+            own[source.index] = hosted(argument)[rank]
+        elif rank and isinstance(argument, torch.Tensor):
+            own[source.index] = argument.clone()
+    return own
 
 
 def _steps(graph: Graph, arguments: Sequence[Any]) -> Generator[_Step, torch.Tensor, Any]:

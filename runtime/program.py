@@ -1,7 +1,7 @@
-"""What the backend returns to Dynamo: a compiled graph with this rank's values bound to its placeholders."""
+"""What the backend returns to Dynamo: compiled regions with this rank's values bound to their placeholders."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,42 +10,87 @@ from bdlora_compile.errors import PassError
 from bdlora_compile.ir import (
     BankSource,
     CacheSource,
+    CarriedSource,
     InputSource,
     MergedSource,
     RankIndices,
-    Record,
+    SharedSource,
     Source,
     WeightSource,
 )
-from bdlora_compile.placement import Mesh, Shard, shard_slice
+from bdlora_compile.placement import Placement, Shard, shard_slice
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.deployment import Deployment, RankState
 
 Callee = Callable[..., Any]
-CallSource = InputSource | CacheSource
-"""What a call brings: an argument, or a layer of the cache that an argument holds."""
+CallSource = InputSource | CacheSource | CarriedSource | SharedSource
+"""What a call brings: an argument, a layer of the cache that an argument holds, or a value of an earlier region."""
 
 
 @dataclass(frozen=True, slots=True)
-class BoundGraph:
-    """One rank's graph: constants bound, arguments of the call filled in.
+class BoundRegion:
+    """One run of a region on one rank.
 
     Attributes:
-        run: the graph as a function of all its placeholders.
+        run: the region as a function of all its placeholders.
         values: a bound tensor for each placeholder, or what of a call fills it.
     """
 
     run: Callee
     values: Sequence[torch.Tensor | CallSource]
 
-    def arguments(self, args: Sequence[Any]) -> list[Any]:
-        """Values of all placeholders for a call with ``args``."""
-        caches = {index: cache_views(args[index]) for index in self.cache_indices}
-        return [_fill(value, args, caches) for value in self.values]
 
-    @property
-    def cache_indices(self) -> set[int]:
-        """The arguments that are caches."""
-        return {value.index for value in self.values if isinstance(value, CacheSource)}
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """The two graphs of one forward on one rank, each a sequence of regions.
+
+    Attributes:
+        with_lora: for batches in which some row has an adapter.
+        base_only: for the others; the same one where the model has no LoRA site.
+    """
+
+    with_lora: Sequence[BoundRegion]
+    base_only: Sequence[BoundRegion]
+
+
+@dataclass(slots=True)
+class Flow:
+    """The values of one call on one rank, as they go through the regions.
+
+    Attributes:
+        args: arguments of the call.
+        carried: what the last region handed on.
+        shared: what the first region computed for all others.
+    """
+
+    args: Sequence[Any]
+    carried: Any = None
+    shared: Sequence[Any] = ()
+    _caches: dict[int, Sequence[torch.Tensor]] = field(default_factory=dict)
+
+    def arguments(self, values: Sequence[torch.Tensor | CallSource]) -> list[Any]:
+        """Values of all placeholders of a region."""
+        return [self._fill(value) for value in values]
+
+    def take(self, results: Sequence[Any]) -> None:
+        """Take what a region hands on: (carried, *shared) from the first, (carried,) from the others."""
+        self.carried, *shared = results
+        self.shared = shared or self.shared
+
+    def _fill(self, value: torch.Tensor | CallSource) -> Any:
+        match value:
+            case torch.Tensor():
+                return value
+            case CarriedSource():
+                return self.carried
+            case SharedSource(index):
+                return self.shared[index]
+            case InputSource(index):
+                return self.args[index]
+            case CacheSource(index, layer, part):
+                if index not in self._caches:
+                    self._caches[index] = cache_views(self.args[index])
+                return self._caches[index][2 * layer + part]
 
 
 class Program:
@@ -53,20 +98,24 @@ class Program:
 
     Args:
         deployment: the model's state.
-        bound: this rank's graph.
+        variants: this rank's graphs.
         token_index: the argument whose first two dims are [batch, seq].
     """
 
-    def __init__(self, deployment: Deployment, bound: BoundGraph, token_index: int) -> None:
+    def __init__(self, deployment: Deployment, variants: Variants, token_index: int) -> None:
         self._deployment = deployment
-        self._bound = bound
+        self._variants = variants
         self._token_index = token_index
 
     def __call__(self, *args: Any) -> Any:
         """Choose the adapters of the batch, then run."""
         batch, seq = args[self._token_index].shape[:2]
-        self._deployment.select(batch, seq)
-        return self._bound.run(*self._bound.arguments(args))
+        has_adapters = self._deployment.select(batch, seq)
+        *regions, last = self._variants.with_lora if has_adapters else self._variants.base_only
+        flow = Flow(args)
+        for region in regions:
+            flow.take(region.run(*flow.arguments(region.values)))
+        return last.run(*flow.arguments(last.values))
 
 
 def cache_views(store: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -74,39 +123,27 @@ def cache_views(store: torch.Tensor) -> Sequence[torch.Tensor]:
     return store.flatten(0, 1).unbind()
 
 
-def _fill(value: torch.Tensor | CallSource, args: Sequence[Any], caches: Mapping[int, Sequence[torch.Tensor]]) -> Any:
-    match value:
-        case InputSource(index):
-            return args[index]
-        case CacheSource(index, layer, part):
-            return caches[index][2 * layer + part]
-        case _:
-            return value
-
-
 def bind(
-    records: Sequence[Record], state: RankState, mesh: Mesh, device: torch.device
+    sources: Sequence[Source | None], placements: Sequence[Placement], state: RankState, plan: ModelPlan
 ) -> list[torch.Tensor | CallSource]:
-    """What fills each placeholder on one rank: a slice of a weight, a tensor of the bank, or an argument."""
-    return [_value(info.source, info, state, mesh, device) for info in records]
+    """What fills each placeholder on one rank: a slice of a weight, a tensor of the bank, or a part of the call."""
+    return [_value(source, placement, state, plan) for source, placement in zip(sources, placements, strict=True)]
 
 
-def _value(
-    source: Source | None, info: Record, state: RankState, mesh: Mesh, device: torch.device
-) -> torch.Tensor | CallSource:
+def _value(source: Source | None, placement: Placement, state: RankState, plan: ModelPlan) -> torch.Tensor | CallSource:
     match source:
-        case InputSource() | CacheSource():
+        case InputSource() | CacheSource() | CarriedSource() | SharedSource():
             return source
         case WeightSource(parameter, _):
-            return state.store.get(parameter, info.placement)
+            return state.store.get(parameter, placement)
         case MergedSource(parts):
             return state.store.get_merged(parts)
-        case BankSource(field):
-            tensor: torch.Tensor = getattr(state.bank, field.value)
-            return tensor
+        case BankSource(field, layer):
+            table: torch.Tensor = getattr(state.bank, field.value)
+            return table if layer is None else table[plan.rows(layer)]
         case RankIndices(length, pieces):
-            part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, mesh)
-            return torch.arange(part.start, part.stop, device=device)
+            part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
+            return torch.arange(part.start, part.stop, device=plan.device)
         case None:
             raise PassError(
                 "placeholder",

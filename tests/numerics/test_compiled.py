@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx import Graph
 
 import bdlora_compile as bd
-from bdlora_compile.ir import Origin
+from bdlora_compile.ir import Origin, operator_name
 from bdlora_compile.model import Strategy
 from bdlora_compile.runtime import lockstep
 from tests.models import ATTENTION, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
@@ -116,6 +117,36 @@ def test_three_blocks_on_two_ranks(files: Any) -> None:
         found = loaded(ids).logits
     expected = Reference(model, paths, torch.float64).logits(ids, ["odd"])
     assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", ["local", "slora"])
+def test_a_batch_without_adapters_runs_the_base_graph(
+    files: Any, monkeypatch: pytest.MonkeyPatch, strategy: Strategy
+) -> None:
+    """No LoRA operator runs, nor a LoRA collective; a row with an adapter brings both back."""
+    model, paths = files(ModelSpec(layers=3), {"plain": AdapterSpec(rank=4)})
+    loaded, adapters = compiled(model, paths, 2, strategy)
+    seen: list[str] = []
+    run_ranks = lockstep.run_ranks
+
+    def spy(graph: Graph, arguments: Any) -> Any:
+        seen.extend(operator_name(node) for node in graph.nodes)
+        return run_ranks(graph, arguments)
+
+    monkeypatch.setattr(lockstep, "run_ranks", spy)
+    ids = torch.randint(3, 120, (2, 5))
+    reference = Reference(model, paths, torch.float64)
+    for rows, has_lora in (([None, None], False), (["plain", None], True), ([None, None], False)):
+        seen.clear()
+        with adapters.use(rows), torch.no_grad():
+            found = loaded(ids).logits
+        assert relative_error(found, reference.logits(ids, rows)) < TOLERANCE
+        assert any("bdlora::lora" in name for name in seen) == has_lora
+        # One gather of logits; with S-LoRA's placement two more in each of the three layers.
+        assert sum("all_gather" in name for name in seen) == (7 if has_lora and strategy == "slora" else 1)
+    (report,) = bd.reports(loaded)
+    assert report.base_only[-1].census.total(Origin.LORA) == 0
+    assert report.base_only[-1].census.total(Origin.BASE) == report.stages[-1].census.total(Origin.BASE)
 
 
 def test_a_rank_holds_its_share_of_the_blocks(files: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Captured, Fact, InputSource, WeightSource, fake_value, set_record
@@ -59,6 +59,8 @@ class GraphBuilder:
 
     def __init__(self) -> None:
         self.graph = Graph()
+        self.layer = ""
+        """Module path of the layer that calls made next belong to."""
         self._mode = FakeTensorMode()
         self._count = 0
 
@@ -82,6 +84,8 @@ class GraphBuilder:
         """A call of a function, or of a method where ``target`` is a name."""
         make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node: Node = make(target, args)
+        if self.layer:
+            node.meta["nn_module_stack"] = {"layer": (self.layer, nn.Module)}
         if site:
             set_record(node, site=site)
         if placement is not None:
@@ -96,7 +100,7 @@ class GraphBuilder:
         """The graph with its values propagated."""
         self.graph.output(outputs)
         propagate(self.graph, "hand")
-        return Captured(GraphModule(nn.Module(), self.graph), facts)
+        return Captured(nn.Module(), self.graph, facts)
 
     def _placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Node:
         node = self.graph.placeholder(name)

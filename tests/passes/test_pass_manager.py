@@ -42,12 +42,12 @@ def small() -> Captured:
 def test_a_missing_requirement_names_the_pass_and_the_fact() -> None:
     report = Report("Hand", 1, [])
     with pytest.raises(PassError, match="pass localize: found a graph without partitioned, tagged"):
-        run_passes([LocalizeLora()], small(), CONTEXT, report)
+        run_passes([LocalizeLora()], small(), CONTEXT, report.stages)
     assert report.stages == []
 
 
 def test_shapes_that_do_not_fit_name_the_node_and_the_pass() -> None:
     captured = small()
     with pytest.raises(PassError, match=r"node view \(view\) after pass breaks"):
-        run_passes([Breaks()], captured, CONTEXT, Report("Hand", 1, []))
+        run_passes([Breaks()], captured, CONTEXT, [])
     assert Fact.MERGED not in captured.facts
