@@ -1,6 +1,7 @@
 """The backend that ``torch.compile(model, backend="bdlora")`` finds through its entry point."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -94,7 +95,10 @@ def bdlora(
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
     require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
-    return _emit(captured, base_only, example_inputs, deployment, chosen)
+    start = time.perf_counter()
+    program = _emit(captured, base_only, example_inputs, deployment, chosen)
+    report.emit_seconds = time.perf_counter() - start
+    return program
 
 
 def _copy(module: GraphModule) -> Captured:

@@ -13,12 +13,13 @@ from torch._C._distributed_c10d import PrefixStore
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from bdlora_compile import attention
-from bdlora_compile.errors import ConfigError
+from bdlora_compile.errors import ConfigError, PlacementError
 from bdlora_compile.factors import Layout, LocalShape, local_shape
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.report import Report
+from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_file import Adapter, FactorKind, LoraFactors, adapter_from_tensors, read_adapter
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.runtime.adapters import AdapterSet
@@ -28,7 +29,7 @@ from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
-from bdlora_compile.sites import find_sites
+from bdlora_compile.sites import Site, unsplit_layers
 
 Strategy = Literal["local", "slora"]
 
@@ -121,12 +122,13 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     source = SafetensorsSource(folder)
     _check_weights(model, source, str(folder))
-    sites = find_sites(model)
+    ranks = ranks or Ranks.of_process_group()
+    sites = _find_sites(model, ranks, strict)
     base_model = config.name_or_path or str(path_or_id)
     found = {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
-    setup = _Setup(ranks or Ranks.of_process_group(), _layout(strategy), dtype, target, strict, capacity, base_model)
-    return model, _attach(model, source, found, setup)
+    setup = _Setup(ranks, _layout(strategy), dtype, target, strict, capacity, base_model)
+    return model, _attach(model, sites, source, found, setup)
 
 
 def attach(
@@ -155,7 +157,8 @@ def attach(
     base.eval()
     parameter = next(base.parameters())
     source = MemorySource(dict(base.named_parameters()))
-    sites = find_sites(base)
+    ranks = ranks or Ranks.of_process_group()
+    sites = _find_sites(base, ranks, strict)
     base_model = base.config.name_or_path or None
     found = {
         name: adapter_from_tensors(config, tensors, sites, source=f"adapter {name!r}", base_model=base_model)
@@ -163,9 +166,8 @@ def attach(
     }
     found |= {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
-    ranks = ranks or Ranks.of_process_group()
     setup = _Setup(ranks, _layout(strategy), parameter.dtype, parameter.device, strict, capacity, base_model)
-    return base, _attach(base, source, found, setup)
+    return base, _attach(base, sites, source, found, setup)
 
 
 def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
@@ -209,9 +211,15 @@ class _Setup:
     base_model: str | None
 
 
-def _attach(model: PreTrainedModel, source: WeightSource, found: Mapping[str, Adapter], setup: _Setup) -> AdapterSet:
+def _attach(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    source: WeightSource,
+    found: Mapping[str, Adapter],
+    setup: _Setup,
+) -> AdapterSet:
     ranks, capacity = setup.ranks, setup.capacity
-    plan = plan_model(model, ranks.mesh, setup.layout, capacity.max_rank, setup.dtype, setup.device)
+    plan = plan_model(model, sites, ranks.mesh, setup.layout, capacity.max_rank, setup.dtype, setup.device)
     pool = max(_pool_elements(plan, rank, capacity) for rank in range(ranks.mesh.size))
     states = [_rank_state(plan, source, rank, pool, capacity) for rank in ranks.hosted]
     deployment = Deployment(plan, states, ranks.agreement, setup.strict)
@@ -223,6 +231,20 @@ def _attach(model: PreTrainedModel, source: WeightSource, found: Mapping[str, Ad
     for name, adapter in found.items():
         adapters.add(name, adapter)
     return adapters
+
+
+def _find_sites(model: PreTrainedModel, ranks: Ranks, strict: bool) -> dict[str, Site]:
+    """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
+    sites = sites_of(model)
+    whole = unsplit_layers(model, sites)
+    if not whole or ranks.mesh.size == 1 or not strict:
+        return sites
+    raise PlacementError(
+        whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),
+        found="a linear layer that the model's tensor-parallel plan does not split by columns or rows",
+        expected="a plan for every linear layer of the decoder (strict mode)",
+        remedy="load with strict=False, and every rank holds these layers whole; they take no adapters",
+    )
 
 
 def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, pool: int, capacity: _Capacity) -> RankState:

@@ -2,6 +2,7 @@
 
 from bdlora_compile.pass_manager import GraphPass
 from bdlora_compile.passes.canonicalize import Canonicalize
+from bdlora_compile.passes.check_roles import CheckRoles
 from bdlora_compile.passes.deduplicate import Deduplicate
 from bdlora_compile.passes.drop_lora import DropLora
 from bdlora_compile.passes.fold import Fold
@@ -15,6 +16,7 @@ PIPELINE: tuple[GraphPass, ...] = (
     Canonicalize(),
     Tag(),
     Deduplicate(),
+    CheckRoles(),
     Partition(),
     LocalizeLora(),
     Fold(),

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from bdlora_compile.factors import Layout
 from bdlora_compile.placement import Mesh, Placement, Replicate, Shard, site_pieces
-from bdlora_compile.sites import Role, Site, find_sites
+from bdlora_compile.sites import Role, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,19 @@ class ModelPlan:
 
 
 def plan_model(
-    model: PreTrainedModel, mesh: Mesh, layout: Layout, max_rank: int, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    mesh: Mesh,
+    layout: Layout,
+    max_rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> ModelPlan:
     """Decide where every parameter of ``model`` lies.
 
     Raises:
         PlacementError: the mesh does not divide a layer.
     """
-    sites = find_sites(model)
     weights: dict[str, Placement] = {}
     for site in sites.values():
         module = model.get_submodule(site.name)

@@ -4,7 +4,7 @@ A decoder has many layers that are alike, so the same operator meets operands of
 Each distinct call is computed once and its result shared: the cost grows with the distinct calls, not the layers.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -70,11 +70,14 @@ def _call_key(node: Node) -> Hashable | None:
 
 
 def _shaping_arguments(node: Node) -> list[object]:
-    """The arguments without the rows of the slot table: these say which factors are read, and differ in every layer."""
+    """The arguments, with the number of sites for the sites: which factors are read differs in every layer."""
     names = (
         [argument.name for argument in schema.arguments] if (schema := getattr(node.target, "_schema", None)) else []
     )
-    return [value for value, name in zip_longest(node.args, names) if name != "sites"]
+    return [
+        len(value) if name == "sites" and isinstance(value, Sequence) else value
+        for value, name in zip_longest(node.args, names)
+    ]
 
 
 def value_key(value: object) -> Hashable | None:

@@ -103,6 +103,7 @@ def split(captured: Captured) -> Regions:
             parts[-1].append(node)
     if captured.layers is None or not boundaries:
         return Regions([_region(captured, parts[0], {}, None)], [Step(0)])
+    parts = _with_own_values(parts, captured.layers)
     shared = _shared_values(parts)
     crossing = {node: SharedSource(index) for index, node in enumerate(shared)}
     carried = [_operand(boundary) for boundary in boundaries]
@@ -119,6 +120,37 @@ def _operand(boundary: Node) -> Node:
     operand = boundary.args[0]
     assert isinstance(operand, Node), f"{boundary.name}: a boundary carries a value of the graph"
     return operand
+
+
+def _with_own_values(parts: Sequence[Sequence[Node]], layers: Layers) -> list[list[Node]]:
+    """The parts, with what is computed before the layers from values of one layer moved to where it is read.
+
+    A pass puts what it makes of a placeholder (a slice of a norm's weight) right after the placeholders.
+    """
+    own: set[Node] = set()
+    for node in parts[0]:
+        if any(operand in own or _is_of_layer(operand, layers) for operand in node.all_input_nodes):
+            own.add(node)
+    first = [node for node in parts[0] if node not in own]
+    return [first, *([*_needed(part, own, parts[0]), *part] for part in parts[1:])]
+
+
+def _is_of_layer(node: Node, layers: Layers) -> bool:
+    """Whether the node is a placeholder whose value is another one in each layer."""
+    source = record(node).source if node.op == "placeholder" else None
+    return any(_for_layer(source, layers, kept, -1) != source for kept in layers.kept)
+
+
+def _needed(part: Sequence[Node], own: set[Node], order: Sequence[Node]) -> list[Node]:
+    """Those of ``own`` that a part reads, or that these read."""
+    found: set[Node] = set()
+    pending = [operand for node in part for operand in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node in own and node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return [node for node in order if node in found]
 
 
 def _shared_values(parts: Sequence[Sequence[Node]]) -> list[Node]:

@@ -104,6 +104,7 @@ class Report:
         inputs: types of the forward's own inputs.
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
+        emit_seconds: time to read and bind this rank's values and to compile the regions.
     """
 
     model: str
@@ -111,6 +112,12 @@ class Report:
     inputs: Sequence[str]
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
+    emit_seconds: float = 0.0
+
+    @property
+    def pass_seconds(self) -> float:
+        """Time of all passes, verification included."""
+        return sum(stage.seconds for stage in (*self.stages, *self.base_only))
 
     def stage(self, name: str) -> StageReport:
         """The report of one pass."""
@@ -128,6 +135,7 @@ class Report:
                 f"{stage.stats.matches:>5} matches  {stage.seconds:6.2f} s  {counts}"
             )
             lines += _refusal_lines(stage.stats.refusals)
+        lines.append(f"  emit {self.emit_seconds:.2f} s")
         return "\n".join(lines)
 
 

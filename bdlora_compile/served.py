@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from bdlora_compile.errors import BdloraError, ConfigError, HollowError
@@ -29,7 +30,8 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         if torch.compiler.is_compiling():
             # Another compiler traces this call; inputs can be marked from outside a graph only.
             return super().__call__(*args, **kwargs)
-        for value in (*args, *kwargs.values()):
+        # Models with several kinds of layers take their masks in a dictionary.
+        for value in tree_leaves((args, kwargs)):
             if isinstance(value, Tensor) and value.ndim > 1:
                 # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                 last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim

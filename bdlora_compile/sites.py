@@ -1,14 +1,12 @@
 """The linear layers of a model that a LoRA adapter can change, and the role each plays in tensor parallelism."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
-
-from bdlora_compile.errors import PlacementError
 
 
 class Role(Enum):
@@ -48,37 +46,34 @@ class Site:
 _PLAN_ROLES = {"colwise": Role.COLUMN, "rowwise": Role.ROW}
 
 
-def find_sites(model: PreTrainedModel) -> dict[str, Site]:
-    """List the linear layers that the model's own tensor-parallel plan splits, in module order.
-
-    Raises:
-        PlacementError: the model has no plan.
-    """
-    plan = _tp_plan(model)
-    roles = ((name, module, _role_of(name, plan)) for name, module in _linears(model))
-    return {name: _site(name, module, role, model) for name, module, role in roles if role is not None}
-
-
-def _tp_plan(model: PreTrainedModel) -> dict[str, str]:
-    base_plan = getattr(model.config, "base_model_tp_plan", None)
-    if not base_plan:
-        raise PlacementError(
-            f"tensor-parallel plan of {type(model).__name__}",
-            found="none",
-            expected="`config.base_model_tp_plan`, which names the role of each linear layer",
-            remedy="use a model with a plan, such as Llama",
-        )
+def declared_roles(model: PreTrainedModel) -> dict[str, Role] | None:
+    """Roles of linear layers by pattern, as the model's own tensor-parallel plan has them; None without a plan."""
+    plan = getattr(model.config, "base_model_tp_plan", None)
+    if not plan:
+        return None
     prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    return {prefix + pattern: style for pattern, style in base_plan.items()}
+    return {prefix + pattern: _PLAN_ROLES[style] for pattern, style in plan.items() if style in _PLAN_ROLES}
+
+
+def find_sites(model: PreTrainedModel, roles: Mapping[str, Role]) -> dict[str, Site]:
+    """The linear layers that ``roles`` names by pattern, in module order."""
+    found = ((name, module, _role_of(name, roles)) for name, module in _linears(model))
+    return {name: _site(name, module, role, model) for name, module, role in found if role is not None}
+
+
+def unsplit_layers(model: PreTrainedModel, sites: Mapping[str, Site]) -> list[str]:
+    """Linear layers of the decoder that no role splits: every rank holds them whole."""
+    return [
+        name for name, _ in _linears(model) if any(part.isdecimal() for part in name.split(".")) and name not in sites
+    ]
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def _role_of(name: str, plan: dict[str, str]) -> Role | None:
-    styles = (style for pattern, style in plan.items() if fnmatchcase(name, pattern))
-    return next((_PLAN_ROLES[style] for style in styles if style in _PLAN_ROLES), None)
+def _role_of(name: str, roles: Mapping[str, Role]) -> Role | None:
+    return next((role for pattern, role in roles.items() if fnmatchcase(name, pattern)), None)
 
 
 def _site(name: str, module: nn.Linear, role: Role, model: nn.Module) -> Site:

@@ -101,7 +101,7 @@ def _before_layers(graph: Graph, x: Node) -> Node | None:
 def _insert_work(graph: Graph, first: ShrinkArguments, before: Node) -> tuple[Node, Node]:
     x = before.args[0] if is_boundary(before) else first.x
     with graph.inserting_before(before):
-        pair = graph.call_function(torch.ops.bdlora.lora_work.default, (x, first.token_slot, first.slots))
+        pair = graph.call_function(torch.ops.bdlora.lora_work.default, (x, first.token_slot))
         order, segments = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
     for node in (pair, order, segments):
         node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")

@@ -134,7 +134,8 @@ class _Partitioning:
         reason = f"there is no placement rule for {operator_name(node)}"
         if ruling is None and rule is not None:
             answer = rule(node, placements)
-            ruling, reason = (answer, "") if isinstance(answer, Ruling) else (None, answer)
+            needs = f"{operator_name(node)} needs another placement of it"
+            ruling, reason = (answer, needs) if isinstance(answer, Ruling) else (None, answer)
         self._apply(node, ruling or replicated(node, placements), reason)
 
     def _apply(self, node: Node, ruling: Ruling, reason: str) -> None:

@@ -17,6 +17,7 @@ from bdlora_compile.ir import (
     WeightSource,
     fake_tensor,
     is_tensor,
+    layer_of,
     operator_name,
     placeholders,
     record,
@@ -47,7 +48,8 @@ class Tag:
             for name in context.plan.sites
             if name not in found
         ]
-        return PassStats(matches=len(found), refusals=absent)
+        whole = [] if context.plan.mesh.size == 1 else _unsplit(graph, context)
+        return PassStats(matches=len(found), refusals=[*absent, *whole])
 
     def verify(self, captured: Captured, context: PassContext) -> None:
         """Nothing beyond shapes: the pass writes records only."""
@@ -73,6 +75,13 @@ def _tag_sites(graph: Graph, context: PassContext) -> set[str]:
             set_record(node, site=site)
             found.add(site)
     return found
+
+
+def _unsplit(graph: Graph, context: PassContext) -> list[Refusal]:
+    """Linear layers of the decoder that the plan leaves whole."""
+    names = [name for node in stage_nodes(graph, "linear") if (name := weight_name(node)) and layer_of(name)]
+    reason = "every rank holds it whole: the model's plan does not split it"
+    return [Refusal(name, reason) for name in names if name not in context.plan.weights]
 
 
 def weight_name(node: Node) -> str | None:

@@ -151,7 +151,7 @@ def lora_apply(
 ) -> Tensor:
     """y' = y + scale * B (A x): `lora_shrink` and `lora_expand` with nothing between them. Arguments as there."""
     out = y.clone(memory_format=torch.contiguous_format)
-    order, segments = lora_work(x, token_slot, slots)
+    order, segments = lora_work(x, token_slot)
     lora_apply_(x, out, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
     return out
 
@@ -208,7 +208,7 @@ def _(
 
 
 @torch.library.custom_op("bdlora::lora_work", mutates_args=())
-def lora_work(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def lora_work(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     """How a forward's tokens are grouped by slot; made once and read by every `lora_apply_` of the forward.
 
     Returns:
@@ -221,7 +221,7 @@ def lora_work(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Ten
 
 
 @lora_work.register_fake
-def _(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
     return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
 
@@ -230,7 +230,7 @@ def _(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lora_work.register_kernel("cuda")
-def _(x: Tensor, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     tokens = math.prod(x.shape[:-1])
@@ -269,7 +269,7 @@ def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequenc
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows = x.reshape(-1, x.shape[-1])
-    work = _own_work(rows.shape[0], token_slot, slots)
+    work = _own_work(rows.shape[0], token_slot)
     # A collective follows: what no slot writes must be zero.
     planes = launch.shrink(rows, pool, slots, token_slot, work, sites, width, zeroed=True)
     return planes.sum(0).flatten(1)
@@ -293,7 +293,7 @@ def _(
 
     out = y.clone(memory_format=torch.contiguous_format)
     rows = out.view(-1, out.shape[-1])
-    work = _own_work(rows.shape[0], token_slot, slots)
+    work = _own_work(rows.shape[0], token_slot)
     planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
     launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
     return out
@@ -303,7 +303,7 @@ def _has_kernels(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _own_work(tokens: int, token_slot: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+def _own_work(tokens: int, token_slot: Tensor) -> tuple[Tensor, Tensor] | None:
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     return launch.segment_work(token_slot[:tokens]) if launch.works_by_segment(tokens) else None

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import BdLoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_SITES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -74,10 +74,10 @@ class AdapterSpec:
         return LoraConfig(**settings, **self.options)
 
 
-def save_model(spec: ModelSpec, folder: Path, seed: int = 0) -> Path:
+def save_model(spec: ModelSpec | PretrainedConfig, folder: Path, seed: int = 0) -> Path:
     """Write a random model; weights are large enough that every part matters to the logits."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(spec.config())
+    model = AutoModelForCausalLM.from_config(spec.config() if isinstance(spec, ModelSpec) else spec)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
     model.save_pretrained(folder)
