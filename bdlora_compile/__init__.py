@@ -6,6 +6,7 @@ with adapters.use(["math", None]):
     model.generate(**batch)
 """
 
+from bdlora_compile.declared import declare_block_diagonal, declare_replicated
 from bdlora_compile.errors import (
     AdapterError,
     AgreementError,
@@ -35,6 +36,8 @@ __all__ = [
     "Report",
     "__version__",
     "attach",
+    "declare_block_diagonal",
+    "declare_replicated",
     "load",
     "make_cache",
     "reports",

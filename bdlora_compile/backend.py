@@ -11,6 +11,8 @@ from torch.fx import GraphModule
 
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.foreign.capture import example_of, is_foreign
+from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
@@ -35,9 +37,11 @@ class CompileOptions:
 
     Attributes:
         inner: what runs one rank's graph: "inductor" (the default on CUDA) or "eager" (the default elsewhere).
+        on_report: called with the report of each graph once the passes have run.
     """
 
     inner: Inner | None = None
+    on_report: Callable[[Report], None] | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None) -> "CompileOptions":
@@ -55,14 +59,21 @@ class CompileOptions:
                     expected=f"one of {', '.join(known)}",
                     remedy="leave it out",
                 )
-            if value not in (None, "eager", "inductor"):
+            expected = _unlike(name, value)
+            if expected:
                 raise ConfigError(
-                    f"options[{name!r}]",
-                    found=repr(value),
-                    expected="'eager' or 'inductor'",
-                    remedy="choose one of them",
+                    f"options[{name!r}]", found=repr(value), expected=expected, remedy="choose one of them"
                 )
         return cls(**(options or {}))  # type: ignore[arg-type]  # checked above
+
+
+def _unlike(name: str, value: object) -> str:
+    """What an option should have been; empty if it is that."""
+    if value is None:
+        return ""
+    if name == "on_report":
+        return "" if callable(value) else "a function of a report"
+    return "" if value in ("eager", "inductor") else "'eager' or 'inductor'"
 
 
 def bdlora(
@@ -71,8 +82,11 @@ def bdlora(
     *,
     options: Mapping[str, object] | None = None,
     mode: str | None = None,
-) -> Program | LockStepProgram:
+) -> Callable[..., Any]:
     """Compile a graph that Dynamo captured into this rank's part of it.
+
+    A graph of a model that its owner has sharded already (collectives, DTensors or declared factors in it) is this
+    rank's part as it is: its LoRA collectives are removed where that is licensed (see `foreign/`).
 
     Raises:
         ConfigError: an option or ``mode`` cannot be honoured.
@@ -83,6 +97,8 @@ def bdlora(
     chosen = CompileOptions.parse(options)
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r}", found="a mode", expected="none", remedy="use options={'inner': ...}")
+    if is_foreign(module):
+        return compile_foreign(module, example_inputs, chosen.inner, chosen.on_report)
     deployment = _deployment_of(module)
     captured = _copy(module)
     report = _new_report(captured, deployment)
@@ -91,6 +107,8 @@ def bdlora(
     base_only = captured.copy()
     run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)
+    if chosen.on_report is not None:
+        chosen.on_report(report)
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
@@ -161,14 +179,14 @@ def _token_index(captured: Captured) -> int:
 
 def _new_report(captured: Captured, deployment: Deployment) -> Report:
     nodes = placeholders(captured.graph)
-    own = [node for node in nodes if tag_of(_example(node)) is None and isinstance(fake_value(node), torch.Tensor)]
+    own = [node for node in nodes if tag_of(example_of(node)) is None and isinstance(fake_value(node), torch.Tensor)]
     return Report(deployment.plan.model, deployment.plan.mesh.size, [type_text(fake_value(node)) for node in own])
 
 
 def _deployment_of(module: GraphModule) -> Deployment:
     """The deployment that the graph's hollow parameters belong to."""
     for node in placeholders(module.graph):
-        tag = tag_of(_example(node))
+        tag = tag_of(example_of(node))
         if tag is not None:
             return tag.deployment
     raise HollowError(
@@ -177,7 +195,3 @@ def _deployment_of(module: GraphModule) -> Deployment:
         expected="a model from `bdlora_compile.load(...)` or `bdlora_compile.attach(model)`",
         remedy="call `model, adapters = bdlora_compile.attach(model)` before compiling",
     )
-
-
-def _example(node: Any) -> object:
-    return node.meta["grapharg"].example if "grapharg" in node.meta else None

@@ -2,8 +2,11 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import Captured, operator_name
@@ -21,6 +24,13 @@ WAIT = "_c10d_functional::wait_tensor"
 def is_collective(node: Node) -> bool:
     """Whether the node starts a collective (waiting for one is not one)."""
     return node.op == "call_function" and operator_name(node) in _NAMES
+
+
+def group_named(name: str) -> ProcessGroup:
+    """The process group of a collective's last argument."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]  # not exported
+    group: ProcessGroup = resolve(name)
+    return group
 
 
 def all_reduce(graph: Graph, value: Node, mesh: Mesh) -> Sequence[Node]:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from bdlora_compile.ir import InputSource, fake_value, is_symbol, placeholders
@@ -34,6 +34,23 @@ def compile_region(
     # A context of its own: the compiler notes facts about one graph in it (strides of outputs, parameters).
     with tracing(TracingContext(mode)):
         compiled: Any = compile_fx(module, inputs)
+    return cast(Callable[..., Any], compiled)
+
+
+def compile_flat(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph in ATen operators; inputs are fakes, symbols and real tensors of fixed shape."""
+    from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
+
+    mode = TracingContext.get().fake_mode
+    assert mode is not None, "AOTAutograd traces under a fake mode"
+    fakes = [
+        mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        else value
+        for value in inputs
+    ]
+    with tracing(TracingContext(mode)):
+        compiled: Any = compile_fx(module, fakes)
     return cast(Callable[..., Any], compiled)
 
 

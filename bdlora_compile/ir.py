@@ -5,6 +5,7 @@ placeholders, and each placeholder's record says where its value comes from. So 
 in the same order by construction, and one pipeline run serves every rank.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,6 +15,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from bdlora_compile.declared import Declaration
 from bdlora_compile.errors import PassError
 from bdlora_compile.placement import Placement, Replicate
 
@@ -108,6 +110,37 @@ class RankIndices:
 
 
 @dataclass(frozen=True, slots=True)
+class ArgumentWeight:
+    """The value is argument ``index`` of the call: this rank's part of a parameter of a model that others sharded.
+
+    ``declared``: what its owner says of it (see `declared.py`).
+    """
+
+    index: int
+    parameter: str
+    declared: Declaration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltSource:
+    """The value is this rank's columns of a factor of which it holds rows, [r, O]; rebuilt once by an all-to-all.
+
+    Attributes:
+        parameter: the factor that the ranks hold rows of.
+        index: its argument's place.
+        rank_dim: the dim of the argument that is the adapter's rank.
+        columns: for each rank the places along that dim that it needs.
+        group: the process group.
+    """
+
+    parameter: str
+    index: int
+    rank_dim: int
+    columns: tuple[tuple[int, ...], ...]
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class CarriedSource:
     """The value is what the region before handed on (see `regions.py`)."""
 
@@ -120,7 +153,16 @@ class SharedSource:
 
 
 Source = (
-    InputSource | CacheSource | WeightSource | MergedSource | BankSource | RankIndices | CarriedSource | SharedSource
+    InputSource
+    | CacheSource
+    | WeightSource
+    | MergedSource
+    | BankSource
+    | RankIndices
+    | ArgumentWeight
+    | RebuiltSource
+    | CarriedSource
+    | SharedSource
 )
 
 
@@ -166,6 +208,11 @@ def record(node: Node) -> Record:
 def set_record(node: Node, **changes: object) -> None:
     """Change fields of the node's record."""
     node.meta[_RECORD] = replace(record(node), **changes)  # type: ignore[arg-type]  # checked by the dataclass
+
+
+def has_record(node: Node) -> bool:
+    """Whether a pass wrote a record on the node."""
+    return _RECORD in node.meta
 
 
 def fake_value(node: Node) -> object:
@@ -230,7 +277,7 @@ def module_path(node: Node) -> str:
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    return _plain_path(str(path))
+    return plain_path(str(path))
 
 
 def layer_of(path: str) -> str | None:
@@ -242,11 +289,13 @@ def layer_of(path: str) -> str | None:
     return None
 
 
-def _plain_path(source: str) -> str:
+_CONTAINERS = frozenset({"_modules", "_parameters", "_buffers", "__dict__"})
+
+
+def plain_path(source: str) -> str:
     """``L['self']._modules['model']._modules['layers']._modules['3']`` and ``L['self'].model.layers[3]`` alike."""
     inner = source.split("]", 1)[1] if source.startswith("L[") else source
-    cleaned = inner.replace("._modules['", ".").replace("']", "").replace("[", ".").replace("]", "").replace("'", "")
-    return cleaned.strip(".")
+    return ".".join(part for part in re.findall(r"\w+", inner) if part not in _CONTAINERS)
 
 
 def stage_nodes(graph: Graph, name: str) -> Iterator[Node]:

@@ -39,6 +39,14 @@ class Partial:
 
 
 @dataclass(frozen=True, slots=True)
+class RankLocal:
+    """Every rank holds a value of its own; nothing is known of how they belong together (graphs that others wrote)."""
+
+    def __str__(self) -> str:
+        return "L"
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """The value is cut on one dim; rank k of N holds piece k * pieces // N.
 
@@ -58,7 +66,7 @@ class Shard:
         return f"S{self.dim}/{self.pieces}"
 
 
-Placement = Replicate | Partial | Shard
+Placement = Replicate | Partial | RankLocal | Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ def shard_slice(shape: tuple[int, ...], placement: Placement, rank: int, mesh: M
     """The slice of a parameter of ``shape`` that ``rank`` holds; a dim that does not divide is padded with zeros.
 
     Raises:
-        PlacementError: the placement is Partial, which no stored tensor has.
+        PlacementError: the placement is Partial or RankLocal, which no stored tensor has.
     """
     match placement:
         case Replicate():
@@ -87,10 +95,10 @@ def shard_slice(shape: tuple[int, ...], placement: Placement, rank: int, mesh: M
             length = -(-shape[dim] // pieces)
             start = min(placement.piece_of(rank, mesh) * length, shape[dim])
             return Slice(dim, start, min(start + length, shape[dim]), length)
-        case Partial():
+        case Partial() | RankLocal():
             raise PlacementError(
                 f"parameter of shape {shape}",
-                found="placement P (a summand on every rank)",
+                found=f"placement {placement} (no part of one whole tensor)",
                 expected="a whole value or a slice",
                 remedy="report this: a pass gave a stored tensor a partial placement",
             )

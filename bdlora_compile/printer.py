@@ -6,12 +6,14 @@ import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import (
+    ArgumentWeight,
     BankSource,
     CacheSource,
     InputSource,
     MergedSource,
     Origin,
     RankIndices,
+    RebuiltSource,
     Source,
     WeightSource,
     fake_value,
@@ -80,6 +82,10 @@ def _source(source: Source | None, node: Node) -> str:
             return f"weights {' + '.join(name for name, _ in parts)}"
         case BankSource(field, layer):
             return f"bank {field.value}" + (f" of {layer}" if layer else "")
+        case ArgumentWeight(index, parameter, declared):
+            return f"weight {parameter} in input {index}" + (f", {declared}" if declared else "")
+        case RebuiltSource(parameter, index):
+            return f"own columns of {parameter} in input {index}, rebuilt"
         case RankIndices(length, pieces):
             return f"own indices {length} of {pieces}"
         case _:

@@ -1,14 +1,15 @@
 """Sum before communicating: two all-reduces that feed one addition become one.
 
-    all_reduce(a) + all_reduce(b)           ->  all_reduce(a + b)
-    all_reduce(a) + linear(all_reduce(z), B) ->  all_reduce(a + linear(z, B))      B replicated, without a bias
+    all_reduce(a) + all_reduce(b)                  ->  all_reduce(a + b)
+    all_reduce(a) + s * linear(all_reduce(z), B)   ->  all_reduce(a + s * linear(z, B))    B replicated, without a bias
 
-Both hold by linearity of the sum over ranks, for any a, b, z and B; no licence is needed. In a graph that this
-compiler partitioned nothing is left to fold, since partial sums are added before they are reduced; in graphs that
-others have sharded (Hugging Face tensor parallelism with PEFT's LoRA) it removes the adapters' all-reduces.
+Both hold by linearity of the sum over ranks, for any a, b, z, s and B; no licence is needed. Views, casts and numbers
+between the all-reduce and the addition are linear too. In a graph that this compiler partitioned nothing is left to
+fold, since partial sums are added before they are reduced; in graphs that others have sharded (Hugging Face tensor
+parallelism with PEFT's LoRA) it removes the adapters' all-reduces.
 """
 
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from torch.fx import Graph, Node
 
 from bdlora_compile import collectives
 from bdlora_compile.collectives import ALL_REDUCE, WAIT
-from bdlora_compile.ir import Captured, Fact, fake_tensor, operator_name, record, set_record, stage_nodes
+from bdlora_compile.dataflow import PRODUCTS, is_linear_step, linear_origin, tensor_operands
+from bdlora_compile.ir import Captured, Fact, InputSource, fake_tensor, operator_name, record, set_record, stage_nodes
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.placement import Mesh, Partial, Replicate
 from bdlora_compile.report import PassStats
@@ -39,60 +41,89 @@ class Fold:
         """Nothing beyond shapes: a sum of sums is a sum."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Summand:
+    """An operand of an addition that is linear in the result of an all-reduce.
+
+    Attributes:
+        wait: that result.
+        steps: from the operand up to what reads the result; empty if the operand is the result itself.
+    """
+
+    wait: Node
+    steps: Sequence[Node]
+
+    @property
+    def reduced(self) -> Node:
+        return self.wait.all_input_nodes[0]
+
+
 def _fold(graph: Graph, add: Node, mesh: Mesh) -> bool:
-    if len(add.all_input_nodes) != 2 or add.kwargs:
+    operands = add.all_input_nodes
+    if len(operands) != 2 or add.kwargs or fake_tensor(operands[0]).shape != fake_tensor(operands[1]).shape:
         return False
-    summands = [_summand(operand, add) for operand in add.args if isinstance(operand, Node)]
-    if None in summands or fake_tensor(add.all_input_nodes[0]).shape != fake_tensor(add.all_input_nodes[1]).shape:
+    summands = [found for operand in operands if (found := _summand(operand)) is not None]
+    groups = {str(summand.reduced.args[2]) for summand in summands}
+    if len(summands) != 2 or len(groups) != 1:
         return False
-    orphans = _reductions_above(add)
-    parts = []
-    for operand, summand in zip(add.all_input_nodes, summands, strict=True):
-        assert summand is not None, "checked above"
-        parts.append(_rebuild(graph, operand, summand))
-    with graph.inserting_before(add):
-        partial = graph.call_function(operator.add, tuple(parts))
-        reduced, result = collectives.all_reduce(graph, partial, mesh)
-    for node, placement in ((partial, Partial()), (reduced, Replicate()), (result, Replicate())):
-        node.meta["nn_module_stack"] = add.meta.get("nn_module_stack")
-        set_record(node, placement=placement, origin=record(add).origin, stage="fold")
-    add.replace_all_uses_with(result)
-    erase_unused(graph, [add, *add.all_input_nodes, *orphans])
+    for summand in summands:
+        reader = summand.steps[-1] if summand.steps else add
+        reader.replace_input_with(summand.wait, summand.reduced.all_input_nodes[0])
+        for step in summand.steps:
+            set_record(step, placement=Partial())
+        erase_unused(graph, [summand.wait, summand.reduced])
+    with graph.inserting_after(add):
+        reduced, result = collectives.all_reduce(graph, add, Mesh(mesh.size, groups.pop()))
+    # Nodes made under one insertion point lie in reverse.
+    reduced.append(result)
+    set_record(add, placement=Partial())
+    for node in (reduced, result):
+        node.meta |= {key: add.meta.get(key) for key in ("nn_module_stack", "example_value")}
+        set_record(node, placement=Replicate(), origin=record(add).origin, stage="fold")
+    add.replace_all_uses_with(result, delete_user_cb=lambda user: user is not reduced)
     return True
 
 
-def _summand(value: Node, user: Node) -> Node | None:
-    """The summand z of ``all_reduce(z)`` or ``linear(all_reduce(z), B)``, None for anything else."""
-    if len(value.users) != 1:
+def _summand(value: Node) -> _Summand | None:
+    """The operand as a linear function of the result of an all-reduce that nothing else reads, None if it is none."""
+    steps: list[Node] = []
+    node = value
+    while len(node.users) == 1:
+        if operator_name(node) == WAIT:
+            reduced = node.all_input_nodes[0]
+            is_sum = operator_name(reduced) == ALL_REDUCE and reduced.args[1] == "sum" and len(reduced.users) == 1
+            return _Summand(node, steps) if is_sum else None
+        before = _linear_operand(node)
+        if before is None:
+            return None
+        steps.append(node)
+        node = before
+    return None
+
+
+def _linear_operand(node: Node) -> Node | None:
+    """The operand in which a node is linear, the others being the same on every rank."""
+    operands = tensor_operands(node)
+    if is_linear_step(node):
+        return operands[0] if len(operands) == 1 else None
+    name = operator_name(node)
+    if name == "linear" and len(operands) == 2:
+        return operands[0] if _is_replicated(operands[1]) else None
+    # A third operand is a bias, which would be added once a rank.
+    if name not in PRODUCTS or len(operands) != 2:
         return None
-    if operator_name(value) == "linear":
-        x, weight = value.args[0], value.args[1]
-        has_bias = len(value.all_input_nodes) > 2
-        is_whole = isinstance(weight, Node) and isinstance(record(weight).placement, Replicate)
-        return _summand(x, value) if isinstance(x, Node) and is_whole and not has_bias else None
-    if operator_name(value) != WAIT:
-        return None
-    reduced = value.all_input_nodes[0]
-    is_sum = operator_name(reduced) == ALL_REDUCE and reduced.args[1] == "sum" and len(reduced.users) == 1
-    return reduced.all_input_nodes[0] if is_sum else None
+    first, second = operands
+    if _is_replicated(second):
+        return first
+    return second if _is_replicated(first) else None
 
 
-def _reductions_above(add: Node) -> list[Node]:
-    """The waits and all-reduces whose results the addition's operands are made of."""
-    found: list[Node] = []
-    for operand in add.all_input_nodes:
-        wait = operand if operator_name(operand) == WAIT else operand.all_input_nodes[0]
-        found += [wait, wait.all_input_nodes[0]]
-    return found
-
-
-def _rebuild(graph: Graph, operand: Node, summand: Node) -> Node:
-    """The operand computed from the summand itself instead of from its sum over ranks."""
-    if operator_name(operand) != "linear":
-        return summand
-    with graph.inserting_before(operand):
-        weight = operand.args[1]
-        product = graph.call_function(operand.target, (summand, weight))  # type: ignore[arg-type]  # a function
-    product.meta["nn_module_stack"] = operand.meta.get("nn_module_stack")
-    set_record(product, placement=Partial(), site=record(operand).site, stage="fold")
-    return product
+def _is_replicated(factor: Node) -> bool:
+    """Whether a factor is made of parameters that every rank holds whole."""
+    origin = linear_origin(factor)
+    return all(
+        node.op == "placeholder"
+        and not isinstance(record(node).source, InputSource)
+        and isinstance(record(node).placement, Replicate)
+        for node in origin
+    )

@@ -8,7 +8,8 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed import ProcessGroup
 
 from bdlora_compile.errors import AgreementError
 
@@ -80,6 +81,19 @@ class StoreAgreement:
         self._mine.append(key)
         if len(self._mine) > 2:
             self._store.delete_key(self._mine.pop(0))
+
+
+def agreement_of(groups: Sequence[ProcessGroup], timeout: timedelta = DEFAULT_TIMEOUT) -> Agreement:
+    """How the ranks that run a graph compare notes: those of its largest process group.
+
+    All of them must ask in the same order: each call names a new series of exchanges.
+    """
+    group = max(groups, key=lambda member: member.size(), default=None)
+    if group is None or group.size() == 1 or dist.get_backend(group) == "fake":
+        return Alone()
+    store = PrefixStore(f"bdlora/graphs/{group.group_name}", dist.distributed_c10d._get_default_store())
+    number = store.add(f"count/{group.rank()}", 1)
+    return StoreAgreement(PrefixStore(str(number), store), group.rank(), group.size(), timeout)
 
 
 def require_equal(agreement: Agreement, topic: str, text: str) -> None:

@@ -8,12 +8,14 @@ import torch
 
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import (
+    ArgumentWeight,
     BankSource,
     CacheSource,
     CarriedSource,
     InputSource,
     MergedSource,
     RankIndices,
+    RebuiltSource,
     SharedSource,
     Source,
     WeightSource,
@@ -144,10 +146,10 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
         case RankIndices(length, pieces):
             part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
             return torch.arange(part.start, part.stop, device=plan.device)
-        case None:
+        case ArgumentWeight() | RebuiltSource() | None:
             raise PassError(
                 "placeholder",
-                found="no source",
+                found="no source, or one of a model that its owner sharded",
                 expected="a weight, a tensor of the bank, or an argument",
                 remedy="report this: the tag pass has to run first",
             )

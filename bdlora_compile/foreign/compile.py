@@ -1,0 +1,114 @@
+"""The backend for graphs that others sharded: passes, licences, rebuilt factors, and a program that watches them."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from bdlora_compile.collectives import group_named, ordered_list
+from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_through_aot
+from bdlora_compile.foreign.licences import refused_paths
+from bdlora_compile.foreign.paths import Path
+from bdlora_compile.ir import ArgumentWeight, InputSource, fake_value, placeholders, record
+from bdlora_compile.pass_manager import PassContext, run_passes
+from bdlora_compile.passes.fold import Fold
+from bdlora_compile.passes.localize_declared import LocalizeDeclared
+from bdlora_compile.passes.simplify import Simplify
+from bdlora_compile.passes.tag_paths import TagPaths
+from bdlora_compile.placement import Mesh
+from bdlora_compile.plan import ModelPlan
+from bdlora_compile.printer import type_text
+from bdlora_compile.report import Report
+from bdlora_compile.runtime.agreement import Agreement, agreement_of, require_equal
+from bdlora_compile.runtime.foreign_program import ForeignProgram, rebuild, rebuilt_sources
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Localized:
+    """A graph after the passes.
+
+    Attributes:
+        foreign: the graph.
+        report: what the passes did.
+    """
+
+    foreign: ForeignGraph
+    report: Report
+
+
+def compile_foreign(
+    module: GraphModule, example_inputs: Sequence[Any], inner: str | None, on_report: Callable[[Report], None] | None
+) -> Runnable:
+    """Compile a graph of a model that others sharded.
+
+    Raises:
+        ConfigError: gradients are wanted.
+        AgreementError: ranks have different graphs.
+    """
+
+    def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
+        agreement = agreement_of([group_named(name) for name in foreign.groups])
+        localized = localize(foreign, agreement)
+        if on_report is not None:
+            on_report(localized.report)
+        for stage in localized.report.stages:
+            for refusal in stage.stats.refusals:
+                _LOG.warning("LoRA path left as it is: %s, because %s", refusal.where, refusal.reason)
+        require_equal(agreement, "collectives of a graph", ordered_list(foreign.captured))
+        return _emit(foreign, fakes, inner)
+
+    return capture_through_aot(module, example_inputs, compile_graph)
+
+
+def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
+    """Run the passes; ``agreement`` is that of the ranks that share the graph."""
+    captured = foreign.captured
+    sizes = [member.size for member in foreign.groups.values()]
+    context = PassContext(_plan(max(sizes, default=1)), strict=False)
+    report = Report("a model sharded by its owner", context.plan.mesh.size, _inputs(foreign))
+    found: list[Path] = []
+    run_passes((Simplify(), TagPaths(foreign.groups, found)), captured, context, report.stages)
+    refused = refused_paths(found, foreign.tensors, foreign.has_dtensors, agreement)
+    run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
+    return Localized(foreign, report)
+
+
+def _emit(foreign: ForeignGraph, fakes: Sequence[Any], inner: str | None) -> Runnable:
+    captured = foreign.captured
+    sources = rebuilt_sources(captured.graph)
+    factors = rebuild(sources, foreign.tensors)
+    module = GraphModule(captured.module, captured.graph)
+    is_cuda = any(tensor.is_cuda for tensor in foreign.tensors.values())
+    run: Runnable = module.forward
+    if (inner or ("inductor" if is_cuda else "eager")) == "inductor":
+        from bdlora_compile.inductor import compile_flat  # importing Inductor takes seconds
+
+        run = compile_flat(module, [*fakes, *factors])
+    return ForeignProgram(run, factors, watched_parameters(foreign))
+
+
+def watched_parameters(foreign: ForeignGraph) -> list[tuple[int, str, torch.Tensor]]:
+    """(index, name, tensor) of the parameters on whose values the rewritten graph rests."""
+    watched = {source.index: source.parameter for source in rebuilt_sources(foreign.captured.graph)}
+    for node in placeholders(foreign.captured.graph):
+        source = record(node).source
+        if isinstance(source, ArgumentWeight) and source.declared is not None:
+            watched[source.index] = source.parameter
+    return [(index, name, foreign.tensors[index]) for index, name in sorted(watched.items())]
+
+
+def _inputs(foreign: ForeignGraph) -> list[str]:
+    nodes = placeholders(foreign.captured.graph)
+    own = [node for node in nodes if isinstance(record(node).source, InputSource)]
+    return [type_text(fake_value(node)) for node in own if isinstance(fake_value(node), torch.Tensor)]
+
+
+def _plan(size: int) -> ModelPlan:
+    """A plan of nothing: in such a graph everything is placed already."""
+    nothing: dict[str, Any] = {}
+    return ModelPlan("", Mesh(size), nothing, nothing, nothing, frozenset(), 0, torch.float32, torch.device("cpu"))

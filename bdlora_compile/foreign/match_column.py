@@ -1,0 +1,129 @@
+"""Match a LoRA path with a gather: which columns of what a rank gathers are its own, and where B reads them."""
+
+from enum import Enum
+
+from torch import Tensor
+from torch.fx import Node
+
+from bdlora_compile.dataflow import NotFollowedError, concrete, probe
+from bdlora_compile.declared import BlockDiagonal
+from bdlora_compile.foreign.paths import ColumnPath, GroupMember, Licence, Product
+from bdlora_compile.ir import ArgumentWeight, fake_tensor, record
+
+
+def match_column(product: Product, wait: Node, member: GroupMember) -> ColumnPath:
+    """The column path that ends with ``product``.
+
+    Raises:
+        NotFollowedError: its elements are not moved column by column, or B has no licence.
+    """
+    local = wait.all_input_nodes[0].args[0]
+    assert isinstance(local, Node), "a gather is of a value of the graph"
+    found = probe(wait, product.data, alone=True)
+    index = as_rows(found.index, product)
+    rows, width = index.shape
+    size = concrete(fake_tensor(local).numel())
+    origin, place = index // size, index % size
+    ranks = one_for_each_column(origin, "ranks' shares are mixed within a column")
+    columns, is_transposed, local_width = _local_columns(place, rows, size)
+    own = [column for column in range(width) if int(ranks[column]) == member.rank]
+    places, rank_dim = rank_places(product, Side.INNER)
+    licence = licence_of(product.parameter, rank_dim, member)
+    if sorted(places[column] for column in own) != list(range(licence.start, licence.stop)):
+        raise NotFollowedError(
+            f"this rank's share of the gathered h meets other columns of B than its part "
+            f"{licence.start}:{licence.stop} of the adapter's rank"
+        )
+    return ColumnPath(
+        licence=licence,
+        product=product,
+        collective=wait,
+        local=local,
+        is_transposed=is_transposed,
+        width=local_width,
+        local_columns=tuple(int(columns[column]) for column in own),
+        factor_columns=tuple(own),
+        scale=found.factor,
+    )
+
+
+def as_rows(index: Tensor, product: Product) -> Tensor:
+    """Where the elements of a product's data come from, [T, W]."""
+    matrix = index.reshape(index.shape[-2:]) if index.shape[:-2].numel() == 1 else None
+    if matrix is None:
+        raise NotFollowedError("it is a product of several matrices at once")
+    matrix = matrix if product.data_first else matrix.t()
+    if (matrix < 0).any():
+        raise NotFollowedError("some elements between its factors come from nowhere")
+    return matrix
+
+
+def one_for_each_column(values: Tensor, otherwise: str) -> Tensor:
+    """The one value in each column of [T, W]."""
+    if not (values == values[:1]).all():
+        raise NotFollowedError(otherwise)
+    return values[0]
+
+
+class Side(Enum):
+    """Where the adapter's rank lies in a factor."""
+
+    INNER = "inner"
+    """In the dim that the product sums over: a second factor, B."""
+    OUTER = "outer"
+    """In the other one: a first factor, A."""
+
+
+def rank_places(product: Product, side: Side) -> tuple[list[int], int]:
+    """(for each place along the adapter's rank in a factor that in its parameter, that dim of the parameter)."""
+    parameter = fake_tensor(product.parameter)
+    if parameter.ndim != 2 or fake_tensor(product.factor).shape[:-2].numel() != 1:
+        raise NotFollowedError("its factor is no matrix")
+    index = probe(product.parameter, product.factor, alone=True).index
+    matrix = index.reshape(index.shape[-2:])
+    # Rows are the places along the rank: the inner dim of [W, O] is the first, the outer one the second.
+    if product.data_first == (side is Side.OUTER):
+        matrix = matrix.t()
+    size = concrete(parameter.shape[1])
+    for dim, along, across in ((0, matrix // size, matrix % size), (1, matrix % size, matrix // size)):
+        if (along == along[:, :1]).all() and (across == across[:1]).all():
+            return [int(place) for place in along[:, 0]], dim
+    raise NotFollowedError("the rows of its factor are mixed before the product")
+
+
+def licence_of(parameter: Node, rank_dim: int, member: GroupMember) -> Licence:
+    """What the owner's declaration of a factor allows.
+
+    Raises:
+        NotFollowedError: nothing was declared, or the blocks do not fit the ranks.
+    """
+    source = record(parameter).source
+    assert isinstance(source, ArgumentWeight), "a product's factor is made of a parameter"
+    declared = source.declared
+    if not isinstance(declared, BlockDiagonal):
+        raise NotFollowedError(
+            f"{source.parameter} is not declared block-diagonal (bdlora_compile.declare_block_diagonal)"
+        )
+    total = concrete(fake_tensor(parameter).shape[rank_dim])
+    if declared.nblocks % member.size or total % declared.nblocks:
+        raise NotFollowedError(
+            f"{source.parameter} has {declared.nblocks} blocks on rank {total}: they do not divide among "
+            f"{member.size} ranks"
+        )
+    share = total // member.size
+    start = member.rank * share
+    return Licence(parameter, source.parameter, declared.nblocks, rank_dim, start, start + share)
+
+
+def _local_columns(place: Tensor, rows: int, size: int) -> tuple[Tensor, bool, int]:
+    """(the column of z for each column of [T, W], whether z lies transposed, columns of z)."""
+    width = size // rows
+    if width * rows != size:
+        raise NotFollowedError("what the gather takes is not a column or more for each token")
+    row = place.new_tensor(range(rows))[:, None]
+    for is_transposed in (False, True):
+        column = place % width if not is_transposed else place // rows
+        expected = row * width + column if not is_transposed else column * rows + row
+        if (place == expected).all() and (column == column[:1]).all():
+            return column[0], is_transposed, width
+    raise NotFollowedError("what is gathered does not come column by column to its second factor")
