@@ -67,7 +67,10 @@ def type_text(value: object) -> str:
         return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(size) for size in value.shape)}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(type_text(member) for member in value)})"
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return str(value) if is_number else type(value).__name__
 
 
 def _source(source: Source | None, node: Node) -> str:

@@ -90,7 +90,7 @@ def _localize_column(graph: Graph, path: ColumnPath) -> None:
     old = product.node
     with graph.inserting_before(old):
         rows = [path.width, -1] if path.is_transposed else [-1, path.width]
-        own = graph.call_function(_ATEN.view.default, (path.local, rows))
+        own = graph.call_function(_ATEN.reshape.default, (path.local, rows))
         own = _columns(graph, own, path.local_columns, 0 if path.is_transposed else 1, path.width)
         if path.is_transposed == product.data_first:
             own = graph.call_function(_ATEN.t.default, (own,))
