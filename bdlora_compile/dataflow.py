@@ -6,7 +6,7 @@ place of the source's elements, and what comes out says which element lies where
 for linear operators, whatever they are called and in whatever order they stand.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -32,9 +32,6 @@ SCALINGS = frozenset(("mul", "div", "truediv", "neg"))
 
 PLACINGS = frozenset(("add", "sub", "slice_scatter", "select_scatter", "constant_pad_nd"))
 """Linear in all of their tensor operands together."""
-
-PRODUCTS: Mapping[str, int] = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-"""Matrix products, and the position of their first operand; the second follows it."""
 
 
 @dataclass(frozen=True, slots=True)

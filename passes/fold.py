@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from bdlora_compile import collectives
 from bdlora_compile.collectives import ALL_REDUCE, WAIT
-from bdlora_compile.dataflow import PRODUCTS, is_linear_step, linear_origin, tensor_operands
+from bdlora_compile.dataflow import is_linear_step, linear_origin, tensor_operands
 from bdlora_compile.ir import Captured, Fact, InputSource, fake_tensor, operator_name, record, set_record, stage_nodes
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.placement import Mesh, Partial, Replicate
@@ -106,11 +106,8 @@ def _linear_operand(node: Node) -> Node | None:
     operands = tensor_operands(node)
     if is_linear_step(node):
         return operands[0] if len(operands) == 1 else None
-    name = operator_name(node)
-    if name == "linear" and len(operands) == 2:
-        return operands[0] if _is_replicated(operands[1]) else None
     # A third operand is a bias, which would be added once a rank.
-    if name not in PRODUCTS or len(operands) != 2:
+    if operator_name(node) not in ("linear", "mm") or len(operands) != 2:
         return None
     first, second = operands
     if _is_replicated(second):

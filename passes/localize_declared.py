@@ -96,8 +96,6 @@ def _localize_column(graph: Graph, path: ColumnPath) -> None:
             own = graph.call_function(_ATEN.t.default, (own,))
         own = _scaled(graph, own, path.scale)
         own = _cast(graph, own, fake_tensor(path.local).dtype, fake_tensor(product.data).dtype)
-        if fake_tensor(product.data).ndim == 3:
-            own = graph.call_function(_ATEN.unsqueeze.default, (own, 0))
         size = concrete(fake_tensor(product.factor).shape[product.inner_dim])
         factor = _columns(graph, product.factor, path.factor_columns, product.inner_dim, size)
         made = product.with_operands(graph, own, factor)
@@ -108,7 +106,9 @@ def _localize_row(graph: Graph, path: RowPath) -> None:
     rebuilt = _rebuilt_factor(graph, path)
     with graph.inserting_before(path.result.next):
         partial = _own_product(graph, path, rebuilt)
-        shaped = graph.call_function(_ATEN.view.default, (partial, view_sizes(path.result)))
+        if path.features_first:
+            partial = graph.call_function(_ATEN.t.default, (partial,))
+        shaped = graph.call_function(_ATEN.reshape.default, (partial, view_sizes(path.result)))
         if path.landing is Landing.PLACED:
             rest = build_rest(graph, path.result, rest_without(path.second.node, path.result))
             made = shaped if rest is None else graph.call_function(_ATEN.add.Tensor, (rest, shaped))
@@ -124,12 +124,11 @@ def _localize_row(graph: Graph, path: RowPath) -> None:
 def _own_product(graph: Graph, path: RowPath, rebuilt: Node) -> Node:
     """scale (x_k A_k[own]^T) B[:, own]^T, [T, O]."""
     first = path.first
-    outer = -1 if first.data_first else -2
+    outer = 1 - first.inner_dim
     factor = _columns(graph, first.factor, path.first_columns, outer, concrete(fake_tensor(first.factor).shape[outer]))
     h = first.with_operands(graph, first.data, factor)
     if not first.data_first:
-        h = graph.call_function(_ATEN.transpose.int, (h, -1, -2))
-    h = graph.call_function(_ATEN.reshape.default, (h, [-1, len(path.first_columns)]))
+        h = graph.call_function(_ATEN.t.default, (h,))
     h = _cast(graph, h, fake_tensor(first.node).dtype, fake_tensor(path.second.data).dtype)
     rebuilt = _cast(graph, rebuilt, fake_tensor(path.second.parameter).dtype, fake_tensor(path.second.factor).dtype)
     product = _scaled(graph, graph.call_function(_ATEN.mm.default, (h, rebuilt)), path.scale)

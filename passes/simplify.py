@@ -20,7 +20,7 @@ from bdlora_compile.propagation import value_key
 from bdlora_compile.report import PassStats
 
 _VIEWS = frozenset({"view", "_unsafe_view"})
-_PURE = MOVES | {"copy", "slice_scatter"}
+_PURE = MOVES | {"copy", "slice_scatter", "empty", "empty_like", "new_empty"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.passes.fold import Fold
 from bdlora_compile.passes.localize_declared import LocalizeDeclared
 from bdlora_compile.passes.simplify import Simplify
+from bdlora_compile.passes.split_products import SplitProducts
 from bdlora_compile.passes.tag_paths import TagPaths
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan
@@ -72,7 +73,7 @@ def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
     context = PassContext(_plan(max(sizes, default=1)), strict=False)
     report = Report("a model sharded by its owner", context.plan.mesh.size, _inputs(foreign))
     found: list[Path] = []
-    run_passes((Simplify(), TagPaths(foreign.groups, found)), captured, context, report.stages)
+    run_passes((Simplify(), SplitProducts(), TagPaths(foreign.groups, found)), captured, context, report.stages)
     refused = refused_paths(found, foreign.tensors, foreign.has_dtensors, agreement)
     run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
     return Localized(foreign, report)

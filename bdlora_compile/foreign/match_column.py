@@ -49,13 +49,9 @@ def match_column(product: Product, wait: Node, member: GroupMember) -> ColumnPat
 
 def as_rows(index: Tensor, product: Product) -> Tensor:
     """Where the elements of a product's data come from, [T, W]."""
-    matrix = index.reshape(index.shape[-2:]) if index.shape[:-2].numel() == 1 else None
-    if matrix is None:
-        raise NotFollowedError("it is a product of several matrices at once")
-    matrix = matrix if product.data_first else matrix.t()
-    if (matrix < 0).any():
+    if (index < 0).any():
         raise NotFollowedError("some elements between its factors come from nowhere")
-    return matrix
+    return index if product.data_first else index.t()
 
 
 def one_for_each_column(values: Tensor, otherwise: str) -> Tensor:
@@ -77,10 +73,9 @@ class Side(Enum):
 def rank_places(product: Product, side: Side) -> tuple[list[int], int]:
     """(for each place along the adapter's rank in a factor that in its parameter, that dim of the parameter)."""
     parameter = fake_tensor(product.parameter)
-    if parameter.ndim != 2 or fake_tensor(product.factor).shape[:-2].numel() != 1:
+    if parameter.ndim != 2:
         raise NotFollowedError("its factor is no matrix")
-    index = probe(product.parameter, product.factor, alone=True).index
-    matrix = index.reshape(index.shape[-2:])
+    matrix = probe(product.parameter, product.factor, alone=True).index
     # Rows are the places along the rank: the inner dim of [W, O] is the first, the outer one the second.
     if product.data_first == (side is Side.OUTER):
         matrix = matrix.t()

@@ -11,10 +11,11 @@ Legend: T tokens, D/O in/out features, R adapter rank, N ranks, k this rank, z w
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch.fx import Graph, Node
 
-from bdlora_compile.dataflow import PRODUCTS, linear_origin
-from bdlora_compile.ir import ArgumentWeight, operator_name, record
+from bdlora_compile.dataflow import concrete, linear_origin
+from bdlora_compile.ir import ArgumentWeight, fake_tensor, operator_name, record
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix product of data and of a factor that is made of one parameter; a leading dim of 1 may stand before both.
+    """A matrix product (``mm``) of data and of a factor that is made of one parameter.
 
     Attributes:
         node: the product.
@@ -45,15 +46,22 @@ class Product:
 
     @property
     def inner_dim(self) -> int:
-        """Dim of ``factor`` that the product sums over, counted from the last."""
-        return -2 if self.data_first else -1
+        """Dim of ``factor`` that the product sums over."""
+        return 0 if self.data_first else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """T that the capture saw."""
+        return concrete(fake_tensor(self.data).shape[0 if self.data_first else 1])
+
+    @property
+    def num_features(self) -> int:
+        """O."""
+        return concrete(fake_tensor(self.factor).shape[1 if self.data_first else 0])
 
     def with_operands(self, graph: Graph, data: Node, factor: Node) -> Node:
         """The same product of other operands."""
-        start = PRODUCTS[operator_name(self.node)]
-        operands = (data, factor) if self.data_first else (factor, data)
-        args = (*self.node.args[:start], *operands, *self.node.args[start + 2 :])
-        made = graph.create_node(self.node.op, self.node.target, args, dict(self.node.kwargs))
+        made = graph.call_function(torch.ops.aten.mm.default, (data, factor) if self.data_first else (factor, data))
         made.meta = dict(self.node.meta)
         return made
 
@@ -127,6 +135,7 @@ class RowPath:
         second_rank_dim: that dim.
         landing: how the result comes to all ranks.
         result: the value of O features that the path is part of (placed), or that it is (gathered).
+        features_first: whether the result lies as [O, ...].
         group: the process group.
         scale: what the result is multiplied by on the way.
     """
@@ -140,6 +149,7 @@ class RowPath:
     second_rank_dim: int
     landing: Landing
     result: Node
+    features_first: bool
     group: str
     scale: float
 
@@ -167,10 +177,9 @@ def products(graph: Graph) -> list[Product]:
 
 def product_of(node: Node) -> Product | None:
     """The node as a product of data and of one parameter, None if it is no such product."""
-    start = PRODUCTS.get(operator_name(node))
-    if start is None or node.op != "call_function":
+    if operator_name(node) != "mm" or node.op != "call_function":
         return None
-    first, second = node.args[start : start + 2]
+    first, second = node.args
     assert isinstance(first, Node), f"{node.name}: a product is of two values of the graph"
     assert isinstance(second, Node), f"{node.name}: a product is of two values of the graph"
     parameters = _parameter_of(first), _parameter_of(second)

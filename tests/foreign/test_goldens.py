@@ -1,4 +1,4 @@
-"""What each stage makes of small blocks that others sharded, as text; and that a second run of a pass changes nothing."""
+"""What each stage makes of small blocks that others sharded, as text; a second run of a pass changes nothing."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Real processes over gloo: Hugging Face tensor parallelism, DTensors, the all-to-all, refusals that all ranks share."""
+"""Real processes over gloo: Hugging Face tensor parallelism, DTensors, the all-to-all, refusals of all ranks."""
 
 import os
 import subprocess
