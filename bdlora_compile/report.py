@@ -1,15 +1,10 @@
 """What the compiler did to one graph: stages, matches, refusals and collectives, before and after."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.fx import Graph
-
-from bdlora_compile.collectives import is_collective
-from bdlora_compile.ir import Layers, Origin, layer_of, module_path, operator_name, record
-
-_OUTSIDE = "outside layers"
+from bdlora_compile.census import OUTSIDE, Census
+from bdlora_compile.ir import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,43 +28,6 @@ class PassStats:
     matches: int = 0
     refusals: Sequence[Refusal] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """Collectives of a graph: how many of each (layer, origin, operator).
-
-    ``layer`` is ``model.layers.3`` or "outside layers".
-    """
-
-    counts: Mapping[tuple[str, str, str], int]
-
-    def total(self, origin: Origin | None = None) -> int:
-        """Collectives in all, or of one origin."""
-        return sum(n for (_, found, _), n in self.counts.items() if origin is None or found == origin.value)
-
-    def per_layer(self, origin: Origin) -> Sequence[int]:
-        """Collectives of one origin in each decoder layer that has any collective, in order of first use."""
-        layers = list(dict.fromkeys(layer for layer, _, _ in self.counts if layer != _OUTSIDE))
-        return [
-            sum(n for (found, kind, _), n in self.counts.items() if found == layer and kind == origin.value)
-            for layer in layers
-        ]
-
-
-def take_census(graph: Graph, layers: Layers | None = None) -> Census:
-    """Count the collectives of a graph; a layer that stands for others counts for each of them."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for node in filter(is_collective, graph.nodes):
-        kind = (record(node).origin.value, operator_name(node).split("::")[-1])
-        counts.update((path, *kind) for path in _stands_for(layer_of(module_path(node)), layers))
-    return Census(dict(counts))
-
-
-def _stands_for(path: str | None, layers: Layers | None) -> Sequence[str]:
-    if path is None or layers is None:
-        return [path or _OUTSIDE]
-    return [layers.path(number) for number, kept in enumerate(layers.stands_in) if layers.path(kept) == path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +93,18 @@ class Report:
                 f"{stage.stats.matches:>5} matches  {stage.seconds:6.2f} s  {counts}"
             )
             lines += _refusal_lines(stage.stats.refusals)
+        if self.stages and self.tp_size > 1:
+            lines += _byte_lines(self.stages[-1].census)
         lines.append(f"  emit {self.emit_seconds:.2f} s")
         return "\n".join(lines)
+
+
+def _byte_lines(census: Census) -> list[str]:
+    """What a rank sends in one forward; see `census.py` for what is counted."""
+    found = {origin: census.bytes_of_forward("wire", origin) for origin in Origin}
+    outside = census.bytes_of_layer(OUTSIDE, "wire")
+    parts = [f"{origin.value} {size}" for origin, size in found.items() if size != 0]
+    return [f"  a rank sends in one forward (ring): {', '.join(parts)} bytes; {outside} of them outside layers"]
 
 
 def _refusal_lines(refusals: Sequence[Refusal]) -> list[str]:
