@@ -162,7 +162,9 @@ def _token_index(captured: Captured) -> int:
 def _new_report(captured: Captured, deployment: Deployment) -> Report:
     nodes = placeholders(captured.graph)
     own = [node for node in nodes if tag_of(_example(node)) is None and isinstance(fake_value(node), torch.Tensor)]
-    return Report(deployment.plan.model, deployment.plan.mesh.size, [type_text(fake_value(node)) for node in own])
+    plan = deployment.plan
+    inputs = [type_text(fake_value(node)) for node in own]
+    return Report(plan.model, plan.mesh.size, inputs, decisions=plan.decisions)
 
 
 def _deployment_of(module: GraphModule) -> Deployment:

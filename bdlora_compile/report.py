@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
+from bdlora_compile.strategy import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Report:
         inputs: types of the forward's own inputs.
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
+        decisions: why each group of LoRA sites has its layout.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
     """
 
@@ -70,6 +72,7 @@ class Report:
     inputs: Sequence[str]
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
+    decisions: Sequence[Decision] = ()
     emit_seconds: float = 0.0
 
     @property
@@ -82,7 +85,7 @@ class Report:
         return next(stage for stage in self.stages if stage.name == name)
 
     def summary(self) -> str:
-        """A short text: passes with matches, refusals with reasons, collectives after each stage."""
+        """A short text: passes with matches, refusals, collectives, layouts with their reasons."""
         lines = [f"{self.model} on {self.tp_size} ranks, inputs {', '.join(self.inputs)}"]
         for stage in (*self.stages, *self.base_only):
             base, lora = stage.census.total(Origin.BASE), stage.census.total(Origin.LORA)
@@ -95,6 +98,7 @@ class Report:
             lines += _refusal_lines(stage.stats.refusals)
         if self.stages and self.tp_size > 1:
             lines += _byte_lines(self.stages[-1].census)
+        lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
         return "\n".join(lines)
 

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bdlora_compile as bd
 from bdlora_compile.census import Census, number_of
-from bdlora_compile.model import Strategy
 from bdlora_compile.runtime.agreement import StoreAgreement
 from bdlora_compile.runtime.program import Program
+from bdlora_compile.strategy import Strategy
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 BATCH, PROMPT = 3, 5
@@ -52,7 +52,7 @@ def counted() -> Iterator[CollectiveBytes]:
         with mode:
             return intact(program, *args)
 
-    Program.__call__ = call  # type: ignore[method-assign]  # put back below
+    Program.__call__ = call  # type: ignore[assignment, method-assign]  # put back below
     try:
         yield mode
     finally:
