@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         PassError,
         PlacementError,
     )
+    from bdlora_compile.explaining import Load, explain
+    from bdlora_compile.explanation import Explanation
     from bdlora_compile.machine import Machine
     from bdlora_compile.model import Ranks, attach, load, make_cache, reports
     from bdlora_compile.report import Report
@@ -35,7 +37,9 @@ __all__ = [
     "BdloraError",
     "ConfigError",
     "Decision",
+    "Explanation",
     "HollowError",
+    "Load",
     "LocalCache",
     "Machine",
     "PassError",
@@ -45,6 +49,7 @@ __all__ = [
     "Workload",
     "__version__",
     "attach",
+    "explain",
     "load",
     "make_cache",
     "reports",
@@ -60,6 +65,8 @@ _HOMES = {
         "PassError",
         "PlacementError",
     ),
+    "explaining": ("Load", "explain"),
+    "explanation": ("Explanation",),
     "machine": ("Machine",),
     "model": ("Ranks", "attach", "load", "make_cache", "reports"),
     "report": ("Report",),

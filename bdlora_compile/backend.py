@@ -84,13 +84,8 @@ def bdlora(
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r}", found="a mode", expected="none", remedy="use options={'inner': ...}")
     deployment = _deployment_of(module)
-    captured = _copy(module)
-    report = _new_report(captured, deployment)
-    context = PassContext(deployment.plan, deployment.strict)
-    run_passes(PIPELINE, captured, context, report.stages)
-    base_only = captured.copy()
-    run_passes(BASE_ONLY, base_only, context, report.base_only)
-    deployment.reports.append(report)
+    analysed = analyse(module, deployment)
+    captured, base_only, report = analysed.captured, analysed.base_only, analysed.report
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
@@ -99,6 +94,37 @@ def bdlora(
     program = _emit(captured, base_only, example_inputs, deployment, chosen)
     report.emit_seconds = time.perf_counter() - start
     return program
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """A graph after all passes, before anything is read, bound or compiled.
+
+    Attributes:
+        captured: for batches in which some row has an adapter.
+        base_only: for the others.
+        report: what the passes did.
+    """
+
+    captured: Captured
+    base_only: Captured
+    report: Report
+
+
+def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
+    """Run all passes over a graph that Dynamo captured; the report joins those of the deployment.
+
+    Raises:
+        PlacementError: strict mode, and a value cannot stay on its rank.
+    """
+    captured = _copy(module)
+    report = _new_report(captured, deployment)
+    context = PassContext(deployment.plan, deployment.strict)
+    run_passes(PIPELINE, captured, context, report.stages)
+    base_only = captured.copy()
+    run_passes(BASE_ONLY, base_only, context, report.base_only)
+    deployment.reports.append(report)
+    return Analysed(captured, base_only, report)
 
 
 def _copy(module: GraphModule) -> Captured:

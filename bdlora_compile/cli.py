@@ -3,6 +3,7 @@
 import typer
 
 from bdlora_compile.commands.calibrate import calibrate
+from bdlora_compile.commands.explain import explain
 from bdlora_compile.commands.run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -14,4 +15,5 @@ def _group() -> None:
 
 
 app.command()(run)
+app.command()(explain)
 app.command()(calibrate)

@@ -17,6 +17,9 @@ Sites that read one x (q/k/v; gate/up) are one group: x is read once, there is o
 collective, whose bytes are the sum of the sites'. Kernels are those of `runtime/ops.py`; each of its elementwise
 helpers (copy of y, sum of planes, order of what a gather brought) is a kernel more, with its bytes.
 
+Beside the sites: attention over a cache (h heads and h_kv kv heads of size d on the rank, contexts of L tokens), the
+embedding and the logits (vocabulary V). Norms, activation functions, rotary angles and sampling are not counted.
+
 `tests/numerics/test_cost.py` holds a and b against the bank and collectives against compiled graphs.
 """
 
@@ -136,6 +139,34 @@ def base(role: Role) -> Formula:
         return Formula(x, E * weight, y, 2 * T * weight, Integer(1))
     weight, x, y = D * O / N, E * T * D / N, E * T * O
     return Formula(x, E * weight, y, 2 * T * weight, Integer(1), Exchange("all_reduce", y))
+
+
+H_KV, HEADS, HEAD_DIM, CONTEXT, ROWS, V = map(_symbol, ("h_kv", "h", "d", "L", "rows", "V"))
+
+
+@cache
+def attention() -> Formula:
+    """One layer's attention: keys and values of ``rows`` contexts of L tokens read once, h heads of d on this rank."""
+    cached = 2 * E * ROWS * CONTEXT * H_KV * HEAD_DIM
+    x = E * T * HEADS * HEAD_DIM
+    return Formula(x, cached, x, 4 * T * CONTEXT * HEADS * HEAD_DIM, Integer(1))
+
+
+@cache
+def embedding() -> Formula:
+    """The embedding, cut on the vocabulary: D features a token, then one all-reduce."""
+    y = E * T * D
+    return Formula(y, Integer(0), y, Integer(0), Integer(1), Exchange("all_reduce", y))
+
+
+@cache
+def logits() -> Formula:
+    """The output layer for one token of each row, cut on the vocabulary V, then one all-gather."""
+    own = ceiling(V / N)
+    y = E * ROWS * own
+    return Formula(
+        E * ROWS * D, E * own * D, y, 2 * ROWS * own * D, Integer(1), Exchange("all_gather_into_tensor", y * N)
+    )
 
 
 def value_of(formula: Expr, numbers: Mapping[sympy.Symbol, int | Rational]) -> Rational:

@@ -1,8 +1,9 @@
 """What a machine costs: the constants of the time model (`cost.py`), shipped as a table or measured by `calibrate`.
 
 A collective over N ranks takes ``latency + wire bytes / bandwidth``, wire bytes as `census.py` counts them (ring).
-Where N was not measured the nearest measured number of ranks stands in: the latency grows with log2(N), as in a tree,
-and the bandwidth of a rank stays. Whoever prints such a number says that it is extrapolated.
+Where N was not measured the nearest measured number of ranks stands in: its latency is taken to grow with the square
+root of N (between a tree, log N, and a ring, N: a guess) and the bandwidth of a rank to stay. Whoever prints such a
+number says that it is extrapolated.
 """
 
 import json
@@ -66,7 +67,7 @@ class Machine:
             return measured[ranks]
         nearest = min(measured, key=lambda known: (abs(math.log2(known / ranks)), known))
         known = measured[nearest]
-        return Link(known.latency * math.log2(max(ranks, 2)) / math.log2(nearest), known.bandwidth)
+        return Link(known.latency * math.sqrt(ranks / nearest), known.bandwidth)
 
     def is_measured(self, ranks: int) -> bool:
         """Whether both collectives were measured over this number of ranks."""

@@ -140,7 +140,7 @@ def load(
     source = SafetensorsSource(folder)
     _check_weights(model, source, str(folder))
     ranks = ranks or Ranks.of_process_group()
-    sites = _find_sites(model, ranks, strict)
+    sites = served_sites(model, ranks.mesh, strict)
     base_model = config.name_or_path or str(path_or_id)
     found = {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
@@ -178,7 +178,7 @@ def attach(
     parameter = next(base.parameters())
     source = MemorySource(dict(base.named_parameters()))
     ranks = ranks or Ranks.of_process_group()
-    sites = _find_sites(base, ranks, strict)
+    sites = served_sites(base, ranks.mesh, strict)
     base_model = base.config.name_or_path or None
     found = {
         name: adapter_from_tensors(config, tensors, sites, source=f"adapter {name!r}", base_model=base_model)
@@ -259,13 +259,14 @@ class _Choice:
             return fixed_layouts(sites, self.layout)
         machine = find_machine(self.machine, setup.device)
         terms = Terms(setup.ranks.mesh, self.workload, machine, setup.capacity.max_rank, setup.dtype.itemsize)
-        layouts, decisions = choose_layouts(sites, [_profile(adapter) for adapter in adapters], terms)
+        layouts, decisions = choose_layouts(sites, [profile_of(adapter) for adapter in adapters], terms)
         text = "\n".join([repr(machine), repr(self.workload), *(decision.text() for decision in decisions)])
         require_equal(setup.ranks.agreement, "choice of layouts", text)
         return layouts, decisions
 
 
-def _profile(adapter: Adapter) -> Profile:
+def profile_of(adapter: Adapter) -> Profile:
+    """What an adapter declares."""
     return {name: Declared(factors.kind, factors.rank, factors.nblocks) for name, factors in adapter.factors.items()}
 
 
@@ -296,7 +297,7 @@ def _attach(
     states = [_rank_state(plan, source, rank, pool, capacity) for rank in ranks.hosted]
     deployment = Deployment(plan, states, ranks.agreement, setup.strict)
     hollow_out(model, deployment)
-    serve(model, deployment, _cache_shape(model, plan, len(ranks.hosted)))
+    serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
     adapters = AdapterSet(deployment, capacity.max_adapters, setup.base_model)
@@ -305,11 +306,11 @@ def _attach(
     return adapters
 
 
-def _find_sites(model: PreTrainedModel, ranks: Ranks, strict: bool) -> dict[str, Site]:
+def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:
     """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
     sites = sites_of(model)
     whole = unsplit_layers(model, sites)
-    if not whole or ranks.mesh.size == 1 or not strict:
+    if not whole or mesh.size == 1 or not strict:
         return sites
     raise PlacementError(
         whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),
@@ -346,7 +347,8 @@ def _ordinary_shapes(plan: ModelPlan, rank: int, max_rank: int) -> list[LocalSha
     ]
 
 
-def _cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+    """What a cache of the model must look like on one rank."""
     config = model.config
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -6,7 +6,7 @@ gate/up; o; down): its sites share a layout.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Literal
@@ -19,7 +19,7 @@ from bdlora_compile.cost import Formula, value_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import layer_of
-from bdlora_compile.machine import CollectiveKind, Machine
+from bdlora_compile.machine import Machine
 from bdlora_compile.placement import Mesh, site_pieces
 from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.sites import Role, Site
@@ -66,6 +66,8 @@ class Declared:
         return self.nblocks if self.kind is wanted else 1
 
 
+Numbers = Mapping[sympy.Symbol, int | sympy.Rational]
+
 Profile = Mapping[str, Declared]
 """What one adapter declares, by site."""
 
@@ -77,6 +79,7 @@ class Seconds:
     Attributes:
         memory: bytes read and written, at the machine's bandwidth.
         compute: multiplications and additions, at its rate.
+        kernels: the larger of both, group by group: a kernel reads while it computes.
         launches: kernels, at its cost of one.
         latency: of the collective.
         wire: bytes of the collective, at the bandwidth of its link.
@@ -84,14 +87,15 @@ class Seconds:
 
     memory: float = 0.0
     compute: float = 0.0
+    kernels: float = 0.0
     launches: float = 0.0
     latency: float = 0.0
     wire: float = 0.0
 
     @property
     def total(self) -> float:
-        """A kernel reads while it computes; all else comes one after the other."""
-        return max(self.memory, self.compute) + self.launches + self.latency + self.wire
+        """Kernels and collectives, one after the other."""
+        return self.kernels + self.launches + self.latency + self.wire
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -102,7 +106,7 @@ class Seconds:
 
     def text(self) -> str:
         """``12.3 us (memory 1.0, launches 1.2, ...)``."""
-        parts = ((part.name, getattr(self, part.name) * 1e6) for part in fields(self))
+        parts = ((part.name, getattr(self, part.name) * 1e6) for part in fields(self) if part.name != "kernels")
         shown = ", ".join(f"{name} {value:.1f}" for name, value in parts if value >= 0.05)
         return f"{self.total * 1e6:.1f} us" + (f" ({shown})" if shown else "")
 
@@ -211,17 +215,43 @@ def choose_layouts(
 
 def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms) -> Seconds:
     """Estimated LoRA time of a group in one layer, on the fullest rank, for the mean of the adapters."""
-    formulas = []
+    members = []
     for position, site in enumerate(group.sites):
         a, b = _mean_elements(group, position, layout, profiles, terms)
-        numbers = _numbers(site, terms) | {cost.A: a, cost.B: b}
-        formulas.append(_evaluate(cost.lora(site.role, layout), numbers))
-    return _seconds(formulas, terms)
+        members.append((cost.lora(site.role, layout), _numbers(site, terms) | {cost.A: a, cost.B: b}))
+    return formula_seconds(members, terms)
 
 
 def base_seconds(group: SiteGroup, terms: Terms) -> Seconds:
     """Estimated time of a group's linear layers in one layer."""
-    return _seconds([_evaluate(cost.base(site.role), _numbers(site, terms)) for site in group.sites], terms)
+    return formula_seconds([(cost.base(site.role), _numbers(site, terms)) for site in group.sites], terms)
+
+
+def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Seconds:
+    """Estimated time of formulas that make one group: x once, one launch of each kernel, one collective."""
+    machine, ranks = terms.machine, terms.mesh.size
+    (first, own), *_ = members
+    moved = value_of(first.x_reads, own) + _total(members, lambda formula: formula.reads + formula.writes)
+    latency = wire = 0.0
+    if first.exchange is not None and ranks > 1:
+        kind = first.exchange.kind
+        link = machine.link(kind, ranks)
+        payload = _total(members, lambda formula: formula.exchange.payload if formula.exchange else sympy.Integer(0))
+        latency, wire = link.latency, float(wire_share(kind, ranks) * payload) / link.bandwidth
+    memory = float(moved) / machine.memory_bandwidth
+    compute = float(_total(members, lambda formula: formula.flops)) / machine.flops
+    return Seconds(
+        memory,
+        compute,
+        max(memory, compute),
+        float(value_of(first.launches, own)) * machine.launch,
+        latency,
+        wire,
+    )
+
+
+def _total(members: Sequence[tuple[Formula, Numbers]], part: Callable[[Formula], sympy.Expr]) -> sympy.Rational:
+    return sympy.Add(*(value_of(part(formula), numbers) for formula, numbers in members))
 
 
 def declared_elements(site: Site, declared: Declared, layout: Layout, mesh: Mesh) -> tuple[int, int]:
@@ -308,50 +338,12 @@ def _numbers(site: Site, terms: Terms) -> dict[sympy.Symbol, int | sympy.Rationa
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Amounts:
-    x_reads: float
-    moved: float
-    flops: float
-    launches: float
-    kind: CollectiveKind | None
-    payload: float
-
-
-def _evaluate(formula: Formula, numbers: Mapping[sympy.Symbol, int | sympy.Rational]) -> _Amounts:
-    exchange = formula.exchange
-    return _Amounts(
-        float(value_of(formula.x_reads, numbers)),
-        float(value_of(formula.reads + formula.writes, numbers)),
-        float(value_of(formula.flops, numbers)),
-        float(value_of(formula.launches, numbers)),
-        exchange.kind if exchange else None,
-        float(value_of(exchange.payload, numbers)) if exchange else 0.0,
-    )
-
-
-def _seconds(members: Sequence[_Amounts], terms: Terms) -> Seconds:
-    """Of one group: x once, one launch of each kernel, one collective."""
-    machine, ranks = terms.machine, terms.mesh.size
-    moved = members[0].x_reads + sum(member.moved for member in members)
-    latency = wire = 0.0
-    kind = members[0].kind
-    if kind is not None and ranks > 1:
-        link = machine.link(kind, ranks)
-        wire_bytes = float(wire_share(kind, ranks)) * sum(member.payload for member in members)
-        latency, wire = link.latency, wire_bytes / link.bandwidth
-    return Seconds(
-        moved / machine.memory_bandwidth,
-        sum(member.flops for member in members) / machine.flops,
-        members[0].launches * machine.launch,
-        latency,
-        wire,
-    )
+def pattern_of(path: str) -> str:
+    """``model.layers.*.mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
+    layer = layer_of(path)
+    return path if layer is None else path.replace(f"{layer}.", f"{layer.rpartition('.')[0]}.*.", 1)
 
 
 def _label(members: Sequence[Site]) -> str:
     first, *rest = (site.name for site in members)
-    layer = layer_of(first)
-    if layer is not None:
-        first = first.replace(f"{layer}.", f"{layer.rpartition('.')[0]}.*.", 1)
-    return "+".join([first, *(name.rpartition(".")[2] for name in rest)])
+    return "+".join([pattern_of(first), *(name.rpartition(".")[2] for name in rest)])
