@@ -6,21 +6,30 @@ with adapters.use(["math", None]):
     model.generate(**batch)
 """
 
-from bdlora_compile.declared import declare_block_diagonal, declare_replicated
-from bdlora_compile.errors import (
-    AdapterError,
-    AgreementError,
-    BdloraError,
-    ConfigError,
-    HollowError,
-    PassError,
-    PlacementError,
-)
-from bdlora_compile.model import Ranks, attach, load, make_cache, reports
-from bdlora_compile.report import Report
-from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.cache import LocalCache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from bdlora_compile.version import __version__
+
+if TYPE_CHECKING:
+    from bdlora_compile.declared import declare_block_diagonal, declare_replicated
+    from bdlora_compile.errors import (
+        AdapterError,
+        AgreementError,
+        BdloraError,
+        ConfigError,
+        HollowError,
+        PassError,
+        PlacementError,
+    )
+    from bdlora_compile.explaining import Load, explain
+    from bdlora_compile.explanation import Explanation
+    from bdlora_compile.machine import Machine
+    from bdlora_compile.model import Ranks, attach, load, make_cache, reports
+    from bdlora_compile.report import Report
+    from bdlora_compile.runtime.adapters import AdapterSet
+    from bdlora_compile.runtime.cache import LocalCache
+    from bdlora_compile.strategy import Decision, Workload
 
 __all__ = [
     "AdapterError",
@@ -28,17 +37,56 @@ __all__ = [
     "AgreementError",
     "BdloraError",
     "ConfigError",
+    "Decision",
+    "Explanation",
     "HollowError",
+    "Load",
     "LocalCache",
+    "Machine",
     "PassError",
     "PlacementError",
     "Ranks",
     "Report",
+    "Workload",
     "__version__",
     "attach",
     "declare_block_diagonal",
     "declare_replicated",
+    "explain",
     "load",
     "make_cache",
     "reports",
 ]
+
+_HOMES = {
+    "declared": ("declare_block_diagonal", "declare_replicated"),
+    "errors": (
+        "AdapterError",
+        "AgreementError",
+        "BdloraError",
+        "ConfigError",
+        "HollowError",
+        "PassError",
+        "PlacementError",
+    ),
+    "explaining": ("Load", "explain"),
+    "explanation": ("Explanation",),
+    "machine": ("Machine",),
+    "model": ("Ranks", "attach", "load", "make_cache", "reports"),
+    "report": ("Report",),
+    "runtime.adapters": ("AdapterSet",),
+    "runtime.cache": ("LocalCache",),
+    "strategy": ("Decision", "Workload"),
+}
+"""The module of each public name; torch is imported with the first one that is used."""
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"bdlora_compile.{home}"), name)
+    raise AttributeError(f"module 'bdlora_compile' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

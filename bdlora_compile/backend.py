@@ -100,13 +100,8 @@ def bdlora(
     if is_foreign(module):
         return compile_foreign(module, example_inputs, chosen.inner, chosen.on_report)
     deployment = _deployment_of(module)
-    captured = _copy(module)
-    report = _new_report(captured, deployment)
-    context = PassContext(deployment.plan, deployment.strict)
-    run_passes(PIPELINE, captured, context, report.stages)
-    base_only = captured.copy()
-    run_passes(BASE_ONLY, base_only, context, report.base_only)
-    deployment.reports.append(report)
+    analysed = analyse(module, deployment)
+    captured, base_only, report = analysed.captured, analysed.base_only, analysed.report
     if chosen.on_report is not None:
         chosen.on_report(report)
     for refusal in report.stage("partition").stats.refusals:
@@ -117,6 +112,37 @@ def bdlora(
     program = _emit(captured, base_only, example_inputs, deployment, chosen)
     report.emit_seconds = time.perf_counter() - start
     return program
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """A graph after all passes, before anything is read, bound or compiled.
+
+    Attributes:
+        captured: for batches in which some row has an adapter.
+        base_only: for the others.
+        report: what the passes did.
+    """
+
+    captured: Captured
+    base_only: Captured
+    report: Report
+
+
+def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
+    """Run all passes over a graph that Dynamo captured; the report joins those of the deployment.
+
+    Raises:
+        PlacementError: strict mode, and a value cannot stay on its rank.
+    """
+    captured = _copy(module)
+    report = _new_report(captured, deployment)
+    context = PassContext(deployment.plan, deployment.strict)
+    run_passes(PIPELINE, captured, context, report.stages)
+    base_only = captured.copy()
+    run_passes(BASE_ONLY, base_only, context, report.base_only)
+    deployment.reports.append(report)
+    return Analysed(captured, base_only, report)
 
 
 def _copy(module: GraphModule) -> Captured:
@@ -180,7 +206,9 @@ def _token_index(captured: Captured) -> int:
 def _new_report(captured: Captured, deployment: Deployment) -> Report:
     nodes = placeholders(captured.graph)
     own = [node for node in nodes if tag_of(example_of(node)) is None and isinstance(fake_value(node), torch.Tensor)]
-    return Report(deployment.plan.model, deployment.plan.mesh.size, [type_text(fake_value(node)) for node in own])
+    plan = deployment.plan
+    inputs = [type_text(fake_value(node)) for node in own]
+    return Report(plan.model, plan.mesh.size, inputs, decisions=plan.decisions)
 
 
 def _deployment_of(module: GraphModule) -> Deployment:

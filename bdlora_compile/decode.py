@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bdlora_compile.errors import BdloraError
 from bdlora_compile.ir import Origin
-from bdlora_compile.model import Strategy, load, reports
+from bdlora_compile.model import load, reports
 from bdlora_compile.report import Report
+from bdlora_compile.strategy import Strategy, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Job:
         prompts: texts of the user.
         new_tokens: tokens to generate for each row.
         strategy: layout of the LoRA sites.
+        machine: what an "auto" strategy chooses for, None for the device's default.
         inner: what runs a rank's graph, None for the device's default.
         check: compare every token with PEFT's eager result.
     """
@@ -41,6 +43,7 @@ class Job:
     prompts: Sequence[str]
     new_tokens: int
     strategy: Strategy
+    machine: str | None
     inner: str | None
     check: bool
 
@@ -53,7 +56,8 @@ class Job:
 def decode(job: Job, console: Console) -> bool:
     """Run the job on this rank; True if every token is PEFT's (or nothing was to be checked)."""
     start = time.perf_counter()
-    model, adapters = load(job.model, job.adapters, strategy=job.strategy)
+    load_of_batch = Workload(len(job.rows), max(len(job.adapters), 1)) if job.strategy == "auto" else None
+    model, adapters = load(job.model, job.adapters, strategy=job.strategy, workload=load_of_batch, machine=job.machine)
     model.compile(backend="bdlora", options={"inner": job.inner} if job.inner else None)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     console.print(f"{type(model).__name__} on {ranks} ranks, {len(adapters)} adapters: {', '.join(adapters.names)}")
@@ -65,6 +69,9 @@ def decode(job: Job, console: Console) -> bool:
     console.print(f"done in {time.perf_counter() - start:.0f} s, compilation included")
     _show_answers(job, new, console)
     _show_collectives(reports(model), console)
+    if job.strategy == "auto":
+        for decision in reports(model)[0].decisions:
+            console.print(decision.text(), markup=False)
     return not job.check or _agrees_with_peft(job, batch, new, model, console)
 
 
@@ -185,13 +192,15 @@ def _parse(arguments: Sequence[str] | None) -> Job:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--strategy", choices=("local", "slora"), default="local")
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="local")
+    parser.add_argument("--machine", default=None)
     parser.add_argument("--inner", choices=("eager", "inductor"), default=None)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     adapters = dict(pair.split("=", 1) for pair in options.adapter)
     model = str(Path(options.model)) if Path(options.model).is_dir() else options.model
-    return Job(model, adapters, options.prompt, options.new_tokens, options.strategy, options.inner, options.check)
+    settings = (options.new_tokens, options.strategy, options.machine, options.inner, options.check)
+    return Job(model, adapters, options.prompt, *settings)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from bdlora_compile import attention
 from bdlora_compile.errors import ConfigError, PlacementError
 from bdlora_compile.factors import Layout, LocalShape, local_shape
 from bdlora_compile.hollow import hollow_out, materialize_buffers
+from bdlora_compile.machine import Machine, find_machine
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.report import Report
@@ -23,15 +24,23 @@ from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_file import Adapter, FactorKind, LoraFactors, adapter_from_tensors, read_adapter
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement
+from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement, require_equal
 from bdlora_compile.runtime.bank import AdapterBank, chunk_elements
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
 from bdlora_compile.sites import Site, unsplit_layers
-
-Strategy = Literal["local", "slora"]
+from bdlora_compile.strategy import (
+    Decision,
+    Declared,
+    Profile,
+    Strategy,
+    Terms,
+    Workload,
+    choose_layouts,
+    fixed_layouts,
+)
 
 _DEFAULT_RANK = 16
 _DEFAULT_ADAPTERS = 8
@@ -79,6 +88,8 @@ def load(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     strategy: Strategy = "local",
+    workload: Workload | None = None,
+    machine: Machine | str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     strict: bool = True,
@@ -95,7 +106,11 @@ def load(
         max_adapters: adapters that can be resident at once; as many as given, and at least 8.
         max_rank: largest adapter rank R; that of the given adapters, or 16. Together with ``max_adapters`` it sizes the
             pool: that many ordinary adapters of that rank fit, and more block-diagonal ones.
-        strategy: "local" (no LoRA collective) or "slora" (S-LoRA's collectives), for every site.
+        strategy: "local" (no LoRA collective) or "slora" (S-LoRA's collectives) for every site, or "auto": the cheaper
+            one for each group of sites, by the cost model. The reasons are in ``reports(model)[0].decisions``.
+        workload: with "auto", the load to choose for; 16 tokens of 16 adapters by default.
+        machine: with "auto", the machine to choose for: a name of the shipped table, a file that ``bdlora calibrate``
+            wrote, or a `Machine`; by default "h100-nvlink" on GPUs and "cpu-gloo" on CPUs.
         dtype: of weights and factors; the checkpoint's own by default.
         device: this process's GPU where there is one, else the CPU.
         strict: a gather that nobody asked for is an error; False runs it and reports it.
@@ -109,8 +124,10 @@ def load(
         ConfigError: the folder or an argument cannot be honoured.
         PlacementError: the number of ranks does not divide the model.
         AdapterError: an adapter cannot be served.
+        AgreementError: with "auto", a rank came to another choice.
     """
     attention.register()
+    choice = _Choice.parse(strategy, workload, machine)
     folder = _folder_of(path_or_id)
     config = AutoConfig.from_pretrained(folder)
     dtype = dtype or config.dtype or torch.float32
@@ -123,11 +140,11 @@ def load(
     source = SafetensorsSource(folder)
     _check_weights(model, source, str(folder))
     ranks = ranks or Ranks.of_process_group()
-    sites = _find_sites(model, ranks, strict)
+    sites = served_sites(model, ranks.mesh, strict)
     base_model = config.name_or_path or str(path_or_id)
     found = {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
-    setup = _Setup(ranks, _layout(strategy), dtype, target, strict, capacity, base_model)
+    setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model)
     return model, _attach(model, sites, source, found, setup)
 
 
@@ -138,6 +155,8 @@ def attach(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     strategy: Strategy = "local",
+    workload: Workload | None = None,
+    machine: Machine | str | Path | None = None,
     strict: bool = True,
     max_tokens: int = 65536,
     ranks: Ranks | None = None,
@@ -152,13 +171,14 @@ def attach(
         PlacementError, AdapterError: as for `load`.
     """
     attention.register()
+    choice = _Choice.parse(strategy, workload, machine)
     base, peft_adapters = _take_apart(model)
     base.set_attn_implementation(attention.NAME)
     base.eval()
     parameter = next(base.parameters())
     source = MemorySource(dict(base.named_parameters()))
     ranks = ranks or Ranks.of_process_group()
-    sites = _find_sites(base, ranks, strict)
+    sites = served_sites(base, ranks.mesh, strict)
     base_model = base.config.name_or_path or None
     found = {
         name: adapter_from_tensors(config, tensors, sites, source=f"adapter {name!r}", base_model=base_model)
@@ -166,7 +186,7 @@ def attach(
     }
     found |= {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
-    setup = _Setup(ranks, _layout(strategy), parameter.dtype, parameter.device, strict, capacity, base_model)
+    setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model)
     return base, _attach(base, sites, source, found, setup)
 
 
@@ -201,9 +221,59 @@ class _Capacity:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choice:
+    """How layouts are chosen; ``layout`` None is by the cost model."""
+
+    layout: Layout | None
+    workload: Workload
+    machine: Machine | str | Path | None
+
+    @classmethod
+    def parse(cls, strategy: str, workload: Workload | None, machine: Machine | str | Path | None) -> "_Choice":
+        known = get_args(Strategy)
+        if strategy not in known:
+            raise ConfigError(
+                "strategy",
+                found=repr(strategy),
+                expected=f"one of {', '.join(map(repr, known))}",
+                remedy="choose one of them",
+            )
+        if strategy != "auto" and (workload, machine) != (None, None):
+            raise ConfigError(
+                "workload" if workload is not None else "machine",
+                found=f"one given with strategy={strategy!r}",
+                expected="strategy='auto', which chooses for them",
+                remedy="leave it out, or load with strategy='auto'",
+            )
+        return cls(None if strategy == "auto" else Layout(strategy), workload or Workload(), machine)
+
+    def layouts(
+        self, sites: Mapping[str, Site], adapters: Sequence[Adapter], setup: "_Setup"
+    ) -> tuple[dict[str, Layout], list[Decision]]:
+        """The layout of each site and the reasons, the same on all ranks.
+
+        Raises:
+            AgreementError: a rank came to another choice.
+        """
+        if self.layout is not None:
+            return fixed_layouts(sites, self.layout)
+        machine = find_machine(self.machine, setup.device)
+        terms = Terms(setup.ranks.mesh, self.workload, machine, setup.capacity.max_rank, setup.dtype.itemsize)
+        layouts, decisions = choose_layouts(sites, [profile_of(adapter) for adapter in adapters], terms)
+        text = "\n".join([repr(machine), repr(self.workload), *(decision.text() for decision in decisions)])
+        require_equal(setup.ranks.agreement, "choice of layouts", text)
+        return layouts, decisions
+
+
+def profile_of(adapter: Adapter) -> Profile:
+    """What an adapter declares."""
+    return {name: Declared(factors.kind, factors.rank, factors.nblocks) for name, factors in adapter.factors.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class _Setup:
     ranks: Ranks
-    layout: Layout
+    choice: "_Choice"
     dtype: torch.dtype
     device: torch.device
     strict: bool
@@ -219,12 +289,15 @@ def _attach(
     setup: _Setup,
 ) -> AdapterSet:
     ranks, capacity = setup.ranks, setup.capacity
-    plan = plan_model(model, sites, ranks.mesh, setup.layout, capacity.max_rank, setup.dtype, setup.device)
+    layouts, decisions = setup.choice.layouts(sites, list(found.values()), setup)
+    plan = plan_model(
+        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
+    )
     pool = max(_pool_elements(plan, rank, capacity) for rank in range(ranks.mesh.size))
     states = [_rank_state(plan, source, rank, pool, capacity) for rank in ranks.hosted]
     deployment = Deployment(plan, states, ranks.agreement, setup.strict)
     hollow_out(model, deployment)
-    serve(model, deployment, _cache_shape(model, plan, len(ranks.hosted)))
+    serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
     adapters = AdapterSet(deployment, capacity.max_adapters, setup.base_model)
@@ -233,11 +306,11 @@ def _attach(
     return adapters
 
 
-def _find_sites(model: PreTrainedModel, ranks: Ranks, strict: bool) -> dict[str, Site]:
+def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:
     """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
     sites = sites_of(model)
     whole = unsplit_layers(model, sites)
-    if not whole or ranks.mesh.size == 1 or not strict:
+    if not whole or mesh.size == 1 or not strict:
         return sites
     raise PlacementError(
         whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),
@@ -274,7 +347,8 @@ def _ordinary_shapes(plan: ModelPlan, rank: int, max_rank: int) -> list[LocalSha
     ]
 
 
-def _cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+    """What a cache of the model must look like on one rank."""
     config = model.config
     heads = config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -286,16 +360,6 @@ def _world_name() -> str:
     group = dist.group.WORLD
     assert group is not None, "the default process group is initialized"
     return group.group_name
-
-
-def _layout(strategy: str) -> Layout:
-    try:
-        return Layout(strategy)
-    except ValueError:
-        known = ", ".join(repr(layout.value) for layout in Layout)
-        raise ConfigError(
-            "strategy", found=repr(strategy), expected=f"one of {known}", remedy="choose one of them"
-        ) from None
 
 
 def _default_device() -> torch.device:

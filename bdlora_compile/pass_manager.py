@@ -7,12 +7,13 @@ from typing import ClassVar, Protocol
 
 from torch.fx import Graph, Node
 
+from bdlora_compile.census import take_census
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import Captured, Fact
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import propagate
-from bdlora_compile.report import PassStats, StageReport, take_census
+from bdlora_compile.report import PassStats, StageReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def _run_pass(
         nodes_before=nodes_before,
         nodes_after=len(captured.graph.nodes),
         stats=stats,
-        census=take_census(captured.graph, captured.layers),
+        census=take_census(captured, context.plan.mesh),
         text=print_graph(captured.graph),
     )
 

@@ -1,6 +1,6 @@
 """How a model is spread over the ranks: decided once, when it is loaded, and read by every graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from bdlora_compile.factors import Layout
 from bdlora_compile.placement import Mesh, Placement, Replicate, Shard, site_pieces
 from bdlora_compile.sites import Role, Site
+from bdlora_compile.strategy import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class ModelPlan:
         gathered: weights of linear layers whose output is gathered at once (the logits).
         max_rank: largest adapter rank R that the bank admits.
         dtype, device: of activations, weights and factors.
+        decisions: why each group of sites has its layout.
     """
 
     model: str
@@ -36,6 +38,7 @@ class ModelPlan:
     max_rank: int
     dtype: torch.dtype
     device: torch.device
+    decisions: Sequence[Decision] = ()
 
     def placement_of(self, parameter: str) -> Placement:
         """Placement of a parameter."""
@@ -58,12 +61,13 @@ def plan_model(
     model: PreTrainedModel,
     sites: Mapping[str, Site],
     mesh: Mesh,
-    layout: Layout,
+    layouts: Mapping[str, Layout],
     max_rank: int,
     dtype: torch.dtype,
     device: torch.device,
+    decisions: Sequence[Decision] = (),
 ) -> ModelPlan:
-    """Decide where every parameter of ``model`` lies.
+    """Decide where every parameter of ``model`` lies; layouts were decided before (`strategy.py`).
 
     Raises:
         PlacementError: the mesh does not divide a layer.
@@ -82,8 +86,8 @@ def plan_model(
     gathered = frozenset([names[head.weight]]) if isinstance(head, nn.Linear) else frozenset()
     if mesh.size == 1:
         weights, gathered = {}, frozenset()
-    layouts = dict.fromkeys(sites, layout)
-    return ModelPlan(type(model).__name__, mesh, sites, layouts, weights, gathered, max_rank, dtype, device)
+    name = type(model).__name__
+    return ModelPlan(name, mesh, sites, layouts, weights, gathered, max_rank, dtype, device, decisions)
 
 
 def _site_placements(site: Site, mesh: Mesh) -> dict[str, Placement]:

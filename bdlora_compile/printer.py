@@ -61,10 +61,15 @@ def _facts_of(node: Node) -> Iterable[str]:
     yield f"@{info.site}" if info.site else ""
 
 
+def dtype_text(dtype: torch.dtype) -> str:
+    """``f32`` of torch.float32."""
+    return _DTYPES.get(dtype, str(dtype))
+
+
 def type_text(value: object) -> str:
     """``f32[2, s0, 64]`` of a tensor, the types of a tuple's members, the text of anything else."""
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(str(size) for size in value.shape)}]"
+        return f"{dtype_text(value.dtype)}[{', '.join(str(size) for size in value.shape)}]"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(type_text(member) for member in value)})"
     if value is None:

@@ -1,15 +1,11 @@
 """What the compiler did to one graph: stages, matches, refusals and collectives, before and after."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch.fx import Graph
-
-from bdlora_compile.collectives import is_collective
-from bdlora_compile.ir import Layers, Origin, layer_of, module_path, operator_name, record
-
-_OUTSIDE = "outside layers"
+from bdlora_compile.census import OUTSIDE, Census
+from bdlora_compile.ir import Origin
+from bdlora_compile.strategy import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,43 +29,6 @@ class PassStats:
     matches: int = 0
     refusals: Sequence[Refusal] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """Collectives of a graph: how many of each (layer, origin, operator).
-
-    ``layer`` is ``model.layers.3`` or "outside layers".
-    """
-
-    counts: Mapping[tuple[str, str, str], int]
-
-    def total(self, origin: Origin | None = None) -> int:
-        """Collectives in all, or of one origin."""
-        return sum(n for (_, found, _), n in self.counts.items() if origin is None or found == origin.value)
-
-    def per_layer(self, origin: Origin) -> Sequence[int]:
-        """Collectives of one origin in each decoder layer that has any collective, in order of first use."""
-        layers = list(dict.fromkeys(layer for layer, _, _ in self.counts if layer != _OUTSIDE))
-        return [
-            sum(n for (found, kind, _), n in self.counts.items() if found == layer and kind == origin.value)
-            for layer in layers
-        ]
-
-
-def take_census(graph: Graph, layers: Layers | None = None) -> Census:
-    """Count the collectives of a graph; a layer that stands for others counts for each of them."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for node in filter(is_collective, graph.nodes):
-        kind = (record(node).origin.value, operator_name(node).split("::")[-1])
-        counts.update((path, *kind) for path in _stands_for(layer_of(module_path(node)), layers))
-    return Census(dict(counts))
-
-
-def _stands_for(path: str | None, layers: Layers | None) -> Sequence[str]:
-    if path is None or layers is None:
-        return [path or _OUTSIDE]
-    return [layers.path(number) for number, kept in enumerate(layers.stands_in) if layers.path(kept) == path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +63,8 @@ class Report:
         inputs: types of the forward's own inputs.
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
+        decisions: why each group of LoRA sites has its layout.
+        rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
     """
 
@@ -112,6 +73,8 @@ class Report:
     inputs: Sequence[str]
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
+    decisions: Sequence[Decision] = ()
+    rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
 
     @property
@@ -124,19 +87,33 @@ class Report:
         return next(stage for stage in self.stages if stage.name == name)
 
     def summary(self) -> str:
-        """A short text: passes with matches, refusals with reasons, collectives after each stage."""
+        """A short text: passes with matches, refusals, collectives, layouts with their reasons."""
         lines = [f"{self.model} on {self.tp_size} ranks, inputs {', '.join(self.inputs)}"]
         for stage in (*self.stages, *self.base_only):
             base, lora = stage.census.total(Origin.BASE), stage.census.total(Origin.LORA)
             fallback = stage.census.total(Origin.FALLBACK)
             counts = f"collectives: base {base}, LoRA {lora}" + (f", fallback {fallback}" if fallback else "")
             lines.append(
-                f"  {stage.name:<13}{stage.nodes_before:>6} -> {stage.nodes_after:<6}nodes "
+                f"  {stage.name:<19}{stage.nodes_before:>6} -> {stage.nodes_after:<6}nodes "
                 f"{stage.stats.matches:>5} matches  {stage.seconds:6.2f} s  {counts}"
             )
             lines += _refusal_lines(stage.stats.refusals)
+        if self.stages and self.tp_size > 1:
+            lines += _byte_lines(self.stages[-1].census)
+        if self.rebuilt:
+            size = sum(self.rebuilt.values())
+            lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
         return "\n".join(lines)
+
+
+def _byte_lines(census: Census) -> list[str]:
+    """What a rank sends in one forward; see `census.py` for what is counted."""
+    found = {origin: census.bytes_of_forward("wire", origin) for origin in Origin}
+    outside = census.bytes_of_layer(OUTSIDE, "wire")
+    parts = [f"{origin.value} {size}" for origin, size in found.items() if size != 0]
+    return [f"  a rank sends in one forward (ring): {', '.join(parts)} bytes; {outside} of them outside layers"]
 
 
 def _refusal_lines(refusals: Sequence[Refusal]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from smollm2 import checkpoint
 
-from bdlora_compile.cli import launch
+from bdlora_compile.commands.common import launch
 
 HERE = Path(__file__).parent
 PROMPTS = ("What is the capital of France?", "Tell me about the sea.")
@@ -22,7 +22,7 @@ def main() -> int:
     for prompt in PROMPTS:
         arguments += ["--prompt", prompt]
     # The model has nine heads: it runs on one, three or nine ranks.
-    status = launch(arguments, tp=3)
+    status = launch("bdlora_compile.decode", arguments, 3)
     print(f"demo took {time.perf_counter() - start:.0f} s")
     return status
 

@@ -1,6 +1,6 @@
 """Two hand-written S-LoRA blocks, compiled: their LoRA collectives go, their results stay.
 
-    torchrun --standalone --nproc-per-node 2 examples/handwritten_slora.py
+torchrun --standalone --nproc-per-node 2 examples/handwritten_slora.py
 """
 
 import torch

@@ -12,7 +12,7 @@ from bdlora_compile.collectives import group_named, ordered_list
 from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_through_aot
 from bdlora_compile.foreign.licences import refused_paths
 from bdlora_compile.foreign.paths import Path
-from bdlora_compile.ir import ArgumentWeight, InputSource, fake_value, placeholders, record
+from bdlora_compile.ir import ArgumentWeight, InputSource, RebuiltSource, fake_tensor, fake_value, placeholders, record
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.passes.fold import Fold
 from bdlora_compile.passes.localize_declared import LocalizeDeclared
@@ -76,6 +76,7 @@ def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
     run_passes((Simplify(), SplitProducts(), TagPaths(foreign.groups, found)), captured, context, report.stages)
     refused = refused_paths(found, foreign.tensors, foreign.has_dtensors, agreement)
     run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
+    report.rebuilt = _rebuilt_bytes(foreign)
     return Localized(foreign, report)
 
 
@@ -101,6 +102,12 @@ def watched_parameters(foreign: ForeignGraph) -> list[tuple[int, str, torch.Tens
         if isinstance(source, ArgumentWeight) and source.declared is not None:
             watched[source.index] = source.parameter
     return [(index, name, foreign.tensors[index]) for index, name in sorted(watched.items())]
+
+
+def _rebuilt_bytes(foreign: ForeignGraph) -> dict[str, int]:
+    nodes = placeholders(foreign.captured.graph)
+    factors = [(source, node) for node in nodes if isinstance(source := record(node).source, RebuiltSource)]
+    return {source.parameter: fake_tensor(node).nbytes for source, node in factors}
 
 
 def _inputs(foreign: ForeignGraph) -> list[str]:

@@ -19,9 +19,9 @@ from torch._C._distributed_c10d import PrefixStore
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin
-from bdlora_compile.model import Strategy
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.agreement import StoreAgreement, require_equal
+from bdlora_compile.strategy import Strategy
 from tests.models import AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
 SPECS = {

@@ -10,8 +10,8 @@ from torch.fx import Graph
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin, operator_name
-from bdlora_compile.model import Strategy
 from bdlora_compile.runtime import lockstep
+from bdlora_compile.strategy import Strategy
 from tests.models import ATTENTION, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
 TOLERANCE = 2e-6

@@ -1,0 +1,68 @@
+"""What several commands share: checks of their arguments, and starting one process a rank."""
+
+import sys
+import uuid
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+
+class StrategyName(StrEnum):
+    """How LoRA factors lie on the ranks."""
+
+    local = "local"
+    slora = "slora"
+    auto = "auto"
+
+
+def launch(module: str, arguments: Sequence[str], processes: int) -> int:
+    """Run a module in ``processes`` processes, as torchrun does; returns the exit status of the first to fail.
+
+    A process says itself what went wrong; the launcher's own trace of a failed child would hide it.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # importing torch takes seconds
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def refuse(message: str) -> NoReturn:
+    """End with status 2 and one line on stderr."""
+    Console(stderr=True).print(message, markup=False)
+    raise typer.Exit(2)
+
+
+def check_model(model: str) -> None:
+    """A path must be a folder; anything of the form ``name`` or ``owner/name`` may be on the hub."""
+    looks_like_a_path = model.count("/") > 1 or model.startswith((".", "~", "/"))
+    if looks_like_a_path and not Path(model).is_dir():
+        refuse(f"{model}: found no such folder, expected a Hugging Face model folder or an id on the hub")
+
+
+def parse_adapter(pair: str) -> tuple[str, Path]:
+    """Name and folder of ``NAME=PATH``."""
+    name, separator, path = pair.partition("=")
+    if not separator or not name or not Path(path).is_dir():
+        refuse(
+            f"--adapter {pair!r}: found {'no folder ' + path if separator else 'no ='}, expected NAME=PATH of a folder "
+            "that PEFT's save_pretrained wrote; check the path"
+        )
+    return name, Path(path)

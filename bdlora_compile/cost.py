@@ -1,0 +1,180 @@
+"""What the LoRA of a site costs one rank, and what its linear layer costs, as formulas in sympy.
+
+Legend: D/O in/out features, R adapter rank, C largest rank that the bank admits, G blocks of a factor that is
+block-diagonal along the dim that ranks split (1 for any other), N ranks, M pieces of the split dim (M = N at row
+sites), i the piece that the rank holds, T tokens of the forward, K distinct adapters in it, a and b elements of A and B
+on the rank, e bytes of an element, f bytes of an element of h = A x.
+
+    layout  site    a                  b                        collective between the factors
+    local   column  r D                r O / (M c)              none
+    local   row     r D / (N c)        r O                      none
+    slora   column  ceil(R/N) D        ceil(R/N) N O / M        all-gather, result N ceil(C/N) T f bytes
+    slora   row     R D / N            R ceil(O/N)              all-reduce, C T f bytes
+
+    r = (ceil((i+1) G/M) - floor(i G/M)) R/G      c = G/M if M divides G, else 1
+
+Sites that read one x (q/k/v; gate/up) are one group: x is read once, there is one launch of each kernel and one
+collective, whose bytes are the sum of the sites'. Kernels are those of `runtime/ops.py`; each of its elementwise
+helpers (copy of y, sum of planes, order of what a gather brought) is a kernel more, with its bytes.
+
+Beside the sites: attention over a cache (h heads and h_kv kv heads of size d on the rank, contexts of L tokens), the
+embedding and the logits (vocabulary V). Norms, activation functions, rotary angles and sampling are not counted.
+
+`tests/numerics/test_cost.py` holds a and b against the bank and collectives against compiled graphs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import sympy
+from sympy import Expr, Integer, Rational, ceiling, floor
+
+from bdlora_compile.factors import Layout
+from bdlora_compile.machine import CollectiveKind
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
+from bdlora_compile.sites import Role
+
+
+def _symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+T, D, O, R, C, G, N, M, K = map(_symbol, "TDORCGNMK")  # noqa: E741 (the legend's letter)
+E, F = _symbol("e"), _symbol("f")
+A = sympy.Symbol("a", nonnegative=True)
+B = sympy.Symbol("b", nonnegative=True)
+PIECE = sympy.Symbol("i", integer=True, nonnegative=True)
+
+LOCAL_RANK: Expr = (ceiling((PIECE + 1) * G / M) - floor(PIECE * G / M)) * R / G
+"""r of a local layout, on the rank that holds piece i."""
+PACKED_BLOCKS: Expr = sympy.Piecewise((G / M, sympy.Eq(sympy.Mod(G, M), 0)), (Integer(1), True))
+"""c of a local layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A collective.
+
+    Attributes:
+        kind: name of the operator.
+        payload: bytes, as `census.py` counts them.
+    """
+
+    kind: CollectiveKind
+    payload: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Elements of A and B of one adapter on one rank, in R, G, N, M, D, O and i."""
+
+    a: Expr
+    b: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What one site adds to a forward on one rank.
+
+    Attributes:
+        x_reads: bytes of x, read once for all the sites of a group.
+        reads: other bytes read.
+        writes: bytes written.
+        flops: multiplications and additions.
+        launches: kernels, the same for a group as for a site of it.
+        exchange: the collective, one for a group with the sites' bytes together; None where there is none.
+    """
+
+    x_reads: Expr
+    reads: Expr
+    writes: Expr
+    flops: Expr
+    launches: Expr
+    exchange: Exchange | None = None
+
+
+@cache
+def elements(role: Role, layout: Layout) -> Elements:
+    """Elements of both factors."""
+    if layout is Layout.SLORA:
+        share = ceiling(R / N)
+        if role is Role.COLUMN:
+            return Elements(share * D, share * N * O / M)
+        return Elements(R * D / N, R * ceiling(O / N))
+    if role is Role.COLUMN:
+        return Elements(LOCAL_RANK * D, LOCAL_RANK * O / M / PACKED_BLOCKS)
+    return Elements(LOCAL_RANK * D / M / PACKED_BLOCKS, LOCAL_RANK * O)
+
+
+@cache
+def lora(role: Role, layout: Layout) -> Formula:
+    """The LoRA path of one site; ``a`` and ``b`` are those of `elements`, or a mean of several adapters'."""
+    factors = K * E * (A + B)
+    flops = 2 * T * (A + B)
+    x = E * T * (D if role is Role.COLUMN else D / N)
+    if layout is Layout.LOCAL:
+        y = E * T * (O / M if role is Role.COLUMN else O)
+        # One launch where programs work by token, a shrink and an expand with more tokens.
+        launches = sympy.Piecewise((Integer(1), T <= BY_TOKEN_LIMIT), (Integer(2), True))
+        return Formula(x, factors + y, y, flops, launches)
+    if role is Role.COLUMN:
+        share, gathered = F * T * ceiling(C / N), F * T * ceiling(C / N) * N
+        y = E * T * O / M
+        reads = factors + share + gathered + y + gathered + y
+        writes = share + share + gathered + y + y
+        # Shrink, sum of its planes, order of what the gather brought, copy of y, expand.
+        return Formula(x, reads, writes, flops, Integer(5), Exchange("all_gather_into_tensor", gathered))
+    h, copy, own = F * T * C, E * T * O, E * T * ceiling(O / N)
+    # The same without an order to restore.
+    return Formula(x, factors + 2 * h + copy + own, 2 * h + copy + own, flops, Integer(4), Exchange("all_reduce", h))
+
+
+@cache
+def base(role: Role) -> Formula:
+    """The linear layer of one site."""
+    if role is Role.COLUMN:
+        weight, x, y = D * O / M, E * T * D, E * T * O / M
+        return Formula(x, E * weight, y, 2 * T * weight, Integer(1))
+    weight, x, y = D * O / N, E * T * D / N, E * T * O
+    return Formula(x, E * weight, y, 2 * T * weight, Integer(1), Exchange("all_reduce", y))
+
+
+H_KV, HEADS, HEAD_DIM, CONTEXT, ROWS, V = map(_symbol, ("h_kv", "h", "d", "L", "rows", "V"))
+
+
+@cache
+def attention() -> Formula:
+    """One layer's attention: keys and values of ``rows`` contexts of L tokens read once, h heads of d on this rank."""
+    cached = 2 * E * ROWS * CONTEXT * H_KV * HEAD_DIM
+    x = E * T * HEADS * HEAD_DIM
+    return Formula(x, cached, x, 4 * T * CONTEXT * HEADS * HEAD_DIM, Integer(1))
+
+
+@cache
+def embedding() -> Formula:
+    """The embedding, cut on the vocabulary: D features a token, then one all-reduce."""
+    y = E * T * D
+    return Formula(y, Integer(0), y, Integer(0), Integer(1), Exchange("all_reduce", y))
+
+
+@cache
+def logits() -> Formula:
+    """The output layer for one token of each row, cut on the vocabulary V, then one all-gather."""
+    own = ceiling(V / N)
+    y = E * ROWS * own
+    return Formula(
+        E * ROWS * D, E * own * D, y, 2 * ROWS * own * D, Integer(1), Exchange("all_gather_into_tensor", y * N)
+    )
+
+
+def value_of(formula: Expr, numbers: Mapping[sympy.Symbol, int | Rational]) -> Rational:
+    """A formula in numbers, exactly.
+
+    Raises:
+        AssertionError: a symbol of the formula has no number.
+    """
+    found: Any = formula.xreplace({symbol: sympy.sympify(number) for symbol, number in numbers.items()})
+    assert found.is_number, f"{formula}: no number for {found.free_symbols}"
+    return found

@@ -1,0 +1,320 @@
+"""Run the compiler's front half on a model that has no weights, and tell what it did.
+
+The model is built on the meta device and hollowed out; Dynamo traces a prefill and a decode forward with the cache that
+`generate` would make; the passes run as they do when serving; nothing is read, bound, emitted or communicated.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bdlora_compile import attention
+from bdlora_compile.backend import analyse
+from bdlora_compile.census import Census, Collective, number_of
+from bdlora_compile.errors import ConfigError
+from bdlora_compile.estimate import Estimate, ModelShape, Phase, estimate, phases
+from bdlora_compile.explained_sites import adapter_bytes, explain_sites, weight_bytes
+from bdlora_compile.explanation import (
+    ExplainedCollective,
+    ExplainedEstimate,
+    ExplainedGraph,
+    ExplainedRefusal,
+    ExplainedStage,
+    Explanation,
+)
+from bdlora_compile.factors import Layout
+from bdlora_compile.hollow import hollow_out, materialize_buffers
+from bdlora_compile.known_models import known_config
+from bdlora_compile.machine import Machine, find_machine
+from bdlora_compile.model import cache_shape, profile_of, served_sites
+from bdlora_compile.placement import Mesh
+from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.printer import dtype_text
+from bdlora_compile.report import Report, StageReport
+from bdlora_compile.runtime.adapter_file import read_adapter
+from bdlora_compile.runtime.adapter_targets import FactorKind
+from bdlora_compile.runtime.agreement import Alone
+from bdlora_compile.runtime.cache import LocalCache
+from bdlora_compile.runtime.deployment import Deployment
+from bdlora_compile.served import serve
+from bdlora_compile.sites import Role, Site
+from bdlora_compile.strategy import (
+    Declared,
+    Profile,
+    Strategy,
+    Terms,
+    Workload,
+    choose_layouts,
+    fixed_layouts,
+)
+
+_CPU = torch.device("cpu")
+_TRACED_BATCH, _TRACED_LENGTH = 2, 64
+"""Sizes of the traced forwards: they are symbols in the graphs, and a small cache takes no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The load that an explanation's numbers are for.
+
+    Attributes:
+        batch: rows.
+        prompt_length: tokens of each prompt, and of each context while decoding.
+        adapters: distinct adapters among the rows; by default one for each row.
+    """
+
+    batch: int = 16
+    prompt_length: int = 1024
+    adapters: int | None = None
+
+    def workload(self) -> Workload:
+        """Of one decode step."""
+        return Workload(self.batch, self.batch if self.adapters is None else self.adapters)
+
+
+def explain(
+    model: str | Path | PretrainedConfig | PreTrainedModel,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    tp_size: int,
+    adapter_rank: int | None = None,
+    nblocks: int = 1,
+    strategy: Strategy = "local",
+    machine: Machine | str | Path | None = None,
+    load: Load | None = None,
+    strict: bool = True,
+) -> Explanation:
+    """Tell what the compiler does to a model on ``tp_size`` ranks; no weights, no GPU, no process group.
+
+    Args:
+        model: a known name (`known_models.known_models`), a ``config.json``, a model folder, a transformers
+            configuration, or a model, of which the configuration is taken.
+        adapters: PEFT folders by name; only their headers are read.
+        tp_size: N, the number of ranks.
+        adapter_rank: without ``adapters``: R of an adapter on every site; 16 by default.
+        nblocks: its blocks, along the dim that ranks split; 1 is an ordinary adapter.
+        strategy: as for `load`.
+        machine: whose constants the estimates take, as for `load`; "h100-nvlink" by default.
+        load: rows, prompt length and distinct adapters that numbers are for.
+        strict: as for `load`.
+
+    Raises:
+        ConfigError: an argument cannot be honoured.
+        PlacementError: the number of ranks does not divide the model, or a value cannot stay on its rank.
+        AdapterError: an adapter cannot be served.
+    """
+    start = time.perf_counter()
+    load = load or Load()
+    config, name = _config_of(model)
+    hollow = _meta_model(config)
+    mesh = Mesh(tp_size, "explain")
+    sites = served_sites(hollow, mesh, strict)
+    profiles, lines = _adapters(sites, adapters, adapter_rank, nblocks)
+    max_rank = max(declared.rank for profile in profiles for declared in profile.values())
+    known = find_machine(machine)
+    terms = Terms(mesh, load.workload(), known, max_rank, hollow.dtype.itemsize)
+    chosen = {
+        "local": fixed_layouts(sites, Layout.LOCAL),
+        "slora": fixed_layouts(sites, Layout.SLORA),
+        "auto": choose_layouts(sites, profiles, terms),
+    }
+    if strategy not in chosen:
+        raise ConfigError(
+            "strategy", found=repr(strategy), expected="'local', 'slora' or 'auto'", remedy="choose one of them"
+        )
+    layouts, decisions = chosen[strategy]
+    plan = plan_model(hollow, sites, mesh, layouts, max_rank, hollow.dtype, _CPU, decisions)
+    held = weight_bytes(hollow, plan)
+    both = phases(load.batch, load.prompt_length)
+    shape = ModelShape.of(config)
+    return Explanation(
+        name=name,
+        model=type(hollow).__name__,
+        tp_size=tp_size,
+        num_layers=shape.layers,
+        dtype=dtype_text(hollow.dtype),
+        strategy=strategy,
+        adapters=lines,
+        max_rank=max_rank,
+        batch=load.batch,
+        prompt_length=load.prompt_length,
+        workload=terms.workload,
+        machine=known,
+        is_extrapolated=not known.is_measured(tp_size),
+        weight_bytes=held,
+        adapter_bytes=adapter_bytes(plan, profiles),
+        decisions=decisions,
+        sites=explain_sites(plan, profiles),
+        estimates=[
+            _explain_estimate(
+                estimate(shape, sites, profiles, label, {one.group: one.chosen for one in reasons}, terms, phase)
+            )
+            for phase in both
+            for label, (_, reasons) in chosen.items()
+        ],
+        graphs=[
+            _explain_graph(report, phase) for report, phase in zip(_trace(hollow, plan, strict), both, strict=True)
+        ],
+        seconds=time.perf_counter() - start,
+    )
+
+
+# --- what is explained ------------------------------------------------------------------------------------------------
+
+
+def _config_of(model: str | Path | PretrainedConfig | PreTrainedModel) -> tuple[PretrainedConfig, str]:
+    """The configuration and what to call it."""
+    if isinstance(model, PreTrainedModel):
+        return model.config, type(model).__name__
+    if isinstance(model, PretrainedConfig):
+        return model, type(model).__name__
+    path = Path(model)
+    if path.is_dir() or path.is_file():
+        return AutoConfig.from_pretrained(path), str(model)
+    return known_config(str(model)), str(model)
+
+
+def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    attention.register()
+    with torch.device("meta"):
+        dtype = config.dtype or torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    materialize_buffers(model, _CPU)
+    return model.eval()
+
+
+def _adapters(
+    sites: Mapping[str, Site], adapters: Mapping[str, str | Path] | None, rank: int | None, nblocks: int
+) -> tuple[list[Profile], list[str]]:
+    """What the adapters declare, and a line of text for each."""
+    if adapters and (rank is not None or nblocks != 1):
+        raise ConfigError(
+            "adapter_rank, nblocks",
+            found="both an adapter that is made up and adapters from folders",
+            expected="one of them",
+            remedy="leave out adapter_rank and nblocks, or adapters",
+        )
+    if adapters:
+        found = {name: read_adapter(path, sites) for name, path in adapters.items()}
+        lines = [f"{name}: {_profile_text(profile_of(adapter))}" for name, adapter in found.items()]
+        return [profile_of(adapter) for adapter in found.values()], lines
+    rank = 16 if rank is None else rank
+    if rank < 1 or nblocks < 1 or rank % nblocks:
+        raise ConfigError(
+            "adapter_rank, nblocks",
+            found=f"rank {rank} and {nblocks} blocks",
+            expected="a rank that the number of blocks divides",
+            remedy="choose a multiple of the number of blocks",
+        )
+    profile = {name: _made_up(site, rank, nblocks) for name, site in sites.items()}
+    return [profile], [f"made up: {_profile_text(profile)}"]
+
+
+def _made_up(site: Site, rank: int, nblocks: int) -> Declared:
+    """An adapter's site with blocks along the dim that ranks split."""
+    aligned = FactorKind.BLOCK_B if site.role is Role.COLUMN else FactorKind.BLOCK_A
+    split = site.out_features if site.role is Role.COLUMN else site.in_features
+    if split % nblocks:
+        raise ConfigError(
+            f"nblocks={nblocks}",
+            found=f"{split} features on the split dim of {site.name}",
+            expected="a number of blocks that divides them",
+            remedy="choose another nblocks",
+        )
+    return Declared(FactorKind.DENSE if nblocks == 1 else aligned, rank, nblocks)
+
+
+def _profile_text(profile: Profile) -> str:
+    counts = Counter((declared.rank, declared.nblocks) for declared in profile.values())
+    kinds = [
+        f"rank {rank}, {f'{blocks} blocks' if blocks > 1 else 'ordinary'}, on {count} sites"
+        for (rank, blocks), count in counts.items()
+    ]
+    return "; ".join(kinds)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report]:
+    """Reports of a prefill and a decode forward; the model is hollow afterwards."""
+    deployment = Deployment(plan, [], Alone(), strict)
+    shape = cache_shape(model, plan, num_hosted=1)
+    hollow_out(model, deployment)
+    serve(model, deployment, shape)
+    model.requires_grad_(False)
+
+    def look(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        analyse(module, deployment)
+        (results,) = module.graph.output_node().args
+        count = len(results)  # type: ignore[arg-type]  # a graph of Dynamo returns a tuple
+        # Nobody reads what the forward returns: the graph was what we wanted.
+        return lambda *args: tuple(torch.empty(()) for _ in range(count))
+
+    model.compile(backend=look, fullgraph=True)
+    cache = LocalCache(shape, _TRACED_BATCH, _TRACED_LENGTH)
+    with torch.no_grad():
+        for seq in (4, 1):
+            ids = torch.ones(_TRACED_BATCH, seq, dtype=torch.int64)
+            model(ids, past_key_values=cache, logits_to_keep=1)
+    return deployment.reports
+
+
+def _explain_graph(report: Report, phase: Phase) -> ExplainedGraph:
+    return ExplainedGraph(
+        phase.name,
+        phase.batch,
+        phase.seq,
+        report.inputs,
+        [_explain_stage(stage, phase) for stage in report.stages],
+        [_explain_stage(stage, phase) for stage in report.base_only],
+    )
+
+
+def _explain_stage(stage: StageReport, phase: Phase) -> ExplainedStage:
+    return ExplainedStage(
+        stage.name,
+        stage.seconds,
+        stage.nodes_before,
+        stage.nodes_after,
+        stage.stats.matches,
+        [ExplainedRefusal(refusal.where, refusal.reason) for refusal in stage.stats.refusals],
+        stage.stats.notes,
+        _explain_census(stage.census, phase),
+        stage.text,
+    )
+
+
+def _explain_census(census: Census, phase: Phase) -> list[ExplainedCollective]:
+    return [_explain_collective(one, phase) for one in census.collectives]
+
+
+def _explain_collective(one: Collective, phase: Phase) -> ExplainedCollective:
+    batch, seq = phase.batch, phase.seq
+    return ExplainedCollective(
+        one.kind,
+        one.group_size,
+        [str(size) for size in one.shape],
+        [number_of(size, batch, seq) for size in one.shape],
+        one.dtype,
+        one.origin,
+        one.layers,
+        one.site,
+        str(one.payload_bytes),
+        str(one.wire_bytes),
+        number_of(one.payload_bytes, batch, seq),
+        number_of(one.wire_bytes, batch, seq),
+        number_of(one.wire_bytes, 1, 1),
+    )
+
+
+def _explain_estimate(one: Estimate) -> ExplainedEstimate:
+    parts = (one.projections, one.lora, one.attention, one.outside)
+    return ExplainedEstimate(one.phase, one.strategy, one.layouts, *parts, seconds=one.total)

@@ -1,0 +1,234 @@
+"""What `explain` tells: a typed record that becomes text and JSON. All times in it are estimates.
+
+The JSON is the dataclasses field by field; `Explanation.json_schema` describes it. ``version`` grows when a field
+changes its meaning or goes away.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+from rich.console import Console
+
+from bdlora_compile.factors import Layout
+from bdlora_compile.ir import Origin
+from bdlora_compile.machine import Machine
+from bdlora_compile.strategy import Decision, Seconds, Workload
+
+VERSION: Literal[1] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRefusal:
+    """A place where a pass did not apply, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedCollective:
+    """One collective of a graph on one rank; bytes as `census.py` counts them.
+
+    Attributes:
+        kind, dtype, origin, site, layers: as of `census.Collective`.
+        group_size: ranks that take part.
+        shape: of the operand, an expression in ``batch`` and ``seq`` for each size.
+        sizes: the same in numbers, for the explained batch.
+        payload, wire: bytes of one run as expressions.
+        payload_bytes, wire_bytes: the same in numbers.
+        wire_bytes_per_token: for one row of one token.
+    """
+
+    kind: str
+    group_size: int
+    shape: Sequence[str]
+    sizes: Sequence[int]
+    dtype: str
+    origin: Origin
+    layers: Sequence[str]
+    site: str | None
+    payload: str
+    wire: str
+    payload_bytes: int
+    wire_bytes: int
+    wire_bytes_per_token: int
+
+    @property
+    def runs(self) -> int:
+        """How often it runs in one forward."""
+        return max(len(self.layers), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedStage:
+    """One pass over one graph.
+
+    Attributes:
+        name: the pass.
+        seconds: of its rewrite and verification, measured.
+        nodes_before, nodes_after: nodes of the graph, one layer standing for those that are like it.
+        matches: places that it rewrote.
+        refusals: places that it looked at and left.
+        notes: counts by name.
+        collectives: after it.
+        text: the graph after it.
+    """
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    matches: int
+    refusals: Sequence[ExplainedRefusal]
+    notes: Mapping[str, int]
+    collectives: Sequence[ExplainedCollective]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedGraph:
+    """One graph of the model.
+
+    Attributes:
+        phase: "prefill" or "decode".
+        batch, seq: the forward that numbers are for.
+        inputs: types of the forward's own inputs, as captured.
+        stages: passes in order.
+        base_only: passes over the copy for batches without adapters.
+    """
+
+    phase: str
+    batch: int
+    seq: int
+    inputs: Sequence[str]
+    stages: Sequence[ExplainedStage]
+    base_only: Sequence[ExplainedStage]
+
+    def stage(self, name: str) -> ExplainedStage:
+        """The stage of one pass."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedSite:
+    """A LoRA site, the same in all its layers, on the rank that holds most of it.
+
+    Attributes:
+        site: module path, ``*`` for the layer.
+        layers: how many.
+        role: "column" or "row".
+        weight: [O, D] of the whole layer.
+        local_weight: the same on one rank.
+        copies: ranks that hold the same piece (fewer kv heads than ranks).
+        layout: how its factors lie.
+        ranks: adapter rank R of each adapter that has the site, once each.
+        local_a, local_b: A and B of the first of them on a rank, blocks stacked: [r, D_loc/c] and [O_loc/c, r].
+        weight_bytes: on a rank, in one layer.
+        adapter_bytes: of one adapter on a rank, in one layer, a mean of the adapters.
+    """
+
+    site: str
+    layers: int
+    role: str
+    weight: tuple[int, int]
+    local_weight: tuple[int, int]
+    copies: int
+    layout: Layout
+    ranks: Sequence[int]
+    local_a: tuple[int, int]
+    local_b: tuple[int, int]
+    weight_bytes: int
+    adapter_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedEstimate:
+    """Estimated time of one forward on the fullest rank; attributes as of `estimate.Estimate`."""
+
+    phase: str
+    strategy: str
+    layouts: Mapping[str, Layout]
+    projections: Seconds
+    lora: Seconds
+    attention: Seconds
+    outside: Seconds
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the compiler would do to a model on a number of ranks, without weights, GPUs or process groups.
+
+    Attributes:
+        version: of this record.
+        name: what was asked for.
+        model: class of the model.
+        tp_size: N.
+        num_layers: decoder layers.
+        dtype: of weights, factors and activations.
+        strategy: "local", "slora" or "auto".
+        adapters: what adapters are explained, a line each.
+        max_rank: largest rank that the bank admits.
+        batch, prompt_length: the load that numbers are for.
+        workload: the load of a decode step that layouts are chosen for.
+        machine: the constants of the estimates.
+        is_extrapolated: whether collectives over N ranks were not measured on it.
+        weight_bytes: of all weights that a rank holds.
+        adapter_bytes: of one adapter on a rank, a mean.
+        decisions: why each group of sites has its layout.
+        graphs: prefill and decode.
+        sites: LoRA sites.
+        estimates: of both phases with each strategy.
+        seconds: time that the explanation took, measured.
+    """
+
+    name: str
+    model: str
+    tp_size: int
+    num_layers: int
+    dtype: str
+    strategy: str
+    adapters: Sequence[str]
+    max_rank: int
+    batch: int
+    prompt_length: int
+    workload: Workload
+    machine: Machine
+    is_extrapolated: bool
+    weight_bytes: int
+    adapter_bytes: int
+    decisions: Sequence[Decision]
+    graphs: Sequence[ExplainedGraph]
+    sites: Sequence[ExplainedSite]
+    estimates: Sequence[ExplainedEstimate]
+    seconds: float
+    version: Literal[1] = VERSION
+
+    def graph(self, phase: str) -> ExplainedGraph:
+        """The graph of "prefill" or "decode"."""
+        return next(graph for graph in self.graphs if graph.phase == phase)
+
+    def text(self, width: int = 140) -> str:
+        """The explanation as a text of tables."""
+        from bdlora_compile.explanation_text import show  # a record does not depend on how it is shown
+
+        file = io.StringIO()
+        show(self, Console(file=file, width=width))
+        return file.getvalue()
+
+    def to_json(self) -> str:
+        """The whole record; see `json_schema`."""
+        return pydantic.TypeAdapter(Explanation).dump_json(self, indent=1).decode() + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Explanation":
+        """Read what `to_json` wrote."""
+        return pydantic.TypeAdapter(Explanation).validate_json(text)
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """JSON schema of the record."""
+        return pydantic.TypeAdapter(Explanation).json_schema()

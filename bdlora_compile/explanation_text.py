@@ -1,0 +1,214 @@
+"""An explanation as tables on a console."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bdlora_compile.explanation import (
+    ExplainedCollective,
+    ExplainedEstimate,
+    ExplainedGraph,
+    ExplainedRefusal,
+    ExplainedSite,
+    Explanation,
+)
+from bdlora_compile.ir import Origin
+from bdlora_compile.strategy import Seconds
+
+_OPERATORS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+_PHASES = {"prefill": "prefill (the prompts)", "decode": "decode (one token for each row)"}
+
+
+def show(told: Explanation, console: Console) -> None:
+    """Print the whole explanation."""
+    _show_head(told, console)
+    for graph in told.graphs:
+        _show_stages(graph, console)
+    for graph in told.graphs:
+        _show_collectives(graph, console)
+    _show_sites(told, console)
+    _show_decisions(told, console)
+    _show_estimates(told, console)
+
+
+def _show_head(told: Explanation, console: Console) -> None:
+    console.print(
+        f"[bold]{escape(told.name)}[/bold]: {told.model}, {told.num_layers} layers, {told.dtype}, on ", end=""
+    )
+    console.print(f"{told.tp_size} ranks, strategy {told.strategy}")
+    console.print(f"{told.batch} rows, prompts and contexts of {told.prompt_length:,} tokens, ", end="")
+    console.print(f"{told.workload.adapters} distinct adapters in a step")
+    for line in told.adapters:
+        console.print(f"adapter {line}", markup=False)
+    console.print(f"a rank holds {_size(told.weight_bytes)} of weights and {_size(told.adapter_bytes)} of one adapter")
+    console.print(f"explained in {told.seconds:.0f} s without weights; times below the passes' own are estimates\n")
+
+
+def _show_stages(graph: ExplainedGraph, console: Console) -> None:
+    table = Table("pass", title=f"passes over {_PHASES[graph.phase]}", title_justify="left")
+    for name in ("nodes before", "after", "matches", "seconds", "base", "LoRA", "fallback"):
+        table.add_column(name, justify="right")
+    refusals: list[tuple[str, ExplainedRefusal]] = []
+    for stage in (*graph.stages, *graph.base_only):
+        counts = [sum(one.runs for one in stage.collectives if one.origin is origin) for origin in Origin]
+        numbers = (stage.nodes_before, stage.nodes_after, stage.matches)
+        table.add_row(stage.name, *map(str, numbers), f"{stage.seconds:.2f}", *map(str, counts))
+        refusals += [(stage.name, refusal) for refusal in stage.refusals]
+    console.print(table)
+    console.print("base, LoRA and fallback (gathers that nobody asked for): collectives of a forward, all layers")
+    for line in _refusal_lines(refusals):
+        console.print(line, markup=False)
+    console.print()
+
+
+def _refusal_lines(refusals: Sequence[tuple[str, ExplainedRefusal]]) -> list[str]:
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, refusal in refusals:
+        places.setdefault((name, refusal.reason), []).append(refusal.where)
+    return [
+        f"{name} left {where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}: {reason}"
+        for (name, reason), where in places.items()
+    ]
+
+
+def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
+    title = f"collectives of {_PHASES[graph.phase]}; bytes that a rank sends in a ring"
+    table = Table("stage", "where", "for", "operator", "operand", title=title, title_justify="left")
+    for name in ("a token", "a step", "times"):
+        table.add_column(name, justify="right")
+    for label, name in (("before localize", "partition"), ("at the end", graph.stages[-1].name)):
+        collectives = graph.stage(name).collectives
+        for one in collectives:
+            where = _layers_text(one.layers)
+            what = f"LoRA {(one.site or '').rpartition('.')[2]}" if one.origin is Origin.LORA else one.origin.value
+            operand = f"{one.dtype} [{', '.join(one.shape)}]"
+            sizes = (f"{one.wire_bytes_per_token:,}", f"{one.wire_bytes:,}", str(one.runs))
+            table.add_row(label, where, what, _OPERATORS.get(one.kind, one.kind), escape(operand), *sizes)
+        total = f"[bold]{_sent(collectives):,}[/bold]"
+        table.add_row(label, "all", "", "", "", "", total, str(sum(one.runs for one in collectives)), end_section=True)
+    console.print(table)
+    before, after = (_sent(graph.stage(name).collectives) for name in ("partition", graph.stages[-1].name))
+    console.print(f"a step sends {_size(before)} a rank before localize and {_size(after)} at the end\n")
+
+
+def _sent(collectives: Iterable[ExplainedCollective]) -> int:
+    return sum(one.runs * one.wire_bytes for one in collectives)
+
+
+def _show_sites(told: Explanation, console: Console) -> None:
+    title = f"LoRA sites, on the rank that holds most of {told.tp_size}; bytes of one layer"
+    table = Table("site", "role", "weight", "on a rank", "layout", "R", "A on a rank", "B on a rank", title=title)
+    table.title_justify = "left"
+    for name in ("layers", "weight bytes", "adapter bytes"):
+        table.add_column(name, justify="right")
+    for site in told.sites:
+        table.add_row(*_site_row(site))
+    console.print(table)
+    console.print("A and B have their blocks stacked on the local rank; adapter bytes are of one adapter, a mean\n")
+
+
+def _site_row(site: ExplainedSite) -> list[str]:
+    held = _shape(site.local_weight) + (f", {site.copies} copies" if site.copies > 1 else "")
+    return [
+        _short(site.site),
+        site.role,
+        _shape(site.weight),
+        held,
+        site.layout.value,
+        ", ".join(map(str, site.ranks)) or "none",
+        _shape(site.local_a),
+        _shape(site.local_b),
+        str(site.layers),
+        f"{site.weight_bytes:,}",
+        f"{site.adapter_bytes:,}",
+    ]
+
+
+def _show_decisions(told: Explanation, console: Console) -> None:
+    console.print("layouts, and why:")
+    for decision in told.decisions:
+        console.print(f"  {_short(decision.group)}: {decision.chosen.value}, {decision.why}", markup=False)
+    console.print()
+
+
+def _show_estimates(told: Explanation, console: Console) -> None:
+    title = "estimated time of a step on one rank, microseconds"
+    table = Table("step", "strategy", title=title, title_justify="left")
+    for name in (
+        "projections",
+        "LoRA",
+        "attention",
+        "outside",
+        "total",
+        "LoRA: kernels",
+        "launches",
+        "latency",
+        "wire",
+    ):
+        table.add_column(name, justify="right")
+    for one in told.estimates:
+        table.add_row(one.phase, one.strategy, *_estimate_cells(one), end_section=one.strategy == "auto")
+    console.print(table)
+    machine = told.machine
+    console.print(f"machine {machine.name}: {machine.source}", markup=False)
+    constants = (
+        f"memory {machine.memory_bandwidth / 1e9:,.1f} GB/s, products {machine.flops / 1e12:,.2f} TFLOP/s, "
+        f"a kernel {machine.launch * 1e6:.2f} us"
+    )
+    if told.tp_size > 1:
+        for name, link in (
+            ("all-reduce", machine.link("all_reduce", told.tp_size)),
+            ("all-gather", machine.link("all_gather_into_tensor", told.tp_size)),
+        ):
+            constants += f", {name} {link.latency * 1e6:.1f} us + bytes / {link.bandwidth / 1e9:,.1f} GB/s"
+    console.print(constants)
+    if told.is_extrapolated:
+        console.print(
+            f"collectives over {told.tp_size} ranks were not measured on it: their latency is extrapolated with the "
+            "square root of the number of ranks, which is a guess"
+        )
+    console.print("not counted: norms, activation functions, rotary angles, sampling, the host")
+
+
+def _estimate_cells(one: ExplainedEstimate) -> list[str]:
+    seconds: Sequence[Seconds] = (one.projections, one.lora, one.attention, one.outside)
+    lora = one.lora
+    parts = [*(part.total for part in seconds), one.seconds, lora.kernels, lora.launches, lora.latency, lora.wire]
+    return [f"{part * 1e6:,.0f}" for part in parts]
+
+
+def _layers_text(layers: Sequence[str]) -> str:
+    """``layers 0-79``, ``layers 0, 2-5``, or where there is no layer."""
+    if not layers:
+        return "outside layers"
+    numbers = [int(layer.rpartition(".")[2]) for layer in layers]
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"layer{'s' if len(numbers) > 1 else ''} {text}"
+
+
+def _short(path: str) -> str:
+    """``self_attn.q_proj`` of ``model.layers.0.self_attn.q_proj``: the part inside a layer."""
+    parts = path.split(".")
+    inner = next((index for index, part in enumerate(parts) if part.isdecimal() or part == "*"), None)
+    return path if inner is None else ".".join(parts[inner + 1 :])
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.2f} {unit}"

@@ -1,0 +1,167 @@
+"""What a machine costs: the constants of the time model (`cost.py`), shipped as a table or measured by `calibrate`.
+
+A collective over N ranks takes ``latency + wire bytes / bandwidth``, wire bytes as `census.py` counts them (ring).
+Where N was not measured the nearest measured number of ranks stands in: its latency is taken to grow with the square
+root of N (between a tree, log N, and a ring, N: a guess) and the bandwidth of a rank to stay. Whoever prints such a
+number says that it is extrapolated.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+
+from bdlora_compile.errors import ConfigError
+
+CollectiveKind = Literal["all_reduce", "all_gather_into_tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The cost of one kind of collective over a number of ranks.
+
+    Attributes:
+        latency: seconds of a collective that moves nothing.
+        bandwidth: wire bytes that a rank sends in a second.
+    """
+
+    latency: pydantic.PositiveFloat
+    bandwidth: pydantic.PositiveFloat
+
+    def seconds(self, wire_bytes: float) -> float:
+        """Time of one collective."""
+        return self.latency + wire_bytes / self.bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Constants of one kind of machine.
+
+    Attributes:
+        name: what reports call it.
+        source: how, when and on what it was measured, and what was not.
+        memory_bandwidth: bytes that a kernel reads in a second.
+        flops: multiplications and additions of a large matrix product in a second.
+        launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph, an operator on a CPU.
+        all_reduce, all_gather: by number of ranks, those that were measured.
+    """
+
+    name: str
+    source: str
+    memory_bandwidth: pydantic.PositiveFloat
+    flops: pydantic.PositiveFloat
+    launch: pydantic.NonNegativeFloat
+    all_reduce: Mapping[int, Link]
+    all_gather: Mapping[int, Link]
+
+    def link(self, kind: CollectiveKind, ranks: int) -> Link:
+        """The cost of a collective over ``ranks``, extrapolated where that number was not measured."""
+        measured = self._links(kind)
+        if ranks in measured:
+            return measured[ranks]
+        nearest = min(measured, key=lambda known: (abs(math.log2(known / ranks)), known))
+        known = measured[nearest]
+        return Link(known.latency * math.sqrt(ranks / nearest), known.bandwidth)
+
+    def is_measured(self, ranks: int) -> bool:
+        """Whether both collectives were measured over this number of ranks."""
+        return ranks == 1 or (ranks in self.all_reduce and ranks in self.all_gather)
+
+    def to_json(self) -> str:
+        """The file that ``machine=`` accepts."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def _links(self, kind: CollectiveKind) -> Mapping[int, Link]:
+        return self.all_reduce if kind == "all_reduce" else self.all_gather
+
+
+def find_machine(machine: Machine | str | Path | None, device: torch.device | None = None) -> Machine:
+    """A machine by its name in the shipped table, from a file of `bdlora calibrate`, or the default for a device.
+
+    Raises:
+        ConfigError: there is no such name or file, or the file is not that of a machine.
+    """
+    if isinstance(machine, Machine):
+        return machine
+    if machine is None:
+        machine = "cpu-gloo" if device is not None and device.type == "cpu" else "h100-nvlink"
+    known = known_machines()
+    if str(machine) in known:
+        return _parse((_folder() / f"{machine}.json").read_text(), str(machine))
+    path = Path(machine)
+    if not path.is_file():
+        raise ConfigError(
+            f"machine {str(machine)!r}",
+            found="neither a known name nor a file",
+            expected=f"one of {', '.join(known)}, or a file that `bdlora calibrate --out` wrote",
+            remedy="choose one of them, or run `bdlora calibrate`",
+        )
+    return _parse(path.read_text(), str(path))
+
+
+def known_machines() -> Sequence[str]:
+    """Names in the shipped table."""
+    return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
+
+
+def fit_link(points: Sequence[tuple[float, float]]) -> Link:
+    """Latency and bandwidth from measured (wire bytes, seconds), by least squares of relative errors.
+
+    Relative errors, so that a collective of a few bytes counts as much as a large one.
+
+    Raises:
+        ConfigError: fewer than two sizes, or times that do not grow with size.
+    """
+    rows = torch.tensor([[1.0 / seconds, size / seconds] for size, seconds in points], dtype=torch.float64)
+    # Bytes are counted in units of the largest size: the system is then well conditioned.
+    unit = max((size for size, _ in points), default=0.0)
+    if unit <= 0 or len({size for size, _ in points}) < 2:
+        raise ConfigError(
+            "fit of a collective",
+            found=f"sizes {[size for size, _ in points]}",
+            expected="two or more",
+            remedy="add sizes",
+        )
+    rows[:, 1] /= unit
+    solution = torch.linalg.lstsq(rows, torch.ones(len(points), 1, dtype=torch.float64)).solution.flatten().tolist()
+    latency, per_unit = solution
+    if per_unit <= 0:
+        raise ConfigError(
+            "fit of a collective",
+            found=f"times that do not grow with size: {[round(seconds * 1e6, 1) for _, seconds in points]} us",
+            expected="a line with a positive slope",
+            remedy="measure larger sizes, or on a machine that does nothing else",
+        )
+    # A negative latency is noise of the largest sizes: the smallest measured time bounds it.
+    return Link(max(latency, min(seconds for _, seconds in points) / 10), unit / per_unit)
+
+
+def _folder() -> "resources.abc.Traversable":
+    return resources.files("bdlora_compile") / "machines"
+
+
+def _parse(text: str, where: str) -> Machine:
+    try:
+        machine = pydantic.TypeAdapter(Machine).validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{where}: {'.'.join(map(str, first['loc'])) or 'file'}",
+            found=f"{first['input']!r:.60} ({first['msg']})",
+            expected="the JSON of a machine",
+            remedy="write it with `bdlora calibrate --out`",
+        ) from None
+    if not machine.all_reduce or not machine.all_gather or min((*machine.all_reduce, *machine.all_gather)) < 2:
+        raise ConfigError(
+            where,
+            found="no collective measured, or one of fewer than 2 ranks",
+            expected="all_reduce and all_gather over 2 or more ranks",
+            remedy="write it with `bdlora calibrate --tp 2 --out`",
+        )
+    return machine
