@@ -7,6 +7,7 @@ Row site (W cut on D):      Before:  y = linear(x, W)
                                      y is a summand; the base all-reduce falls before its first use as a whole value
 Embedding (W cut on V):     Before:  e = embedding(ids, W)
                             After:   own = ids - start; e = embedding(own if inside else 0, W_k) * inside
+                                     with LoRA a row site: h = all_reduce(lookup(own, A_k)); e = expand(e, h, B_k)
 Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
                             After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
 
@@ -45,17 +46,18 @@ from bdlora_compile.ir import (
     record,
     set_record,
 )
-from bdlora_compile.lora_nodes import ExpandArguments, ShrinkArguments
+from bdlora_compile.lora_nodes import ExpandArguments, LookupArguments, ShrinkArguments
 from bdlora_compile.pass_manager import PassContext
 from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for, tensor_operands
 from bdlora_compile.passes.tag import weight_name
 from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local_shape
 from bdlora_compile.plan import ModelPlan
-from bdlora_compile.propagation import find_fake_mode
+from bdlora_compile.propagation import find_fake_mode, number_key
 from bdlora_compile.report import PassStats, Refusal
+from bdlora_compile.runtime import embedding_ops  # noqa: F401 - registers its operators
 from bdlora_compile.runtime.cache import write_rows
 from bdlora_compile.runtime.ops import SlotField
-from bdlora_compile.sites import Role
+from bdlora_compile.sites import Role, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class _Partitioning:
             self._require(node, [Replicate()] * len(tensor_operands(node)), "it is an output of the model")
         elif operator_name(node) == "bdlora::cache_update":
             self._place_cache_update(node)
-        elif operator_name(node) == "embedding" and self._is_cut(node.args[1]):
+        elif operator_name(node) == "embedding":
             self._place_embedding(node)
         elif operator_name(node) == "linear":
             self._place_linear(node)
@@ -149,7 +151,7 @@ class _Partitioning:
         bias = self._split_off_row_bias(node)
         self._place_by_rule(node)
         site = record(node).site
-        result = self._add_lora(node, site) if site else node
+        result = self._add_lora(node, node.args[0], site) if site else node
         if weight_name(node) in self.plan.gathered and isinstance(record(result).placement, Shard):
             result = self._gather_logits(result)
         if bias is not None:
@@ -189,6 +191,16 @@ class _Partitioning:
         return result
 
     def _place_embedding(self, node: Node) -> None:
+        ids, site = node.args[0], record(node).site
+        if self._is_cut(node.args[1]):
+            node, ids = self._cut_embedding(node)
+        else:
+            self._place_by_rule(node)
+        if site:
+            self._add_lora(node, ids, site)
+
+    def _cut_embedding(self, node: Node) -> tuple[Node, Node]:
+        """The summand that takes the place of an embedding, and the ids counted from this rank's first one."""
         ids, weight = node.args[0], node.args[1]
         assert isinstance(ids, Node), "an embedding's ids are a tensor"
         assert isinstance(weight, Node), "an embedding's weight is a tensor"
@@ -207,10 +219,12 @@ class _Partitioning:
             if made.op != "placeholder" and made is not ids:
                 made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
                 set_record(made, stage="partition")
+        shifted.meta["example_value"] = fake_value(ids)
         _stand_for(summand, node, "partition")
         set_record(summand, placement=Partial())
         node.replace_all_uses_with(summand)
         self.graph.erase_node(node)
+        return summand, shifted
 
     def _place_cache_update(self, node: Node) -> None:
         """Write this rank's heads at each row's own position, and read the whole cache."""
@@ -239,21 +253,23 @@ class _Partitioning:
 
     # --- LoRA -------------------------------------------------------------------------------------------------------
 
-    def _add_lora(self, y: Node, site_name: str) -> Node:
+    def _add_lora(self, y: Node, x: Argument, site_name: str) -> Node:
         """Shrink, collective, expand, as S-LoRA places them; returns the node that stands for the site's result."""
         site, plan = self.plan.sites[site_name], self.plan
-        x = y.args[0]
-        assert isinstance(x, Node), "a linear layer's input is a tensor"
+        assert isinstance(x, Node), "a layer's input is a tensor"
         layer = self.captured.layer_of_site(site_name)
         bank = {name: self._source_node(_bank_source(name, layer)) for name in BankField}
         pool, slots, scales = bank[BankField.POOL], bank[BankField.SLOTS], bank[BankField.SCALES]
-        tokens = bank[BankField.TOKEN_SLOT]
+        tokens = self._kept_tokens(x, bank[BankField.TOKEN_SLOT], site)
         index = plan.row(site_name, layer)
         width = rank_capacity(plan.max_rank, site, Layout.SLORA, plan.mesh)
-        _, out_features = local_features(site, Layout.SLORA, plan.mesh)
+        in_features, out_features = local_features(site, Layout.SLORA, plan.mesh)
         is_gathered = site.role is Role.COLUMN and plan.mesh.size > 1
         with self.graph.inserting_after(y):
-            shrink = ShrinkArguments(x, pool, slots, tokens, [index], width).insert(self.graph)
+            if site.is_lookup:
+                shrink = LookupArguments(x, pool, slots, tokens, [index], width, in_features).insert(self.graph)
+            else:
+                shrink = ShrinkArguments(x, pool, slots, tokens, [index], width).insert(self.graph)
         self._mark_lora(shrink, y, site_name)
         h = self._bridge(shrink, y, site_name, site.role)
         parts = plan.mesh.size if is_gathered else 1
@@ -265,6 +281,39 @@ class _Partitioning:
         expand.meta["example_value"] = expand.meta[_WHOLE] = fake_value(y)
         y.replace_all_uses_with(expand, delete_user_cb=lambda user: user is not expand)
         return expand
+
+    def _kept_tokens(self, x: Node, token_slot: Node, site: Site) -> Node:
+        """Slots of the tokens that ``x`` holds: `generate` asks for the logits of each row's last token alone.
+
+        Raises:
+            PlacementError: ``x`` holds some of the forward's tokens, and not by indexing the hidden state.
+        """
+        if not site.vocabulary or self._holds_all_tokens(x):
+            return token_slot
+        source = x.args[0] if operator_name(x) == "getitem" else None
+        if not (isinstance(source, Node) and self._holds_all_tokens(source) and isinstance(x.args[1], tuple)):
+            raise PlacementError(
+                f"LoRA site {site.name}",
+                found=f"an input that {operator_name(x)} makes, of shape {list(fake_tensor(x).shape)}",
+                expected="the hidden state [batch, seq, D], or some of its tokens chosen by hidden[:, index, :]",
+                remedy="report this model; without vocabulary_lora it is served",
+            )
+        with self.graph.inserting_after(x):
+            grid = self.graph.call_function(torch.ops.bdlora.token_grid.default, (token_slot, source))
+        with self.graph.inserting_after(grid):
+            kept = self.graph.call_function(operator.getitem, (grid, x.args[1][:2]))
+        with self.graph.inserting_after(kept):
+            tokens = self.graph.call_function(torch.flatten, (kept,))
+        for node in (grid, kept, tokens):
+            self._mark_lora(node, x, site.name)
+        return tokens
+
+    def _holds_all_tokens(self, x: Node) -> bool:
+        """Whether the leading dims of ``x`` are the [batch, seq] of the forward."""
+        token_input = self.captured.token_input
+        assert token_input is not None, "the tag pass finds the token input"
+        own, all_tokens = fake_tensor(x).shape[:2], fake_tensor(token_input).shape[:2]
+        return [number_key(size) for size in own] == [number_key(size) for size in all_tokens]
 
     def _bridge(self, shrink: Node, y: Node, site_name: str, role: Role) -> Node:
         """The collective between the factors: ranks' shares of h side by side, or ranks' summands of h summed."""

@@ -32,7 +32,7 @@ _CACHE_UPDATE = "bdlora::cache_update"
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """Write a source on every placeholder and a site on every linear layer that adapters may change."""
+    """Write a source on every placeholder and a site on every layer that adapters may change."""
 
     name: ClassVar[str] = "tag"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
@@ -44,9 +44,7 @@ class Tag:
         found = _tag_sites(graph, context)
         captured.token_input = _find_token_input(graph)
         absent = [
-            Refusal(name, "this graph has no linear layer of that name")
-            for name in context.plan.sites
-            if name not in found
+            Refusal(name, "this graph has no layer of that name") for name in context.plan.sites if name not in found
         ]
         whole = [] if context.plan.mesh.size == 1 else _unsplit(graph, context)
         return PassStats(matches=len(found), refusals=[*absent, *whole])
@@ -67,13 +65,16 @@ def _tag_placeholders(graph: Graph) -> None:
 
 
 def _tag_sites(graph: Graph, context: PassContext) -> set[str]:
+    # The embedding and the layer that makes logits may have one weight: the operator tells them apart.
+    lookups = {site.weight: site.name for site in context.plan.sites.values() if site.is_lookup}
+    linears = {site.weight: site.name for site in context.plan.sites.values() if not site.is_lookup}
     found: set[str] = set()
-    for node in stage_nodes(graph, "linear"):
-        parameter = weight_name(node)
-        site = parameter.removesuffix(".weight") if parameter else ""
-        if site in context.plan.sites:
-            set_record(node, site=site)
-            found.add(site)
+    for name, sites in (("embedding", lookups), ("linear", linears)):
+        for node in stage_nodes(graph, name):
+            site = sites.get(weight_name(node) or "")
+            if site is not None:
+                set_record(node, site=site)
+                found.add(site)
     return found
 
 
