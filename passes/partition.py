@@ -69,6 +69,8 @@ class Partition:
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PARTITIONED})
 
     def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
+        if Fact.PARTITIONED in captured.facts:
+            return PassStats()
         work = _Partitioning(captured, context)
         for node in list(captured.graph.nodes):
             work.place(node)
