@@ -155,9 +155,8 @@ def adapter_cases(draw: st.DrawFn, model: Case) -> AdapterCase:
     """An adapter that PEFT can make for the model."""
     nblocks = draw(st.sampled_from([0, 0, 1, 2, 3, 4, 8]))
     swapped = nblocks > 0 and draw(st.sampled_from([False, False, False, True]))
-    targets = draw(st.sampled_from([ALL_SITES, ALL_SITES, ATTENTION, None]))
-    if targets is None:
-        targets = tuple(draw(st.lists(st.sampled_from(ALL_SITES), min_size=1, max_size=4, unique=True)))
+    some = st.lists(st.sampled_from(ALL_SITES), min_size=1, max_size=4, unique=True).map(tuple)
+    targets: tuple[str, ...] = draw(st.sampled_from([ALL_SITES, ATTENTION]) | some)
     if draw(st.sampled_from([False, False, False, True])):
         targets += draw(st.sampled_from([("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")]))
     if nblocks:

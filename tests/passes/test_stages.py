@@ -103,7 +103,8 @@ CASES: Mapping[str, tuple[Make, ModelPlan]] = {
     "vocabulary": (tied_vocabulary, plan_of(2, (EMBEDDING, HEAD), gathered=frozenset([TABLE]))),
     "vocabulary_slora": (tied_vocabulary, plan_of(2, (EMBEDDING, HEAD), Layout.SLORA, gathered=frozenset([TABLE]))),
 }
-"""``mixed``: sites of both layouts and one bank of adapters of every kind (its table is below). ``refused``: no site is localized, and the passes say why."""
+"""``mixed``: sites of both layouts, and a bank of adapters of every kind, whose table is below. ``refused``: no site is
+localized, and the passes say why."""
 
 
 @pytest.mark.parametrize("name", CASES)
