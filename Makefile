@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv test golden demo check format dist clean
+.PHONY: help venv test nightly golden demo check format dist clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ venv: .venv/.ready ## Create .venv from constraints.txt (done once; other target
 
 test: venv ## Run all tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+nightly: venv ## Compare 500 random models, adapters and batches with PEFT (about 15 minutes)
+	$(BIN)/python -m pytest tests/numerics/test_property.py --nightly
 
 golden: venv ## Rewrite the golden texts after a change that is meant; read the diff before you commit
 	$(BIN)/python -m pytest -q tests/passes --update-goldens

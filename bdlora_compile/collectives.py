@@ -56,6 +56,16 @@ def all_gather(graph: Graph, value: Node, shard: Shard, mesh: Mesh) -> Sequence[
     return stacked, waited, chunks, *kept, joined
 
 
+def in_order(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes that were made under one `inserting_after` lie in reverse: put them in the order they were made."""
+    first, *rest = nodes
+    previous = first
+    for node in rest:
+        previous.append(node)
+        previous = node
+    return list(nodes)
+
+
 def ordered_list(captured: Captured) -> str:
     """The graph's collectives in order, a line each: operator, dtype, shape. Ranks compare this text.
 

@@ -16,6 +16,9 @@ Local rank r (column; a row site is the same with A and B exchanged):
     neither divides            union of the blocks that the slice overlaps, zero elsewhere: R/G < r <= R
     ordinary (G = 1)           r = R
 
+The two sites of the vocabulary V are cut into N pieces of ceil(V / N) features: read D/N or O/M so, the features past V
+are zero. An embedding is a row site with one-hot x; its A_loc is kept transposed, a row of r for each token id.
+
 Sources: S-LoRA arXiv 2311.03285 figure 4; BD-LoRA arXiv 2510.23346; the last three rows follow by linearity.
 """
 
@@ -24,7 +27,7 @@ from enum import Enum
 
 import torch
 
-from bdlora_compile.placement import Mesh, Shard, site_pieces
+from bdlora_compile.placement import Mesh, Shard, shard_slice, site_pieces
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.sites import Role, Site
 
@@ -39,6 +42,8 @@ class Layout(Enum):
 @dataclass(frozen=True, slots=True)
 class LocalShape:
     """Shapes of one rank's factors at a site: A [a_rank, D_loc / a_blocks], B transposed [b_rank, O_loc / b_blocks].
+
+    At an embedding A is transposed too: [D_loc, a_rank].
 
     Attributes:
         a_rank, b_rank: rows of each factor; they differ only where a gather lies between (slora, column).
@@ -69,7 +74,10 @@ class LocalShape:
 
 @dataclass(frozen=True, slots=True)
 class LocalFactors:
-    """One rank's factors at a site, in the layout of the pool: ``a`` and transposed ``b``, blocks stacked on rows."""
+    """One rank's factors at a site, in the layout of the pool: ``a`` and transposed ``b``, blocks stacked on rows.
+
+    ``a`` is transposed at an embedding.
+    """
 
     shape: LocalShape
     a: torch.Tensor
@@ -78,10 +86,14 @@ class LocalFactors:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The half-open range of features of the split dim that this rank owns, and the blocks that it overlaps."""
+    """The half-open range of features of the split dim that this rank owns, and the blocks that it overlaps.
+
+    ``length`` is what every rank's range is padded to; ``aligned`` says that the range is made of whole blocks.
+    """
 
     start: int
     stop: int
+    length: int
     first_block: int
     num_blocks: int
     aligned: bool
@@ -93,13 +105,13 @@ def local_features(site: Site, layout: Layout, mesh: Mesh) -> tuple[int, int]:
     Raises:
         PlacementError: the mesh does not divide the site.
     """
-    pieces = site_pieces(site, mesh)
+    own = _padded_length(site, mesh)
     if site.role is Role.COLUMN:
-        return site.in_features, site.out_features // pieces
+        return site.in_features, own
     if layout is Layout.LOCAL:
-        return site.in_features // pieces, site.out_features
+        return own, site.out_features
     # The last ranks' slices may be short of O: columns past it are zero and are cut off again by `out_start`.
-    return site.in_features // pieces, _slora_row_outputs(site, mesh)
+    return own, _slora_row_outputs(site, mesh)
 
 
 def local_shape(factors: LoraFactors, site: Site, layout: Layout, rank: int, mesh: Mesh) -> LocalShape:
@@ -135,10 +147,12 @@ def read_local(factors: LoraFactors, site: Site, layout: Layout, rank: int, mesh
     """
     shape = local_shape(factors, site, layout, rank, mesh)
     if layout is Layout.SLORA:
-        return LocalFactors(shape, *_read_slora(factors, site, shape, rank, mesh))
-    if not _is_aligned_kind(factors, site):
-        return LocalFactors(shape, *_read_ordinary(factors, site, shape, rank, mesh))
-    return LocalFactors(shape, *_read_blocks(factors, site, rank, mesh))
+        a, b = _read_slora(factors, site, shape, rank, mesh)
+    elif not _is_aligned_kind(factors, site):
+        a, b = _read_ordinary(factors, site, shape, rank, mesh)
+    else:
+        a, b = _read_blocks(factors, site, rank, mesh)
+    return LocalFactors(shape, a.t() if site.is_lookup else a, b)
 
 
 def dense_a(factors: LoraFactors, columns: slice, in_features: int) -> torch.Tensor:
@@ -176,20 +190,23 @@ def _is_aligned_kind(factors: LoraFactors, site: Site) -> bool:
 
 
 def _owned(site: Site, rank: int, mesh: Mesh) -> slice:
-    pieces = site_pieces(site, mesh)
-    features = site.out_features if site.role is Role.COLUMN else site.in_features
-    size = features // pieces
-    piece = Shard(0, pieces).piece_of(rank, mesh)
-    return slice(piece * size, (piece + 1) * size)
+    """Features of the split dim that ``rank`` owns; short or empty at the end of a vocabulary."""
+    part = shard_slice((site.split_features,), Shard(0, site_pieces(site, mesh)), rank, mesh)
+    return slice(part.start, part.stop)
+
+
+def _padded_length(site: Site, mesh: Mesh) -> int:
+    """Features of the split dim on every rank; those past a short piece are zero."""
+    return -(-site.split_features // site_pieces(site, mesh))
 
 
 def _cut(factors: LoraFactors, site: Site, rank: int, mesh: Mesh) -> _Cut:
-    own = _owned(site, rank, mesh)
-    features = site.out_features if site.role is Role.COLUMN else site.in_features
-    size = features // factors.nblocks
+    own, length = _owned(site, rank, mesh), _padded_length(site, mesh)
+    size = site.split_features // factors.nblocks
     first, last = own.start // size, -(-own.stop // size)
-    aligned = own.start % size == 0 and own.stop % size == 0
-    return _Cut(own.start, own.stop, first, last - first, aligned)
+    num_blocks = last - first if own.stop > own.start else 0
+    aligned = own.start % size == 0 and own.stop - own.start == length == num_blocks * size
+    return _Cut(own.start, own.stop, length, first, num_blocks, aligned)
 
 
 def _read_blocks(factors: LoraFactors, site: Site, rank: int, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,10 +226,15 @@ def _stack_b(packed: torch.Tensor, cut: _Cut, factors: LoraFactors, site: Site) 
     if cut.aligned:
         blocks = packed.chunk(cut.num_blocks, dim=0)
         return torch.cat([block.t() for block in blocks], dim=0)
+    if cut.num_blocks == 0:
+        return packed.new_zeros(0, cut.length)
+    packed = _pad_rows(packed, cut.length)
     if cut.num_blocks == 1:
         return packed.t()
     width = factors.rank // factors.nblocks
-    block = torch.arange(cut.start, cut.stop) // (site.out_features // factors.nblocks) - cut.first_block
+    # Padding belongs to no block: its zeros may be written anywhere.
+    block = torch.arange(cut.start, cut.start + cut.length) // (site.out_features // factors.nblocks) - cut.first_block
+    block = block.clamp(max=cut.num_blocks - 1)
     dense = packed.new_zeros(packed.shape[0], cut.num_blocks * width)
     return dense.scatter_(1, block[:, None] * width + torch.arange(width), packed).t()
 
@@ -238,10 +260,10 @@ def _read_ordinary(
     """One factor whole (replicated by choice), the other cut on the split dim."""
     own = _owned(site, rank, mesh)
     if site.role is Role.COLUMN:
-        return dense_a(factors, slice(0, site.in_features), site.in_features), dense_b(
-            factors, own, site.out_features
-        ).t()
-    return dense_a(factors, own, site.in_features), dense_b(factors, slice(0, site.out_features), site.out_features).t()
+        a = dense_a(factors, slice(0, site.in_features), site.in_features)
+        return a, _pad_rows(dense_b(factors, own, site.out_features), shape.out_features).t()
+    a = _pad_columns(dense_a(factors, own, site.in_features), shape.in_features)
+    return a, dense_b(factors, slice(0, site.out_features), site.out_features).t()
 
 
 def _read_slora(
@@ -252,9 +274,9 @@ def _read_slora(
     if site.role is Role.COLUMN:
         rows = slice(min(rank * shape.a_rank, factors.rank), min((rank + 1) * shape.a_rank, factors.rank))
         a = _pad_rows(dense_a(factors, slice(0, site.in_features), site.in_features)[rows], shape.a_rank)
-        b = dense_b(factors, own, site.out_features).t()
+        b = _pad_rows(dense_b(factors, own, site.out_features), shape.out_features).t()
         return a, _pad_rows(b, shape.b_rank)
-    a = dense_a(factors, own, site.in_features)
+    a = _pad_columns(dense_a(factors, own, site.in_features), shape.in_features)
     start = min(shape.out_start, site.out_features)
     stop = min(shape.out_start + shape.out_features, site.out_features)
     b = dense_b(factors, slice(start, stop), site.out_features)
@@ -264,6 +286,11 @@ def _read_slora(
 def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     missing = rows - tensor.shape[0]
     return torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])]) if missing else tensor
+
+
+def _pad_columns(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+    missing = columns - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _slora_row_outputs(site: Site, mesh: Mesh) -> int:

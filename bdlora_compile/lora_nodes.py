@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from bdlora_compile.ir import operator_name
 
 SHRINK = "bdlora::lora_shrink"
+LOOKUP = "bdlora::lora_lookup"
 EXPAND = "bdlora::lora_expand"
 APPLY = "bdlora::lora_apply_"
 
@@ -43,6 +44,23 @@ class ShrinkArguments(_Arguments):
     def insert(self, graph: Graph) -> Node:
         """A node of the operator."""
         return graph.call_function(torch.ops.bdlora.lora_shrink.default, self._in_order())
+
+
+@dataclass(frozen=True, slots=True)
+class LookupArguments(_Arguments):
+    """Of ``bdlora::lora_lookup``, which is to an embedding what ``lora_shrink`` is to a linear layer."""
+
+    x: Node
+    pool: Node
+    slots: Node
+    token_slot: Node
+    sites: Sequence[int]
+    width: int
+    length: int
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_lookup.default, self._in_order())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +104,18 @@ class ApplyArguments(_Arguments):
 
 
 def is_shrink(node: Node) -> bool:
-    """Whether the node is the first half of a LoRA path."""
+    """Whether the node is the first half of the LoRA path of a linear layer."""
     return operator_name(node) == SHRINK
+
+
+def is_lookup(node: Node) -> bool:
+    """Whether the node is the first half of the LoRA path of an embedding."""
+    return operator_name(node) == LOOKUP
+
+
+def first_half(node: Node) -> ShrinkArguments | LookupArguments:
+    """The arguments of the first half of a LoRA path."""
+    return LookupArguments.of(node) if is_lookup(node) else ShrinkArguments.of(node)
 
 
 def is_expand(node: Node) -> bool:
@@ -101,16 +129,16 @@ def is_apply(node: Node) -> bool:
 
 
 def bridge_of(expand: Node) -> tuple[Node, list[Node]]:
-    """(shrink, what lies between it and ``expand``, nearest to the expand first)."""
+    """(shrink or lookup, what lies between it and ``expand``, nearest to the expand first)."""
     bridge: list[Node] = []
     pending = [ExpandArguments.of(expand).h]
     shrink = None
     while pending:
         node = pending.pop(0)
-        if is_shrink(node):
+        if is_shrink(node) or is_lookup(node):
             shrink = node
         elif node not in bridge:
             bridge.append(node)
             pending += node.all_input_nodes
-    assert shrink is not None, f"{expand.name}: h comes from a shrink"
+    assert shrink is not None, f"{expand.name}: h comes from a shrink or a lookup"
     return shrink, bridge

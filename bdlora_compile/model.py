@@ -1,7 +1,7 @@
 """Load a model and its adapters for the backend, or attach a model that is in memory."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +30,7 @@ from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
-from bdlora_compile.sites import Site, unsplit_layers
+from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
 from bdlora_compile.strategy import (
     Decision,
     Declared,
@@ -93,6 +93,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     strict: bool = True,
+    vocabulary_lora: bool | None = None,
     max_tokens: int = 65536,
     ranks: Ranks | None = None,
 ) -> tuple[PreTrainedModel, AdapterSet]:
@@ -114,6 +115,8 @@ def load(
         dtype: of weights and factors; the checkpoint's own by default.
         device: this process's GPU where there is one, else the CPU.
         strict: a gather that nobody asked for is an error; False runs it and reports it.
+        vocabulary_lora: whether adapters may change the embedding and the logits (embed_tokens, lm_head): the pool
+            and the graphs then have room for it. None: if one of the given adapters does.
         max_tokens: tokens that one forward may have.
         ranks: the mesh; by default the default process group, or this process alone.
 
@@ -140,9 +143,11 @@ def load(
     source = SafetensorsSource(folder)
     _check_weights(model, source, str(folder))
     ranks = ranks or Ranks.of_process_group()
-    sites = served_sites(model, ranks.mesh, strict)
+    layers = served_sites(model, ranks.mesh, strict)
+    offered = _offered_sites(model, layers, vocabulary_lora)
     base_model = config.name_or_path or str(path_or_id)
-    found = {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
+    found = {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
+    sites = _needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
     setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model)
     return model, _attach(model, sites, source, found, setup)
@@ -158,6 +163,7 @@ def attach(
     workload: Workload | None = None,
     machine: Machine | str | Path | None = None,
     strict: bool = True,
+    vocabulary_lora: bool | None = None,
     max_tokens: int = 65536,
     ranks: Ranks | None = None,
 ) -> tuple[PreTrainedModel, AdapterSet]:
@@ -178,13 +184,15 @@ def attach(
     parameter = next(base.parameters())
     source = MemorySource(dict(base.named_parameters()))
     ranks = ranks or Ranks.of_process_group()
-    sites = served_sites(base, ranks.mesh, strict)
+    layers = served_sites(base, ranks.mesh, strict)
+    offered = _offered_sites(base, layers, vocabulary_lora)
     base_model = base.config.name_or_path or None
     found = {
-        name: adapter_from_tensors(config, tensors, sites, source=f"adapter {name!r}", base_model=base_model)
+        name: adapter_from_tensors(config, tensors, offered, source=f"adapter {name!r}", base_model=base_model)
         for name, (config, tensors) in peft_adapters.items()
     }
-    found |= {name: read_adapter(path, sites, base_model=base_model) for name, path in (adapters or {}).items()}
+    found |= {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
+    sites = _needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
     setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model)
     return base, _attach(base, sites, source, found, setup)
@@ -320,6 +328,26 @@ def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, 
     )
 
 
+def _offered_sites(
+    model: PreTrainedModel, layers: Mapping[str, Site], vocabulary_lora: bool | None
+) -> Mapping[str, Site]:
+    """The sites that the adapters given at load may change, in module order."""
+    if vocabulary_lora is False:
+        return layers
+    return in_module_order(model, {**layers, **vocabulary_sites(model)})
+
+
+def _needed_sites(
+    layers: Mapping[str, Site],
+    offered: Mapping[str, Site],
+    adapters: Iterable[Adapter],
+    vocabulary_lora: bool | None,
+) -> Mapping[str, Site]:
+    """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them."""
+    is_needed = any(name not in layers for adapter in adapters for name in adapter.factors)
+    return offered if vocabulary_lora or is_needed else layers
+
+
 def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, pool: int, capacity: _Capacity) -> RankState:
     store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
     bank = AdapterBank(
@@ -420,7 +448,11 @@ def _take_apart(model: Any) -> tuple[PreTrainedModel, dict[str, tuple[dict[str, 
 
         _refuse_merged(model)
         taken = {
-            name: (config.to_dict(), get_peft_model_state_dict(model, adapter_name=name))
+            # The base model comes along: whole weights of its embeddings would say nothing new.
+            name: (
+                config.to_dict(),
+                get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False),
+            )
             for name, config in model.peft_config.items()
         }
         return model.unload(), taken

@@ -115,11 +115,13 @@ def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]
 def site_pieces(site: Site, mesh: Mesh) -> int:
     """M for the split dim of ``site``: N, or the number of its heads where that is a divisor of N.
 
+    A vocabulary is cut into N pieces whatever its size: the last ones may be short.
+
     Raises:
         PlacementError: neither of heads and N divides the other, or a row site would be held more than once.
     """
     units = site.num_units
-    if units % mesh.size == 0:
+    if site.vocabulary or units % mesh.size == 0:
         return mesh.size
     # Fewer kv heads than ranks: neighbouring ranks hold the same head. A row site may not be held twice,
     # since its partial results are summed over all ranks.

@@ -74,6 +74,8 @@ def plan_model(
     """
     weights: dict[str, Placement] = {}
     for site in sites.values():
+        if site.vocabulary:
+            continue  # placed below, whether adapters may change it or not
         module = model.get_submodule(site.name)
         for name, placement in _site_placements(site, mesh).items():
             if getattr(module, name, None) is not None:

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, record, set_record
-from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, ShrinkArguments, bridge_of, is_expand
+from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, ShrinkArguments, bridge_of, is_expand, is_lookup
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.propagation import number_key
 from bdlora_compile.regions import is_boundary
@@ -53,6 +53,8 @@ def _refusal(expand: Node) -> str:
     if bridge:
         return "a collective lies between its factors"
     y = ExpandArguments.of(expand).y
+    if is_lookup(ExpandArguments.of(expand).h):
+        return "its A is looked up by token id: there is nothing to multiply"
     if len(y.users) > 1:
         return "its base output is read elsewhere too"
     return ""
@@ -61,8 +63,8 @@ def _refusal(expand: Node) -> str:
 def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> None:
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
-    # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each number.
-    tokens = tuple(number_key(size) for size in fake_tensor(first.x).shape[:-1])
+    # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each choice.
+    tokens = (first.token_slot, *(number_key(size) for size in fake_tensor(first.x).shape[:-1]))
     if tokens not in work:
         work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or second.h)
     order, segments = work[tokens]

@@ -23,7 +23,7 @@ from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from bdlora_compile.errors import PassError
 from bdlora_compile.factors import Layout, local_features, rank_capacity
 from bdlora_compile.ir import Captured, Fact, operator_name, record
-from bdlora_compile.lora_nodes import ExpandArguments, ShrinkArguments, bridge_of, is_expand, is_shrink
+from bdlora_compile.lora_nodes import ExpandArguments, bridge_of, first_half, is_expand, is_lookup, is_shrink
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats, Refusal
@@ -54,7 +54,7 @@ class LocalizeLora:
     def verify(self, captured: Captured, context: PassContext) -> None:
         for expand in (node for node in captured.graph.nodes if is_expand(node)):
             site, h = _site_of(expand), ExpandArguments.of(expand).h
-            if context.plan.layouts[site] is Layout.LOCAL and not is_shrink(h):
+            if context.plan.layouts[site] is Layout.LOCAL and not (is_shrink(h) or is_lookup(h)):
                 raise PassError(
                     f"LoRA site {site}",
                     found=f"{operator_name(h)} between its factors",
@@ -70,7 +70,7 @@ def _localize(graph: Graph, expand: Node, plan: ModelPlan) -> bool:
     site = plan.sites[_site_of(expand)]
     width = rank_capacity(plan.max_rank, site, Layout.LOCAL, plan.mesh)
     _, out_features = local_features(site, Layout.LOCAL, plan.mesh)
-    before = ShrinkArguments.of(shrink), ExpandArguments.of(expand)
+    before = first_half(shrink), ExpandArguments.of(expand)
     after = replace(before[0], width=width), replace(before[1], h=shrink, out_features=[out_features], parts=1)
     after[0].write_to(shrink)
     after[1].write_to(expand)

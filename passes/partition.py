@@ -7,6 +7,7 @@ Row site (W cut on D):      Before:  y = linear(x, W)
                                      y is a summand; the base all-reduce falls before its first use as a whole value
 Embedding (W cut on V):     Before:  e = embedding(ids, W)
                             After:   own = ids - start; e = embedding(own if inside else 0, W_k) * inside
+                                     with LoRA a row site: h = all_reduce(lookup(own, A_k)); e = expand(e, h, B_k)
 Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
                             After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
 
@@ -25,17 +26,10 @@ from torch.fx.node import Argument
 
 from bdlora_compile import collectives
 from bdlora_compile.errors import PassError, PlacementError
-from bdlora_compile.factors import Layout, local_features, rank_capacity
 from bdlora_compile.ir import (
-    BankField,
-    BankSource,
-    CacheSource,
     Captured,
     Fact,
-    InputSource,
     Origin,
-    RankIndices,
-    Source,
     WeightSource,
     fake_tensor,
     fake_value,
@@ -45,17 +39,16 @@ from bdlora_compile.ir import (
     record,
     set_record,
 )
-from bdlora_compile.lora_nodes import ExpandArguments, ShrinkArguments
 from bdlora_compile.pass_manager import PassContext
+from bdlora_compile.passes.lora_placement import LoraPlacement
 from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for, tensor_operands
+from bdlora_compile.passes.rank_inputs import RankInputs
 from bdlora_compile.passes.tag import weight_name
 from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local_shape
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.propagation import find_fake_mode
 from bdlora_compile.report import PassStats, Refusal
 from bdlora_compile.runtime.cache import write_rows
-from bdlora_compile.runtime.ops import SlotField
-from bdlora_compile.sites import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,10 @@ class Partition:
     establishes: ClassVar[frozenset[Fact]] = frozenset({Fact.PARTITIONED})
 
     def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
-        work = _Partitioning(captured, context)
+        if Fact.PARTITIONED in captured.facts:
+            return PassStats()
+        inputs = RankInputs(captured.graph, context.plan)
+        work = _Partitioning(captured, context, inputs, LoraPlacement(captured, context.plan, inputs))
         for node in list(captured.graph.nodes):
             work.place(node)
         _cut_weights(captured.graph)
@@ -90,10 +86,11 @@ class _Partitioning:
 
     captured: Captured
     context: PassContext
+    inputs: RankInputs
+    lora: LoraPlacement
     num_placed: int = 0
     fallbacks: list[Refusal] = field(default_factory=list)
     converted: dict[tuple[Node, Placement], Node] = field(default_factory=dict)
-    sources: dict[Source, Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -112,7 +109,7 @@ class _Partitioning:
             self._require(node, [Replicate()] * len(tensor_operands(node)), "it is an output of the model")
         elif operator_name(node) == "bdlora::cache_update":
             self._place_cache_update(node)
-        elif operator_name(node) == "embedding" and self._is_cut(node.args[1]):
+        elif operator_name(node) == "embedding":
             self._place_embedding(node)
         elif operator_name(node) == "linear":
             self._place_linear(node)
@@ -149,7 +146,7 @@ class _Partitioning:
         bias = self._split_off_row_bias(node)
         self._place_by_rule(node)
         site = record(node).site
-        result = self._add_lora(node, site) if site else node
+        result = self._add_lora(node, node.args[0], site) if site else node
         if weight_name(node) in self.plan.gathered and isinstance(record(result).placement, Shard):
             result = self._gather_logits(result)
         if bias is not None:
@@ -189,11 +186,21 @@ class _Partitioning:
         return result
 
     def _place_embedding(self, node: Node) -> None:
+        ids, site = node.args[0], record(node).site
+        if self._is_cut(node.args[1]):
+            node, ids = self._cut_embedding(node)
+        else:
+            self._place_by_rule(node)
+        if site:
+            self._add_lora(node, ids, site)
+
+    def _cut_embedding(self, node: Node) -> tuple[Node, Node]:
+        """The summand that takes the place of an embedding, and the ids counted from this rank's first one."""
         ids, weight = node.args[0], node.args[1]
         assert isinstance(ids, Node), "an embedding's ids are a tensor"
         assert isinstance(weight, Node), "an embedding's weight is a tensor"
         length = -(-fake_tensor(weight).shape[0] // self.plan.mesh.size)
-        own = self._source_node(RankIndices(length, self.plan.mesh.size))
+        own = self.inputs.indices(length, self.plan.mesh.size)
         with self.graph.inserting_before(node):
             call = self.graph.call_function
             start = call(operator.getitem, (own, 0))
@@ -207,10 +214,12 @@ class _Partitioning:
             if made.op != "placeholder" and made is not ids:
                 made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
                 set_record(made, stage="partition")
+        shifted.meta["example_value"] = fake_value(ids)
         _stand_for(summand, node, "partition")
         set_record(summand, placement=Partial())
         node.replace_all_uses_with(summand)
         self.graph.erase_node(node)
+        return summand, shifted
 
     def _place_cache_update(self, node: Node) -> None:
         """Write this rank's heads at each row's own position, and read the whole cache."""
@@ -219,7 +228,7 @@ class _Partitioning:
         cut: Placement = Shard(1, pieces) if pieces > 1 else Replicate()
         self._require(node, [Replicate(), cut, cut, Replicate()], "it writes to the cache")
         _, k, v, lengths, layer = node.args
-        caches = [self._cache_node(store, layer, part, cut) for part in (0, 1)]
+        caches = [self.inputs.cache(store, layer, part, cut) for part in (0, 1)]
         with self.graph.inserting_before(node):
             call, method = self.graph.call_function, self.graph.call_method
             batch, seq = method("size", (k, 0)), method("size", (k, 2))
@@ -236,53 +245,6 @@ class _Partitioning:
             user.replace_all_uses_with(view)
             self.graph.erase_node(user)
         self.graph.erase_node(node)
-
-    # --- LoRA -------------------------------------------------------------------------------------------------------
-
-    def _add_lora(self, y: Node, site_name: str) -> Node:
-        """Shrink, collective, expand, as S-LoRA places them; returns the node that stands for the site's result."""
-        site, plan = self.plan.sites[site_name], self.plan
-        x = y.args[0]
-        assert isinstance(x, Node), "a linear layer's input is a tensor"
-        layer = self.captured.layer_of_site(site_name)
-        bank = {name: self._source_node(_bank_source(name, layer)) for name in BankField}
-        pool, slots, scales = bank[BankField.POOL], bank[BankField.SLOTS], bank[BankField.SCALES]
-        tokens = bank[BankField.TOKEN_SLOT]
-        index = plan.row(site_name, layer)
-        width = rank_capacity(plan.max_rank, site, Layout.SLORA, plan.mesh)
-        _, out_features = local_features(site, Layout.SLORA, plan.mesh)
-        is_gathered = site.role is Role.COLUMN and plan.mesh.size > 1
-        with self.graph.inserting_after(y):
-            shrink = ShrinkArguments(x, pool, slots, tokens, [index], width).insert(self.graph)
-        self._mark_lora(shrink, y, site_name)
-        h = self._bridge(shrink, y, site_name, site.role)
-        parts = plan.mesh.size if is_gathered else 1
-        with self.graph.inserting_after(h):
-            arguments = ExpandArguments(y, h, pool, slots, scales, tokens, [index], [out_features], parts)
-            expand = arguments.insert(self.graph)
-        self._mark_lora(expand, y, site_name)
-        set_record(expand, placement=record(y).placement)
-        expand.meta["example_value"] = expand.meta[_WHOLE] = fake_value(y)
-        y.replace_all_uses_with(expand, delete_user_cb=lambda user: user is not expand)
-        return expand
-
-    def _bridge(self, shrink: Node, y: Node, site_name: str, role: Role) -> Node:
-        """The collective between the factors: ranks' shares of h side by side, or ranks' summands of h summed."""
-        if self.plan.mesh.size == 1:
-            return shrink
-        with self.graph.inserting_after(shrink):
-            if role is Role.COLUMN:
-                whole = Shard(1, self.plan.mesh.size)
-                nodes = _in_order(collectives.all_gather(self.graph, shrink, whole, self.plan.mesh))
-            else:
-                nodes = _in_order(collectives.all_reduce(self.graph, shrink, self.plan.mesh))
-        for node in nodes:
-            self._mark_lora(node, y, site_name)
-        return nodes[-1]
-
-    def _mark_lora(self, node: Node, y: Node, site_name: str) -> None:
-        node.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
-        set_record(node, origin=Origin.LORA, site=site_name, stage="partition")
 
     # --- conversions ------------------------------------------------------------------------------------------------
 
@@ -311,11 +273,11 @@ class _Partitioning:
         if isinstance(placement, Shard):
             # Made first: a new placeholder comes after those that are there, and the conversion after it.
             length = -(-fake_tensor(value).shape[placement.dim] // placement.pieces)
-            own = self._source_node(RankIndices(int(length), placement.pieces))
-        with self.graph.inserting_after(self._last_of(value)):
+            own = self.inputs.indices(int(length), placement.pieces)
+        with self.graph.inserting_after(_last_of(self.graph, value)):
             match have, placement:
                 case Partial(), Replicate():
-                    nodes = _in_order(collectives.all_reduce(self.graph, value, self.plan.mesh))
+                    nodes = collectives.in_order(collectives.all_reduce(self.graph, value, self.plan.mesh))
                 case Shard(), Replicate():
                     nodes = self._insert_gather(value, have, Origin.FALLBACK)
                 case Replicate(), Shard(dim, _):
@@ -335,7 +297,7 @@ class _Partitioning:
         return nodes[-1]
 
     def _insert_gather(self, value: Node, shard: Shard, origin: Origin) -> list[Node]:
-        nodes = _in_order(collectives.all_gather(self.graph, value, shard, self.plan.mesh))
+        nodes = collectives.in_order(collectives.all_gather(self.graph, value, shard, self.plan.mesh))
         for node in nodes:
             node.meta["nn_module_stack"] = value.meta.get("nn_module_stack")
             set_record(node, origin=origin, stage="partition")
@@ -343,39 +305,10 @@ class _Partitioning:
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    def _source_node(self, source: Source) -> Node:
-        """The placeholder of a value that a rank brings itself; one for each source."""
-        if source not in self.sources:
-            with find_fake_mode(self.graph):
-                self._new_placeholder(source, _source_value(source, self.plan))
-        return self.sources[source]
-
-    def _cache_node(self, store: object, layer: object, part: int, cut: Placement) -> Node:
-        """The placeholder of one layer's keys or values."""
-        assert isinstance(store, Node), "a cache is an input of the graph"
-        assert isinstance(layer, int), "the layer is a literal"
-        argument = record(store).source
-        assert isinstance(argument, InputSource), "a cache is an argument"
-        source = CacheSource(argument.index, layer, part)
-        if source not in self.sources:
-            with find_fake_mode(self.graph):
-                whole = fake_tensor(store)
-                # Not a view of the store: layers do not overlap, and Inductor would guard against it by copies.
-                value = torch.empty(whole.shape[2:], dtype=whole.dtype, device=whole.device)
-                self._new_placeholder(source, value)
-            set_record(self.sources[source], placement=cut)
-        return self.sources[source]
-
-    def _new_placeholder(self, source: Source, value: torch.Tensor) -> None:
-        with self.graph.inserting_after(placeholders(self.graph)[-1]):
-            node = self.graph.placeholder(_source_name(source))
-        set_record(node, source=source, stage="partition")
-        node.meta["example_value"] = value
-        self.sources[source] = node
-
-    def _last_of(self, value: Node) -> Node:
-        """Where nodes that read ``value`` may begin: placeholders come first."""
-        return placeholders(self.graph)[-1] if value.op == "placeholder" else value
+    def _add_lora(self, y: Node, x: Argument, site: str) -> Node:
+        result = self.lora.add(y, x, site)
+        result.meta[_WHOLE] = fake_value(y)
+        return result
 
     def _is_cut(self, weight: object) -> bool:
         return isinstance(weight, Node) and isinstance(record(weight).placement, Shard)
@@ -404,6 +337,11 @@ class _Partitioning:
         return view
 
 
+def _last_of(graph: Graph, value: Node) -> Node:
+    """Where nodes that read ``value`` may begin: placeholders come first."""
+    return placeholders(graph)[-1] if value.op == "placeholder" else value
+
+
 def _cut_weights(graph: Graph) -> None:
     """Give weights the shapes of one rank; until here rules read the whole ones."""
     mode = find_fake_mode(graph)
@@ -417,16 +355,6 @@ def _cut_weights(graph: Graph) -> None:
                 node.meta["example_value"] = torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
-def _in_order(nodes: Sequence[Node]) -> list[Node]:
-    """Nodes that were made under one `inserting_after` lie in reverse: put them in the order they were made."""
-    first, *rest = nodes
-    previous = first
-    for node in rest:
-        previous.append(node)
-        previous = node
-    return list(nodes)
-
-
 def _stand_for(made: Node, original: Node, stage: str) -> None:
     """``made`` takes the place of ``original``: same whole value, same module, same source line."""
     for key in ("example_value", "nn_module_stack", "stack_trace"):
@@ -434,41 +362,6 @@ def _stand_for(made: Node, original: Node, stage: str) -> None:
             made.meta[key] = original.meta[key]
     made.meta[_WHOLE] = fake_value(original)
     set_record(made, site=record(original).site, stage=stage)
-
-
-def _source_name(source: Source) -> str:
-    match source:
-        case BankSource(bank_field, layer):
-            return f"bank_{bank_field.value}" + (f"_{layer.replace('.', '_')}" if layer else "")
-        case CacheSource(_, layer, part):
-            return f"cache_{('keys', 'values')[part]}_{layer}"
-        case RankIndices(length, pieces):
-            return f"own_indices_{length}_of_{pieces}"
-        case _:
-            raise AssertionError(f"{source} is captured, never made")
-
-
-def _bank_source(bank_field: BankField, layer: str | None) -> BankSource:
-    """A table has rows for every site: a layer sees its own."""
-    return BankSource(bank_field, layer if bank_field in (BankField.SLOTS, BankField.SCALES) else None)
-
-
-def _source_value(source: Source, plan: ModelPlan) -> torch.Tensor:
-    """A value of the right dtype and shape; banks' own sizes are fixed at load and do not matter to shapes."""
-    num_sites = max(len(plan.sites), 1)
-    match source:
-        case BankSource(BankField.POOL, _):
-            return torch.empty(1, dtype=plan.dtype, device=plan.device)
-        case BankSource(BankField.SLOTS, _):
-            return torch.empty(num_sites, 1, len(SlotField), dtype=torch.int64, device=plan.device)
-        case BankSource(BankField.SCALES, _):
-            return torch.empty(num_sites, 1, device=plan.device)
-        case BankSource(BankField.TOKEN_SLOT, _):
-            return torch.empty(1, dtype=torch.int32, device=plan.device)
-        case RankIndices(length, _):
-            return torch.empty(length, dtype=torch.int64, device=plan.device)
-        case _:
-            raise AssertionError(f"{source} is captured, never made")
 
 
 def _verify_local_shape(node: Node) -> None:

@@ -32,7 +32,7 @@ _CACHE_UPDATE = "bdlora::cache_update"
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """Write a source on every placeholder and a site on every linear layer that adapters may change."""
+    """Write a source on every placeholder and a site on every layer that adapters may change."""
 
     name: ClassVar[str] = "tag"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
@@ -41,15 +41,13 @@ class Tag:
     def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
         graph = captured.graph
         _tag_placeholders(graph)
-        found = _tag_sites(graph, context)
+        found, num_new = _tag_sites(graph, context)
         captured.token_input = _find_token_input(graph)
         absent = [
-            Refusal(name, "this graph has no linear layer of that name")
-            for name in context.plan.sites
-            if name not in found
+            Refusal(name, "this graph has no layer of that name") for name in context.plan.sites if name not in found
         ]
         whole = [] if context.plan.mesh.size == 1 else _unsplit(graph, context)
-        return PassStats(matches=len(found), refusals=[*absent, *whole])
+        return PassStats(matches=num_new, refusals=[*absent, *whole])
 
     def verify(self, captured: Captured, context: PassContext) -> None:
         """Nothing beyond shapes: the pass writes records only."""
@@ -66,15 +64,20 @@ def _tag_placeholders(graph: Graph) -> None:
             set_record(node, source=WeightSource(tag.name, tuple(fake_tensor(node).shape)))
 
 
-def _tag_sites(graph: Graph, context: PassContext) -> set[str]:
-    found: set[str] = set()
-    for node in stage_nodes(graph, "linear"):
-        parameter = weight_name(node)
-        site = parameter.removesuffix(".weight") if parameter else ""
-        if site in context.plan.sites:
-            set_record(node, site=site)
-            found.add(site)
-    return found
+def _tag_sites(graph: Graph, context: PassContext) -> tuple[set[str], int]:
+    """Names of the sites in the graph, and how many nodes were not marked before."""
+    # The embedding and the layer that makes logits may have one weight: the operator tells them apart.
+    lookups = {site.weight: site.name for site in context.plan.sites.values() if site.is_lookup}
+    linears = {site.weight: site.name for site in context.plan.sites.values() if not site.is_lookup}
+    found, num_new = set[str](), 0
+    for name, sites in (("embedding", lookups), ("linear", linears)):
+        for node in stage_nodes(graph, name):
+            site = sites.get(weight_name(node) or "")
+            if site is not None:
+                num_new += record(node).site != site
+                set_record(node, site=site)
+                found.add(site)
+    return found, num_new
 
 
 def _unsplit(graph: Graph, context: PassContext) -> list[Refusal]:

@@ -6,26 +6,28 @@ from typing import Final
 
 from bdlora_compile.errors import AdapterError
 from bdlora_compile.runtime.adapter_fields import config_error, short, some
-from bdlora_compile.runtime.adapter_targets import FactorKind, SitePlan
+from bdlora_compile.runtime.adapter_targets import VOCABULARY_NAMES, FactorKind, SitePlan
 from bdlora_compile.runtime.adapter_tensors import TensorSource
 from bdlora_compile.sites import Site
 
 _PREFIX: Final = "base_model.model."
-_END_A: Final = ".lora_A.weight"
-_END_B: Final = ".lora_B.weight"
+_LINEAR_ENDS: Final = (".lora_A.weight", ".lora_B.weight")
+_LOOKUP_ENDS: Final = (".lora_embedding_A", ".lora_embedding_B")
 _TRAINING_ONLY: Final = ".lora_velora_embed"
 """A buffer of VeLoRA's backward pass, saved beside factors that are those of an ordinary LoRA."""
 
 _REFUSED_TENSORS: Final = (
-    (".lora_embedding_", "LoRA on an embedding", "train without embeddings in target_modules"),
+    (".lora_embedding_A.", "an adapter name inside", "take the names of PEFT's get_peft_model_state_dict"),
+    (".lora_embedding_B.", "an adapter name inside", "take the names of PEFT's get_peft_model_state_dict"),
+    (".lora_embedding_", "no factor of an embedding that PEFT saves", "save it with PEFT"),
     (".lora_magnitude_vector", "the magnitudes of DoRA", "merge it with PEFT's merge_and_unload"),
     (".lora_diag", "the diagonal of KaSA", "train again without kasa_config"),
     (".lora_monteclora_", "the sampler of MonteCLoRA", "train again without monteclora_config"),
     (".trainable_tokens_", "trained rows of the embedding", "merge it with PEFT's merge_and_unload"),
     (
         ".base_layer.",
-        "whole weights of the base model",
-        "if they were not trained, save again with save_embedding_layers=False",
+        "whole weights of the base model, which PEFT saves by default where embed_tokens or lm_head is targeted",
+        "if they were not trained, save it again with save_pretrained(..., save_embedding_layers=False)",
     ),
     (".lora_B.bias", "a bias of lora_bias", "merge it with PEFT's merge_and_unload"),
     (".lora_A.", "an adapter name inside", "take the names of PEFT's get_peft_model_state_dict"),
@@ -82,28 +84,60 @@ def pair_factors(
     """
     idle = [name for name in tensors if name.endswith(_TRAINING_ONLY)]
     _refuse_other_tensors([name for name in tensors if name not in idle], source)
-    a_sites = {_site_name(name, _END_A): tensor for name, tensor in tensors.items() if name.endswith(_END_A)}
-    b_sites = {_site_name(name, _END_B): tensor for name, tensor in tensors.items() if name.endswith(_END_B)}
-    present = a_sites.keys() | b_sites.keys()
-    _refuse_extra(sorted(present - sites.keys()), sites, source, base)
+    present = {_site_name(name): name for name in tensors if name not in idle}
+    extra = sorted(present.keys() - sites.keys())
+    _refuse_vocabulary(extra, source)
+    _refuse_extra(extra, sites, source, base)
+    _refuse_other_kind([name for name in tensors if name not in idle], sites, source)
     _refuse_untargeted([name for name in sites if name in present and name not in plans], source)
-    needed = [name for name in sites if name in plans]
-    missing = [_PREFIX + name + _END_A for name in needed if name not in a_sites]
-    missing += [_PREFIX + name + _END_B for name in needed if name not in b_sites]
+    needed = {name: _factor_names(sites[name]) for name in sites if name in plans}
+    missing = [name for pair in zip(*needed.values(), strict=True) for name in pair if name not in tensors]
     _refuse_missing(missing, len(tensors), source, base)
     notes = [f"{len(idle)} tensors that VeLoRA uses while training are ignored"] if idle else []
-    return {name: (a_sites[name], b_sites[name]) for name in needed}, notes
+    return {name: (tensors[a], tensors[b]) for name, (a, b) in needed.items()}, notes
 
 
-def _site_name(name: str, end: str) -> str:
+def _factor_names(site: Site) -> tuple[str, str]:
+    """Names of A and B of a site, as PEFT saves them."""
+    end_a, end_b = _LOOKUP_ENDS if site.is_lookup else _LINEAR_ENDS
+    return f"{_PREFIX}{site.name}{end_a}", f"{_PREFIX}{site.name}{end_b}"
+
+
+def _site_name(name: str) -> str:
+    """The site of a factor: what is left of its name without prefix and end."""
+    end = next(end for end in (*_LINEAR_ENDS, *_LOOKUP_ENDS) if name.endswith(end))
     return name.removeprefix(_PREFIX).removesuffix(end)
+
+
+def _refuse_other_kind(names: list[str], sites: Mapping[str, Site], source: str) -> None:
+    """Factors of an embedding at a linear layer, or the other way round."""
+    found = [name for name in names if name not in _factor_names(sites[_site_name(name)])]
+    if found:
+        raise AdapterError(
+            f"{source}: {len(found)} tensors",
+            found=some(map(short_name, found)),
+            expected=f"{' and '.join(_LOOKUP_ENDS)} for an embedding, {' and '.join(_LINEAR_ENDS)} for a linear layer",
+            remedy="save it with PEFT, from the model that it was trained on",
+        )
+
+
+def _refuse_vocabulary(names: list[str], source: str) -> None:
+    """LoRA on the embedding or the logits of a model that was loaded without room for it."""
+    found = [name for name in names if name.rpartition(".")[2] in VOCABULARY_NAMES]
+    if found:
+        raise AdapterError(
+            f"{source}: tensors of {', '.join(found)}",
+            found="LoRA on the vocabulary",
+            expected="LoRA on the decoder's layers alone: the model was loaded without sites at its vocabulary",
+            remedy="load the model with vocabulary_lora=True",
+        )
 
 
 def _refuse_other_tensors(names: Collection[str], source: str) -> None:
     bare = [name for name in names if not name.startswith(_PREFIX)]
     if bare:
         raise _tensor_error(bare, source, f"names that do not start with {_PREFIX!r}", "save it with PEFT")
-    rest = [name for name in names if not name.endswith((_END_A, _END_B))]
+    rest = [name for name in names if not name.endswith((*_LINEAR_ENDS, *_LOOKUP_ENDS))]
     for part, meaning, remedy in (*_REFUSED_TENSORS, ("", "no tensor that PEFT saves for LoRA", "save it with PEFT")):
         found = [name for name in rest if part in name]
         if found:
@@ -114,7 +148,7 @@ def _tensor_error(names: Collection[str], source: str, meaning: str, remedy: str
     return AdapterError(
         f"{source}: {len(names)} tensors",
         found=f"{some(map(short_name, names))} ({meaning})",
-        expected=f"{_PREFIX}<module>{_END_A} and {_END_B} alone",
+        expected=f"{_PREFIX}<module>{' and '.join(_LINEAR_ENDS)} alone",
         remedy=remedy,
     )
 
@@ -165,7 +199,7 @@ def _refuse_missing(missing: list[str], num_tensors: int, source: str, base: Bas
         raise AdapterError(
             f"{source}: tensors of the targeted sites",
             found=f"{len(missing)} missing: {some(missing)}",
-            expected=f"{_END_A} and {_END_B} of every site that adapter_config targets",
+            expected=f"{' and '.join(_LINEAR_ENDS)} of every site that adapter_config targets",
             remedy=f"save the adapter again, or correct target_modules and layers_to_transform; {base.says()}",
         )
 

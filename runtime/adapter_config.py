@@ -85,6 +85,7 @@ class AdapterConfig(BaseModel):
         default=None, description="a list of layer numbers, a layer number, or null"
     )
     layers_pattern: list[str] | str | None = Field(default=None, description=_NAMES_TEXT)
+    ensure_weight_tying: bool = Field(default=False, description="true or false")
     init_lora_weights: bool | str | None = Field(default=True, description="true, false or the name of a method")
     use_bdlora: BlockDiagonalConfig | None = Field(
         default=None, description="null or an object with target_modules_bd_a, target_modules_bd_b and nblocks"

@@ -81,7 +81,6 @@ HARMLESS: Final[Mapping[str, str]] = MappingProxyType(
         "velora_config": "compresses activations for the backward pass only",
         "qalora_group_size": "used with use_qalora only, which is refused",
         "runtime_config": "never saved by PEFT, and ignored by it when found",
-        "ensure_weight_tying": "concerns embeddings and modules_to_save, which are refused by their tensors",
     }
 )
 

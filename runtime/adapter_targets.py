@@ -21,8 +21,8 @@ from bdlora_compile.runtime.adapter_fields import config_error, short, some
 from bdlora_compile.sites import Role, Site
 
 _ALL_LINEAR: Final = "all-linear"
-_NOT_LINEAR: Final = frozenset({"lm_head", "embed_tokens"})
-"""Sites that "all-linear" leaves out: PEFT skips the output layer, and an embedding is no linear layer."""
+VOCABULARY_NAMES: Final = frozenset({"lm_head", "embed_tokens"})
+"""PEFT's names of the layer that makes logits and of the embedding. "all-linear" leaves both out."""
 _PATTERN_SECONDS: Final = 10.0
 """For all sites and one field; the largest honest case, 560 plain keys on the 560 sites of 80 layers, takes 0.2 s."""
 _NO_REPEATS: Final = re.compile(r"[\w.\\^$-]*")
@@ -79,13 +79,13 @@ def plan_sites(config: AdapterConfig, sites: Mapping[str, Site], source: str) ->
             use_bdlora demands two things of one site.
     """
     is_target = _target_rule(config, source)
-    targets = [name for name in sites if is_target(name)]
+    targets = _with_tied([name for name in sites if is_target(name)], config, sites)
     ranks = _PatternValues(config.rank_pattern or {}, config.r, "rank_pattern", source)
     alphas = _PatternValues(config.alpha_pattern or {}, config.lora_alpha, "alpha_pattern", source)
     plans = {}
     for name in targets:
         rank, alpha = int(ranks.value(name)), alphas.value(name)
-        kind, nblocks = _block_kind(config, name, source)
+        kind, nblocks = _block_kind(config, sites[name], source)
         scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         plans[name] = SitePlan(rank, scaling, kind, nblocks)
     notes = _target_notes(config, sites) + ranks.notes() + alphas.notes() + _block_notes(config, plans, sites)
@@ -188,6 +188,15 @@ def _target_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
     return lambda name: included(name) and not excluded(name)
 
 
+def _with_tied(targets: list[str], config: AdapterConfig, sites: Mapping[str, Site]) -> list[str]:
+    """With ensure_weight_tying PEFT gives both ends of a tied vocabulary LoRA where one of them is targeted."""
+    vocabulary = [site for site in sites.values() if site.vocabulary]
+    is_tied = len({site.weight for site in vocabulary}) < len(vocabulary)
+    if not (config.ensure_weight_tying and is_tied and any(site.name in targets for site in vocabulary)):
+        return targets
+    return [name for name in sites if name in targets or sites[name].vocabulary]
+
+
 def _include_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
     target = config.target_modules
     if not target:
@@ -200,7 +209,7 @@ def _include_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
         )
     if isinstance(target, str):
         if target.lower() == _ALL_LINEAR:
-            return lambda name: name.rpartition(".")[2] not in _NOT_LINEAR
+            return lambda name: name.rpartition(".")[2] not in VOCABULARY_NAMES
         return _name_rule(target, "target_modules", source)
     in_layers = _layer_rule(config, source)
     exact, by_end = frozenset(target), _name_rule(target, "target_modules", source)
@@ -239,11 +248,20 @@ def _layer_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
     return in_layers
 
 
-def _block_kind(config: AdapterConfig, name: str, source: str) -> tuple[FactorKind, int]:
+def _block_kind(config: AdapterConfig, site: Site, source: str) -> tuple[FactorKind, int]:
     """Which factor of a targeted site is packed, and its number of blocks."""
-    blocks = config.use_bdlora
+    blocks, name = config.use_bdlora, site.name
     if blocks is None:
         return FactorKind.DENSE, 1
+    if site.is_lookup:
+        raise config_error(
+            source,
+            "use_bdlora",
+            found=f"the embedding {name} among the targeted modules",
+            expected="linear layers alone: PEFT has no block-diagonal LoRA for embeddings, not even with match_strict "
+            "false",
+            remedy="train an adapter of ordinary LoRA for the embedding",
+        )
     in_a = any(part in name for part in blocks.target_modules_bd_a or ())
     in_b = any(part in name for part in blocks.target_modules_bd_b or ())
     if in_a and in_b:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,10 +16,24 @@ if not torch.cuda.is_available():
 GoldenCheck = Callable[[str, str], None]
 
 
+# The same examples in each run; the nightly one draws new ones. Tests that say how many they want keep that number.
+hypothesis.settings.register_profile("bdlora", max_examples=50, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("bdlora-nightly", max_examples=500, deadline=None, print_blob=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-goldens", action="store_true", help="write what the tests find into the golden files (make golden)"
     )
+    parser.addoption(
+        "--nightly",
+        action="store_true",
+        help="500 random examples instead of 50 that are always the same (make nightly)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("bdlora-nightly" if config.getoption("--nightly") else "bdlora")
 
 
 @pytest.fixture

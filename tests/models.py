@@ -15,6 +15,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_SITES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW = ("o_proj", "down_proj")
+VOCABULARY = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def save_adapter(spec: AdapterSpec, model: Path, folder: Path, seed: int = 0) ->
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.15)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

@@ -21,15 +21,17 @@ def cases(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh, Tensor]:
     ranks = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     role = draw(st.sampled_from(list(Role)))
     heads = draw(st.sampled_from([1, 2, 3, 4, 8, 12, 24]))
-    split = heads * draw(st.sampled_from([2, 4, 6]))
+    vocabulary = draw(st.booleans())
+    split = heads * draw(st.sampled_from([2, 4, 6])) + (draw(st.integers(0, 5)) if vocabulary else 0)
     other = draw(st.sampled_from([5, 8, 12]))
     blocks = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
     rank = blocks * draw(st.integers(1, 3))
     kind = draw(st.sampled_from(list(FactorKind)))
     wide, tall = (other, split) if role is Role.COLUMN else (split, other)
-    site = Site("site", role, in_features=wide, out_features=tall, unit=split // heads)
+    site = Site("site", role, wide, tall, unit=1 if vocabulary else split // heads, vocabulary=vocabulary)
     mesh = Mesh(ranks)
-    assume(heads % ranks == 0 or (role is Role.COLUMN and ranks % heads == 0))
+    assume(vocabulary or heads % ranks == 0 or (role is Role.COLUMN and ranks % heads == 0))
+    assume(kind is FactorKind.DENSE or not site.is_lookup)
     assume(kind is FactorKind.DENSE or (wide if kind is FactorKind.BLOCK_A else tall) % blocks == 0)
     if kind is FactorKind.DENSE:
         blocks = 1
@@ -42,9 +44,9 @@ def cases(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh, Tensor]:
     return site, factors, mesh, dense_b @ dense_a
 
 
-def shrink(local: LocalFactors, x: Tensor) -> Tensor:
+def shrink(site: Site, local: LocalFactors, x: Tensor) -> Tensor:
     """A x with the blocks of A stacked on its rows."""
-    blocks = local.a.chunk(local.shape.a_blocks)
+    blocks = (local.a.t() if site.is_lookup else local.a).chunk(local.shape.a_blocks)
     return torch.cat([part @ block.t() for part, block in zip(x.chunk(len(blocks), -1), blocks, strict=True)], -1)
 
 
@@ -58,14 +60,18 @@ def delta(site: Site, layout: Layout, mesh: Mesh, ranks: list[LocalFactors], x: 
     """What all ranks together add to the site's output."""
     pieces = site_pieces(site, mesh)
     is_column = site.role is Role.COLUMN
-    own_x = [x if is_column else x.chunk(pieces, -1)[rank] for rank in range(mesh.size)]
-    h = [shrink(local, part) for local, part in zip(ranks, own_x, strict=True)]
+    length = -(-site.in_features // pieces)
+    padded = torch.nn.functional.pad(x, (0, length * pieces - site.in_features))
+    own_x = [x if is_column else padded[:, rank * length : (rank + 1) * length] for rank in range(mesh.size)]
+    h = [shrink(site, local, part) for local, part in zip(ranks, own_x, strict=True)]
     if layout is Layout.SLORA:
         h = [torch.cat(h, -1) if is_column else torch.stack(h).sum(0)] * mesh.size
     parts = [expand(local, part) for local, part in zip(ranks, h, strict=True)]
     if is_column:
         # Ranks that hold the same piece agree; one of each is kept.
-        return torch.cat([parts[piece * mesh.size // pieces] for piece in range(pieces)], -1)
+        whole = torch.cat([parts[piece * mesh.size // pieces] for piece in range(pieces)], -1)
+        assert not whole[:, site.out_features :].any(), "what pads a vocabulary is zero"
+        return whole[:, : site.out_features]
     if layout is Layout.LOCAL:
         return torch.stack(parts).sum(0)
     return torch.cat(parts, -1)[..., : site.out_features]

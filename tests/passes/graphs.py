@@ -1,7 +1,8 @@
 """Small graphs by hand, in the form that Dynamo and the tag pass would leave them in."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 
 from bdlora_compile.factors import Layout
+from bdlora_compile.hollow import HollowTag
 from bdlora_compile.ir import Captured, Fact, InputSource, WeightSource, fake_value, set_record
 from bdlora_compile.pass_manager import GraphPass, PassContext
 from bdlora_compile.placement import Mesh, Placement, Shard
@@ -16,6 +18,7 @@ from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import propagate
 from bdlora_compile.report import PassStats
+from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.sites import Role, Site
 
 TAGGED = frozenset({Fact.CANONICAL, Fact.TAGGED})
@@ -34,8 +37,9 @@ def plan_of(
     placements: dict[str, Placement] = {
         f"{site.name}.weight": Shard(0 if site.role is Role.COLUMN else 1, min(ranks, site.num_units))
         for site in sites
-        if ranks > 1 and min(ranks, site.num_units) > 1
+        if ranks > 1 and min(ranks, site.num_units) > 1 and not site.vocabulary
     }
+    placements |= {site.weight: Shard(0, ranks) for site in sites if site.vocabulary and ranks > 1}
     placements |= {
         name.replace(".weight", ".bias"): placement
         for name, placement in placements.items()
@@ -74,6 +78,9 @@ class GraphBuilder:
     def weight(self, parameter: str, *shape: int, placement: Placement | None = None) -> Node:
         """A parameter; ``placement`` where the graph is partitioned already."""
         node = self._placeholder(parameter.replace(".", "_"), shape, torch.float64)
+        # What Dynamo leaves there and the tag pass reads: the hollow parameter, which knows its name.
+        hollow = SimpleNamespace(bdlora_tag=HollowTag(parameter, cast(Deployment, None)))
+        node.meta["grapharg"] = SimpleNamespace(example=hollow)
         set_record(node, source=WeightSource(parameter, shape))
         if placement is not None:
             set_record(node, placement=placement)
@@ -120,12 +127,17 @@ def run(graph_pass: GraphPass, captured: Captured, plan: ModelPlan, strict: bool
     return stats
 
 
-def require_idempotent(graph_pass: GraphPass, captured: Captured, plan: ModelPlan) -> None:
-    """A second run of a pass finds nothing and changes nothing."""
+def require_unchanged(graph_pass: GraphPass, captured: Captured, plan: ModelPlan) -> PassStats:
+    """A run of the pass changes nothing."""
     before = print_graph(captured.graph)
     stats = run(graph_pass, captured, plan)
-    assert stats.matches == 0
     assert print_graph(captured.graph) == before
+    return stats
+
+
+def require_idempotent(graph_pass: GraphPass, captured: Captured, plan: ModelPlan) -> None:
+    """A second run of a pass finds nothing and changes nothing."""
+    assert require_unchanged(graph_pass, captured, plan).matches == 0
 
 
 def shape_of(node: Node) -> list[int]:

@@ -12,6 +12,7 @@ from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.passes.localize import LocalizeLora
 from bdlora_compile.passes.merge import Merge
 from bdlora_compile.passes.partition import Partition
+from bdlora_compile.placement import Shard
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from tests.conftest import GoldenCheck
@@ -49,3 +50,14 @@ def test_a_lora_value_that_the_base_reads_is_an_error() -> None:
     assert record(lora).origin is Origin.LORA
     with pytest.raises(PassError, match="a LoRA node that the base model's graph reads"):
         run(DropLora(), captured, plan_of(1))
+
+
+def test_a_graph_without_lora_stays() -> None:
+    """The twin: a model without sites, with the base model's own collective."""
+    plan = plan_of(2, (), weights={f"{UP.name}.weight": Shard(0, 2), f"{DOWN.name}.weight": Shard(1, 2)})
+    captured = column_and_row()
+    for node in captured.graph.nodes:
+        set_record(node, site=None)
+    run(Partition(), captured, plan)
+    assert sum(is_collective(node) for node in captured.graph.nodes) == 1
+    require_idempotent(DropLora(), captured, plan)

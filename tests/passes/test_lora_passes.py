@@ -10,7 +10,7 @@ from torch.fx import Node
 from bdlora_compile.collectives import is_collective
 from bdlora_compile.errors import PassError, PlacementError
 from bdlora_compile.factors import Layout
-from bdlora_compile.ir import Captured, Origin, operator_name, record
+from bdlora_compile.ir import Captured, Origin, operator_name, record, set_record
 from bdlora_compile.lora_nodes import ExpandArguments, is_expand, is_shrink
 from bdlora_compile.passes.localize import LocalizeLora
 from bdlora_compile.passes.merge import Merge
@@ -79,6 +79,33 @@ def test_partition_puts_lora_in_slora_placement() -> None:
     captured = column_and_row()
     run(Partition(), captured, plan_of(2, (UP, DOWN)))
     assert collectives(captured, Origin.LORA) == ["all_gather_into_tensor", "all_reduce"]
+
+
+def test_partition_leaves_a_model_that_nothing_cuts() -> None:
+    """The twin: whole weights without sites give the same graph on two ranks, and a second run is none."""
+    captured = column_and_row()
+    for node in captured.graph.nodes:
+        set_record(node, site=None)
+    before = print_graph(captured.graph)
+    run(Partition(), captured, plan_of(2))
+    assert print_graph(captured.graph) == before
+    captured = column_and_row()
+    plan = plan_of(2, (UP, DOWN))
+    run(Partition(), captured, plan)
+    require_idempotent(Partition(), captured, plan)
+
+
+def test_tokens_that_are_chosen_in_an_unknown_way_are_an_error(golden: GoldenCheck) -> None:
+    """Which slots belong to them cannot be told: wrong adapters would be used."""
+    build = GraphBuilder()
+    x, head = build.input("x", 2, 3, 8), build.weight("lm_head.weight", 11, 8)
+    chosen = build.call("flip", build.call(torch.narrow, x, 1, 0, 2), 1)
+    captured = build.finish(build.linear(chosen, head, site="lm_head"))
+    captured.token_input = x
+    plan = plan_of(2, (Site("lm_head", Role.COLUMN, 8, 11, vocabulary=True),), gathered=frozenset(["lm_head.weight"]))
+    with pytest.raises(PlacementError) as caught:
+        run(Partition(), captured, plan)
+    golden("error_unknown_tokens", str(caught.value) + "\n")
 
 
 def test_a_whole_bias_of_a_cut_layer_is_cut_at_run_time() -> None:
