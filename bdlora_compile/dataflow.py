@@ -88,10 +88,14 @@ def linear_reach(source: Node, *, alone: bool = False) -> tuple[list[Node], list
     ``alone``: without what it is summed with other values in.
     """
 
-    def follows(user: Node) -> bool:
-        return is_linear_step(user) and not (alone and operator_name(user) in PLACINGS)
-
-    inside = _reach([source], lambda node: [user for user in node.users if follows(user)])
+    inside = {source}
+    for node in source.graph.nodes:
+        operands = tensor_operands(node)
+        if not any(operand in inside for operand in operands) or not is_linear_step(node):
+            continue
+        is_sum = operator_name(node) in PLACINGS or not all(operand in inside for operand in operands)
+        if not (alone and is_sum):
+            inside.add(node)
     ordered = [node for node in source.graph.nodes if node in inside]
     return ordered, list(dict.fromkeys(user for node in ordered for user in node.users if user not in inside))
 

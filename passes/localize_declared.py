@@ -89,10 +89,12 @@ def _localize_column(graph: Graph, path: ColumnPath) -> None:
     product = path.product
     old = product.node
     with graph.inserting_before(old):
-        rows = [path.width, -1] if path.is_transposed else [-1, path.width]
-        own = graph.call_function(_ATEN.reshape.default, (path.local, rows))
-        own = _columns(graph, own, path.local_columns, 0 if path.is_transposed else 1, path.width)
-        if path.is_transposed == product.data_first:
+        own = path.local
+        if path.local_dims != tuple(sorted(path.local_dims)):
+            own = graph.call_function(_ATEN.permute.default, (own, list(path.local_dims)))
+        own = graph.call_function(_ATEN.reshape.default, (own, [-1, path.width]))
+        own = _columns(graph, own, path.local_columns, 1, path.width)
+        if not product.data_first:
             own = graph.call_function(_ATEN.t.default, (own,))
         own = _scaled(graph, own, path.scale)
         own = _cast(graph, own, fake_tensor(path.local).dtype, fake_tensor(product.data).dtype)

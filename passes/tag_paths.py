@@ -89,9 +89,10 @@ def _collective_behind(product: Product) -> Node | None:
         return None
     operand = origin[0].all_input_nodes[0].args[0]
     assert isinstance(operand, Node), "a collective is of a value of the graph"
-    # Between two products: a whole activation that a layer gathers or sums is no LoRA path.
+    # Between two products: a whole activation that a layer gathers or sums is no LoRA path, unless its owner says so.
     begins = linear_origin(operand)
-    return origin[0] if begins and all(product_of(node) is not None for node in begins) else None
+    is_low_rank = bool(begins) and all(product_of(node) is not None for node in begins)
+    return origin[0] if is_low_rank or _is_declared(product) else None
 
 
 def _is_communication(node: Node) -> bool:
@@ -108,12 +109,15 @@ def _declared_in_vain(graph: Graph, found: Sequence[Path], considered: Set[Node]
     licensed = {path.licence.parameter for path in found if not isinstance(path, LinearPath)}
     refusals = []
     for product in products(graph):
-        source = record(product.parameter).source
-        is_declared = isinstance(source, ArgumentWeight) and isinstance(source.declared, BlockDiagonal)
-        if is_declared and product.parameter not in licensed:
+        if _is_declared(product) and product.parameter not in licensed:
             reason = _before_second_factor(product, considered) or _behind_first_factor(product, considered)
             refusals += [Refusal(parameter_name(product.parameter), reason)] if reason else []
     return refusals
+
+
+def _is_declared(product: Product) -> bool:
+    source = record(product.parameter).source
+    return isinstance(source, ArgumentWeight) and isinstance(source.declared, BlockDiagonal)
 
 
 def _before_second_factor(product: Product, considered: Set[Node]) -> str:
@@ -125,7 +129,7 @@ def _before_second_factor(product: Product, considered: Set[Node]) -> str:
         is_gather = operator_name(node) == WAIT and operator_name(node.all_input_nodes[0]) == ALL_GATHER
         if is_gather and node not in considered:
             return f"{origin[0].name} ({operator_name(origin[0])}) stands between it and the gather"
-        if operator_name(node) not in ("mm", WAIT):
+        if operator_name(node) not in ("mm", WAIT) or node in origin:
             pending += [operand for operand in node.all_input_nodes if operand not in seen]
             seen.update(node.all_input_nodes)
     return ""

@@ -1,7 +1,11 @@
 """Match a LoRA path with a gather: which columns of what a rank gathers are its own, and where B reads them."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -21,12 +25,11 @@ def match_column(product: Product, wait: Node, member: GroupMember) -> ColumnPat
     assert isinstance(local, Node), "a gather is of a value of the graph"
     found = probe(wait, product.data, alone=True)
     index = as_rows(found.index, product)
-    rows, width = index.shape
     size = concrete(fake_tensor(local).numel())
     origin, place = index // size, index % size
     ranks = one_for_each_column(origin, "ranks' shares are mixed within a column")
-    columns, is_transposed, local_width = _local_columns(place, rows, size)
-    own = [column for column in range(width) if int(ranks[column]) == member.rank]
+    arranged = _arrange(place, local)
+    own = [column for column in range(index.shape[1]) if int(ranks[column]) == member.rank]
     places, rank_dim = rank_places(product, Side.INNER)
     licence = licence_of(product.parameter, rank_dim, member)
     if sorted(places[column] for column in own) != list(range(licence.start, licence.stop)):
@@ -39,9 +42,9 @@ def match_column(product: Product, wait: Node, member: GroupMember) -> ColumnPat
         product=product,
         collective=wait,
         local=local,
-        is_transposed=is_transposed,
-        width=local_width,
-        local_columns=tuple(int(columns[column]) for column in own),
+        local_dims=arranged.dims,
+        width=arranged.width,
+        local_columns=tuple(int(arranged.columns[column]) for column in own),
         factor_columns=tuple(own),
         scale=found.factor,
     )
@@ -110,15 +113,50 @@ def licence_of(parameter: Node, rank_dim: int, member: GroupMember) -> Licence:
     return Licence(parameter, source.parameter, declared.nblocks, rank_dim, start, start + share)
 
 
-def _local_columns(place: Tensor, rows: int, size: int) -> tuple[Tensor, bool, int]:
-    """(the column of z for each column of [T, W], whether z lies transposed, columns of z)."""
-    width = size // rows
-    if width * rows != size:
-        raise NotFollowedError("what the gather takes is not a column or more for each token")
-    row = place.new_tensor(range(rows))[:, None]
-    for is_transposed in (False, True):
-        column = place % width if not is_transposed else place // rows
-        expected = row * width + column if not is_transposed else column * rows + row
-        if (place == expected).all() and (column == column[:1]).all():
-            return column[0], is_transposed, width
-    raise NotFollowedError("what is gathered does not come column by column to its second factor")
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """How z [...] becomes [T, W].
+
+    Attributes:
+        dims: its dims in another order: those of tokens, then those of columns.
+        width: W.
+        columns: the column of z that comes to each column of the product's data.
+    """
+
+    dims: tuple[int, ...]
+    width: int
+    columns: Tensor
+
+
+def _arrange(place: Tensor, local: Node) -> _Arrangement:
+    """Find the order of z's dims in which tokens and columns come to the product.
+
+    Args:
+        place: for each element of the product's data [T, W] the element of flat z that lies there.
+    """
+    shape = [concrete(size) for size in fake_tensor(local).shape]
+    coordinates = torch.unravel_index(place, shape)
+    of_columns = [dim for dim, along in enumerate(coordinates) if bool((along == along[:1]).all()) and shape[dim] > 1]
+    of_tokens = [dim for dim in range(len(shape)) if dim not in of_columns]
+    if not all(bool((coordinates[dim] == coordinates[dim][:, :1]).all()) for dim in of_tokens):
+        raise NotFollowedError("what is gathered does not come column by column to its second factor")
+    # The dim that changes last is the outermost one.
+    of_tokens.sort(key=lambda dim: -_first_change(coordinates[dim][:, 0]))
+    row, column = (_flat(coordinates, dims, shape, place) for dims in (of_tokens, of_columns))
+    if not (row == torch.arange(place.shape[0])[:, None]).all():
+        raise NotFollowedError("tokens come in another order to its second factor")
+    width = math.prod(shape[dim] for dim in of_columns)
+    return _Arrangement((*of_tokens, *of_columns), width, column[0])
+
+
+def _first_change(values: Tensor) -> int:
+    changed = (values != values[0]).nonzero()
+    return int(changed[0]) if len(changed) else 0
+
+
+def _flat(coordinates: Sequence[Tensor], dims: Sequence[int], shape: Sequence[int], like: Tensor) -> Tensor:
+    """The number of an element among ``dims``, the last one counting fastest."""
+    number = torch.zeros_like(like)
+    for dim in dims:
+        number = number * shape[dim] + coordinates[dim]
+    return number

@@ -95,8 +95,8 @@ class ColumnPath:
         product: the second product.
         collective: what the gather gives (the wait).
         local: z, what this rank gives to it.
-        is_transposed: whether z lies as [W, T].
-        width: columns of z.
+        local_dims: the dims of z in the order in which it is [T, W].
+        width: W of it.
         local_columns: the columns of z that are this rank's own part, in the order of ``factor_columns``.
         factor_columns: where they meet B.
         scale: what the elements of z are multiplied by on the way.
@@ -106,7 +106,7 @@ class ColumnPath:
     product: Product
     collective: Node
     local: Node
-    is_transposed: bool
+    local_dims: tuple[int, ...]
     width: int
     local_columns: tuple[int, ...]
     factor_columns: tuple[int, ...]
