@@ -33,7 +33,7 @@ from bdlora_compile.factors import Layout
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.model import cache_shape, profile_of, served_sites
+from bdlora_compile.model import cache_shape, served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -45,15 +45,8 @@ from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.served import serve
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import (
-    Declared,
-    Profile,
-    Strategy,
-    Terms,
-    Workload,
-    choose_layouts,
-    fixed_layouts,
-)
+from bdlora_compile.strategy import Strategy, choose_layouts, fixed_layouts, profile_of
+from bdlora_compile.timing import Declared, Profile, Terms, Workload
 
 _CPU = torch.device("cpu")
 _TRACED_BATCH, _TRACED_LENGTH = 2, 64

@@ -15,7 +15,8 @@ from rich.console import Console
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
 from bdlora_compile.machine import Machine
-from bdlora_compile.strategy import Decision, Seconds, Workload
+from bdlora_compile.strategy import Decision
+from bdlora_compile.timing import Seconds, Workload
 
 VERSION: Literal[1] = 1
 

@@ -15,7 +15,7 @@ from bdlora_compile.explanation import (
     Explanation,
 )
 from bdlora_compile.ir import Origin
-from bdlora_compile.strategy import Seconds
+from bdlora_compile.timing import Seconds
 
 _OPERATORS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 _PHASES = {"prefill": "prefill (the prompts)", "decode": "decode (one token for each row)"}

@@ -20,7 +20,8 @@ from bdlora_compile.placement import Mesh, Shard, site_pieces
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import Declared, Strategy, declared_elements
+from bdlora_compile.strategy import Strategy
+from bdlora_compile.timing import Declared, declared_elements
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 NOTHING = MemoryTensor("sizes only", torch.empty(0, 0), "sizes only")
