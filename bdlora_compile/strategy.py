@@ -145,6 +145,8 @@ def choose_layouts(
 def _decide(group: SiteGroup, profiles: Sequence[Profile], terms: Terms) -> Decision:
     local, slora = (lora_seconds(group, layout, profiles, terms) for layout in (Layout.LOCAL, Layout.SLORA))
     load = f"{terms.workload.tokens} tokens, {terms.workload.adapters} adapters, {terms.machine.name}"
+    if not profiles:
+        load += f"; no adapter was given: ordinary ones of rank {terms.max_rank} are assumed"
     estimate = f"local {local.text()}, slora {slora.text()} a layer ({load})"
     if terms.mesh.size == 1:
         chosen, why = Layout.LOCAL, "one rank: nothing to communicate"
