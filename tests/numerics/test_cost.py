@@ -81,7 +81,7 @@ def test_a_wrong_formula_is_noticed() -> None:
     site, mesh = Site("site", Role.COLUMN, 64, 64), Mesh(2)
     factors = LoraFactors("site", FactorKind.BLOCK_B, 8, 4, 1.0, NOTHING, NOTHING)
     numbers = {cost.O: 64, cost.R: 8, cost.G: 4, cost.M: 2, cost.PIECE: 0}
-    dense = value_of(cost.LOCAL_RANK * cost.O / cost.M, numbers)
+    dense = value_of(cost.local_rank(site.role) * cost.length(site.role), numbers)
     assert dense == 2 * local_shape(factors, site, Layout.LOCAL, 0, mesh).b_numel
 
 
