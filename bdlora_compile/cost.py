@@ -13,7 +13,7 @@ on the rank, e bytes of an element, f bytes of an element of h = A x.
 
     L = ceil(S/M): features of the split dim S on a rank (S = O at column sites, D at row sites); M divides S but at a
         vocabulary, whose last pieces are short
-    r = (ceil(min((i+1) L, S) G/S) - floor(min(i L, S) G/S)) R/G: the blocks that the rank's piece overlaps
+    r = (ceil(min((i+1) L, S) G/S) - floor(min(i L, S) G/S)) R/G: the blocks that the rank's piece overlaps; R if G = 1
     c = G L/S where that is a whole number and the piece is not short, else 1: the blocks that stay packed
 
 Sites that read one x (q/k/v; gate/up) are one group: x is read once, there is one launch of each kernel and one
@@ -65,7 +65,8 @@ def local_rank(role: Role) -> Expr:
     """r of a local layout, on the rank that holds piece i."""
     features, own = split(role), length(role)
     start, stop = sympy.Min(PIECE * own, features), sympy.Min((PIECE + 1) * own, features)
-    return (ceiling(stop * G / features) - floor(start * G / features)) * R / G
+    overlapped = ceiling(stop * G / features) - floor(start * G / features)
+    return sympy.Piecewise((R, sympy.Eq(G, 1)), (overlapped * R / G, True))
 
 
 def packed_blocks(role: Role) -> Expr:

@@ -44,6 +44,7 @@ def sites(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh]:
     features = features or {"in_features": split, "out_features": other}
     site = Site("site", role, unit=unit, **features)
     kind = draw(st.sampled_from(FactorKind))
+    assume(kind is FactorKind.DENSE or blocks > 1)
     assume(kind is not FactorKind.BLOCK_A or site.in_features % blocks == 0)
     assume(kind is not FactorKind.BLOCK_B or site.out_features % blocks == 0)
     nblocks = 1 if kind is FactorKind.DENSE else blocks
