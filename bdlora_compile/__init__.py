@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from bdlora_compile.report import Report
     from bdlora_compile.runtime.adapters import AdapterSet
     from bdlora_compile.runtime.cache import LocalCache
-    from bdlora_compile.strategy import Decision, Workload
+    from bdlora_compile.strategy import Decision
+    from bdlora_compile.timing import Workload
 
 __all__ = [
     "AdapterError",
@@ -76,7 +77,8 @@ _HOMES = {
     "report": ("Report",),
     "runtime.adapters": ("AdapterSet",),
     "runtime.cache": ("LocalCache",),
-    "strategy": ("Decision", "Workload"),
+    "strategy": ("Decision",),
+    "timing": ("Workload",),
 }
 """The module of each public name; torch is imported with the first one that is used."""
 

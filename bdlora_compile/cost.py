@@ -6,12 +6,15 @@ sites), i the piece that the rank holds, T tokens of the forward, K distinct ada
 on the rank, e bytes of an element, f bytes of an element of h = A x.
 
     layout  site    a                  b                        collective between the factors
-    local   column  r D                r O / (M c)              none
-    local   row     r D / (N c)        r O                      none
-    slora   column  ceil(R/N) D        ceil(R/N) N O / M        all-gather, result N ceil(C/N) T f bytes
-    slora   row     R D / N            R ceil(O/N)              all-reduce, C T f bytes
+    local   column  r D                r L / c                  none
+    local   row     r L / c            r O                      none
+    slora   column  ceil(R/N) D        ceil(R/N) N L            all-gather, result N ceil(C/N) T f bytes
+    slora   row     R L                R ceil(O/N)              all-reduce, C T f bytes
 
-    r = (ceil((i+1) G/M) - floor(i G/M)) R/G      c = G/M if M divides G, else 1
+    L = ceil(S/M): features of the split dim S on a rank (S = O at column sites, D at row sites); M divides S but at a
+        vocabulary, whose last pieces are short
+    r = (ceil(min((i+1) L, S) G/S) - floor(min(i L, S) G/S)) R/G: the blocks that the rank's piece overlaps; R if G = 1
+    c = G L/S where that is a whole number and the piece is not short, else 1: the blocks that stay packed
 
 Sites that read one x (q/k/v; gate/up) are one group: x is read once, there is one launch of each kernel and one
 collective, whose bytes are the sum of the sites'. Kernels are those of `runtime/ops.py`; each of its elementwise
@@ -47,10 +50,30 @@ A = sympy.Symbol("a", nonnegative=True)
 B = sympy.Symbol("b", nonnegative=True)
 PIECE = sympy.Symbol("i", integer=True, nonnegative=True)
 
-LOCAL_RANK: Expr = (ceiling((PIECE + 1) * G / M) - floor(PIECE * G / M)) * R / G
-"""r of a local layout, on the rank that holds piece i."""
-PACKED_BLOCKS: Expr = sympy.Piecewise((G / M, sympy.Eq(sympy.Mod(G, M), 0)), (Integer(1), True))
-"""c of a local layout."""
+
+def split(role: Role) -> sympy.Symbol:
+    """S, the features of the dim that ranks split."""
+    return O if role is Role.COLUMN else D
+
+
+def length(role: Role) -> Expr:
+    """L, how many of them a rank holds."""
+    return ceiling(split(role) / M)
+
+
+def local_rank(role: Role) -> Expr:
+    """r of a local layout, on the rank that holds piece i."""
+    features, own = split(role), length(role)
+    start, stop = sympy.Min(PIECE * own, features), sympy.Min((PIECE + 1) * own, features)
+    overlapped = ceiling(stop * G / features) - floor(start * G / features)
+    return sympy.Piecewise((R, sympy.Eq(G, 1)), (overlapped * R / G, True))
+
+
+def packed_blocks(role: Role) -> Expr:
+    """c of a local layout, on the rank that holds piece i."""
+    features, own = split(role), length(role)
+    is_whole = sympy.Eq(sympy.Mod(G * own, features), 0) & ((PIECE + 1) * own <= features)
+    return sympy.Piecewise((G * own / features, is_whole), (Integer(1), True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +124,10 @@ def elements(role: Role, layout: Layout) -> Elements:
     if layout is Layout.SLORA:
         share = ceiling(R / N)
         if role is Role.COLUMN:
-            return Elements(share * D, share * N * O / M)
-        return Elements(R * D / N, R * ceiling(O / N))
-    if role is Role.COLUMN:
-        return Elements(LOCAL_RANK * D, LOCAL_RANK * O / M / PACKED_BLOCKS)
-    return Elements(LOCAL_RANK * D / M / PACKED_BLOCKS, LOCAL_RANK * O)
+            return Elements(share * D, share * N * length(role))
+        return Elements(R * length(role), R * ceiling(O / N))
+    rank, own = local_rank(role), length(role) / packed_blocks(role)
+    return Elements(rank * D, rank * own) if role is Role.COLUMN else Elements(rank * own, rank * O)
 
 
 @cache
@@ -113,15 +135,15 @@ def lora(role: Role, layout: Layout) -> Formula:
     """The LoRA path of one site; ``a`` and ``b`` are those of `elements`, or a mean of several adapters'."""
     factors = K * E * (A + B)
     flops = 2 * T * (A + B)
-    x = E * T * (D if role is Role.COLUMN else D / N)
+    x = E * T * (D if role is Role.COLUMN else length(role))
     if layout is Layout.LOCAL:
-        y = E * T * (O / M if role is Role.COLUMN else O)
+        y = E * T * (length(role) if role is Role.COLUMN else O)
         # One launch where programs work by token, a shrink and an expand with more tokens.
         launches = sympy.Piecewise((Integer(1), T <= BY_TOKEN_LIMIT), (Integer(2), True))
         return Formula(x, factors + y, y, flops, launches)
     if role is Role.COLUMN:
         share, gathered = F * T * ceiling(C / N), F * T * ceiling(C / N) * N
-        y = E * T * O / M
+        y = E * T * length(role)
         reads = factors + share + gathered + y + gathered + y
         writes = share + share + gathered + y + y
         # Shrink, sum of its planes, order of what the gather brought, copy of y, expand.
@@ -135,9 +157,9 @@ def lora(role: Role, layout: Layout) -> Formula:
 def base(role: Role) -> Formula:
     """The linear layer of one site."""
     if role is Role.COLUMN:
-        weight, x, y = D * O / M, E * T * D, E * T * O / M
+        weight, x, y = D * length(role), E * T * D, E * T * length(role)
         return Formula(x, E * weight, y, 2 * T * weight, Integer(1))
-    weight, x, y = D * O / N, E * T * D / N, E * T * O
+    weight, x, y = O * length(role), E * T * length(role), E * T * O
     return Formula(x, E * weight, y, 2 * T * weight, Integer(1), Exchange("all_reduce", y))
 
 

@@ -20,7 +20,8 @@ from bdlora_compile.errors import BdloraError
 from bdlora_compile.ir import Origin
 from bdlora_compile.model import load, reports
 from bdlora_compile.report import Report
-from bdlora_compile.strategy import Strategy, Workload
+from bdlora_compile.strategy import Strategy
+from bdlora_compile.timing import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from bdlora_compile import cost
 from bdlora_compile.factors import Layout
 from bdlora_compile.placement import Mesh
 from bdlora_compile.sites import Site
-from bdlora_compile.strategy import (
+from bdlora_compile.timing import (
     Profile,
     Seconds,
     Terms,

@@ -14,7 +14,7 @@ from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.adapter_file import LoraFactors
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import Declared, Profile, declared_elements, group_sites, pattern_of
+from bdlora_compile.timing import Declared, Profile, declared_elements, group_sites, pattern_of
 
 
 def explain_sites(plan: ModelPlan, profiles: Sequence[Profile]) -> list[ExplainedSite]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -33,7 +34,7 @@ from bdlora_compile.factors import Layout
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.model import cache_shape, profile_of, served_sites
+from bdlora_compile.model import cache_shape, served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -45,15 +46,8 @@ from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.served import serve
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import (
-    Declared,
-    Profile,
-    Strategy,
-    Terms,
-    Workload,
-    choose_layouts,
-    fixed_layouts,
-)
+from bdlora_compile.strategy import Strategy, choose_layouts, fixed_layouts, profile_of
+from bdlora_compile.timing import Declared, Profile, Terms, Workload
 
 _CPU = torch.device("cpu")
 _TRACED_BATCH, _TRACED_LENGTH = 2, 64
@@ -247,7 +241,7 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
     """Reports of a prefill and a decode forward; the model is hollow afterwards."""
     deployment = Deployment(plan, [], Alone(), strict)
     shape = cache_shape(model, plan, num_hosted=1)
-    hollow_out(model, deployment)
+    hollow_out(model, deployment, is_guarded=False)
     serve(model, deployment, shape)
     model.requires_grad_(False)
 
@@ -302,17 +296,24 @@ def _explain_collective(one: Collective, phase: Phase) -> ExplainedCollective:
         one.kind,
         one.group_size,
         [str(size) for size in one.shape],
-        [number_of(size, batch, seq) for size in one.shape],
+        [_number(size, batch, seq) for size in one.shape],
         one.dtype,
         one.origin,
         one.layers,
         one.site,
         str(one.payload_bytes),
         str(one.wire_bytes),
-        number_of(one.payload_bytes, batch, seq),
-        number_of(one.wire_bytes, batch, seq),
-        number_of(one.wire_bytes, 1, 1),
+        _number(one.payload_bytes, batch, seq),
+        _number(one.wire_bytes, batch, seq),
+        _number(one.wire_bytes, 1, 1),
     )
+
+
+def _number(size: sympy.Expr, batch: int, seq: int) -> int | None:
+    try:
+        return number_of(size, batch, seq)
+    except ConfigError:
+        return None
 
 
 def _explain_estimate(one: Estimate) -> ExplainedEstimate:

@@ -15,7 +15,8 @@ from rich.console import Console
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
 from bdlora_compile.machine import Machine
-from bdlora_compile.strategy import Decision, Seconds, Workload
+from bdlora_compile.strategy import Decision
+from bdlora_compile.timing import Seconds, Workload
 
 VERSION: Literal[1] = 1
 
@@ -36,7 +37,7 @@ class ExplainedCollective:
         kind, dtype, origin, site, layers: as of `census.Collective`.
         group_size: ranks that take part.
         shape: of the operand, an expression in ``batch`` and ``seq`` for each size.
-        sizes: the same in numbers, for the explained batch.
+        sizes: the same in numbers, for the explained batch; None where only a run can tell, as for bytes.
         payload, wire: bytes of one run as expressions.
         payload_bytes, wire_bytes: the same in numbers.
         wire_bytes_per_token: for one row of one token.
@@ -45,16 +46,16 @@ class ExplainedCollective:
     kind: str
     group_size: int
     shape: Sequence[str]
-    sizes: Sequence[int]
+    sizes: Sequence[int | None]
     dtype: str
     origin: Origin
     layers: Sequence[str]
     site: str | None
     payload: str
     wire: str
-    payload_bytes: int
-    wire_bytes: int
-    wire_bytes_per_token: int
+    payload_bytes: int | None
+    wire_bytes: int | None
+    wire_bytes_per_token: int | None
 
     @property
     def runs(self) -> int:

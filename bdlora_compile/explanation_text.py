@@ -15,7 +15,7 @@ from bdlora_compile.explanation import (
     Explanation,
 )
 from bdlora_compile.ir import Origin
-from bdlora_compile.strategy import Seconds
+from bdlora_compile.timing import Seconds
 
 _OPERATORS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 _PHASES = {"prefill": "prefill (the prompts)", "decode": "decode (one token for each row)"}
@@ -84,7 +84,7 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
             where = _layers_text(one.layers)
             what = f"LoRA {(one.site or '').rpartition('.')[2]}" if one.origin is Origin.LORA else one.origin.value
             operand = f"{one.dtype} [{', '.join(one.shape)}]"
-            sizes = (f"{one.wire_bytes_per_token:,}", f"{one.wire_bytes:,}", str(one.runs))
+            sizes = (_count(one.wire_bytes_per_token), _count(one.wire_bytes), str(one.runs))
             table.add_row(label, where, what, _OPERATORS.get(one.kind, one.kind), escape(operand), *sizes)
         total = f"[bold]{_sent(collectives):,}[/bold]"
         table.add_row(label, "all", "", "", "", "", total, str(sum(one.runs for one in collectives)), end_section=True)
@@ -94,7 +94,12 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
 
 
 def _sent(collectives: Iterable[ExplainedCollective]) -> int:
-    return sum(one.runs * one.wire_bytes for one in collectives)
+    return sum(one.runs * (one.wire_bytes or 0) for one in collectives)
+
+
+def _count(number: int | None) -> str:
+    """A number that may be known to a run alone; totals leave such a one out."""
+    return "by a run" if number is None else f"{number:,}"
 
 
 def _show_sites(told: Explanation, console: Console) -> None:

@@ -48,8 +48,11 @@ def _(x: Tensor, module: str) -> Tensor:
     return torch.empty_like(x)
 
 
-def hollow_out(model: PreTrainedModel, deployment: "Deployment") -> None:
-    """Replace every parameter by a hollow one, tied parameters by the same one, and guard the modules that own them."""
+def hollow_out(model: PreTrainedModel, deployment: "Deployment", *, is_guarded: bool = True) -> None:
+    """Replace every parameter by a hollow one, tied parameters by the same one, and guard the modules that own them.
+
+    Without guards (``is_guarded`` False) only for a model that is traced and thrown away: guards take time to trace.
+    """
     replaced: dict[Tensor, nn.Parameter] = {}
     for module_name, module in model.named_modules():
         own = list(module.named_parameters(recurse=False))
@@ -57,7 +60,7 @@ def hollow_out(model: PreTrainedModel, deployment: "Deployment") -> None:
             if parameter not in replaced:
                 replaced[parameter] = _hollow(parameter, HollowTag(f"{module_name}.{name}".lstrip("."), deployment))
             setattr(module, name, replaced[parameter])
-        if own:
+        if own and is_guarded:
             module.register_forward_pre_hook(_guard(module_name))
 
 

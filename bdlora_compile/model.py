@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.errors import ConfigError, PlacementError
-from bdlora_compile.factors import Layout, LocalShape, local_shape
+from bdlora_compile.factors import LocalShape, local_shape
 from bdlora_compile.hollow import hollow_out, materialize_buffers
-from bdlora_compile.machine import Machine, find_machine
+from bdlora_compile.machine import Machine
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.report import Report
@@ -24,23 +24,15 @@ from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_file import Adapter, FactorKind, LoraFactors, adapter_from_tensors, read_adapter
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement, require_equal
+from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement
 from bdlora_compile.runtime.bank import AdapterBank, chunk_elements
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
-from bdlora_compile.strategy import (
-    Decision,
-    Declared,
-    Profile,
-    Strategy,
-    Terms,
-    Workload,
-    choose_layouts,
-    fixed_layouts,
-)
+from bdlora_compile.strategy import Choice, Strategy
+from bdlora_compile.timing import Terms, Workload
 
 _DEFAULT_RANK = 16
 _DEFAULT_ADAPTERS = 8
@@ -130,7 +122,7 @@ def load(
         AgreementError: with "auto", a rank came to another choice.
     """
     attention.register()
-    choice = _Choice.parse(strategy, workload, machine)
+    choice = Choice.parse(strategy, workload, machine)
     folder = _folder_of(path_or_id)
     config = AutoConfig.from_pretrained(folder)
     dtype = dtype or config.dtype or torch.float32
@@ -177,7 +169,7 @@ def attach(
         PlacementError, AdapterError: as for `load`.
     """
     attention.register()
-    choice = _Choice.parse(strategy, workload, machine)
+    choice = Choice.parse(strategy, workload, machine)
     base, peft_adapters = _take_apart(model)
     base.set_attn_implementation(attention.NAME)
     base.eval()
@@ -229,59 +221,9 @@ class _Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
-    """How layouts are chosen; ``layout`` None is by the cost model."""
-
-    layout: Layout | None
-    workload: Workload
-    machine: Machine | str | Path | None
-
-    @classmethod
-    def parse(cls, strategy: str, workload: Workload | None, machine: Machine | str | Path | None) -> "_Choice":
-        known = get_args(Strategy)
-        if strategy not in known:
-            raise ConfigError(
-                "strategy",
-                found=repr(strategy),
-                expected=f"one of {', '.join(map(repr, known))}",
-                remedy="choose one of them",
-            )
-        if strategy != "auto" and (workload, machine) != (None, None):
-            raise ConfigError(
-                "workload" if workload is not None else "machine",
-                found=f"one given with strategy={strategy!r}",
-                expected="strategy='auto', which chooses for them",
-                remedy="leave it out, or load with strategy='auto'",
-            )
-        return cls(None if strategy == "auto" else Layout(strategy), workload or Workload(), machine)
-
-    def layouts(
-        self, sites: Mapping[str, Site], adapters: Sequence[Adapter], setup: "_Setup"
-    ) -> tuple[dict[str, Layout], list[Decision]]:
-        """The layout of each site and the reasons, the same on all ranks.
-
-        Raises:
-            AgreementError: a rank came to another choice.
-        """
-        if self.layout is not None:
-            return fixed_layouts(sites, self.layout)
-        machine = find_machine(self.machine, setup.device)
-        terms = Terms(setup.ranks.mesh, self.workload, machine, setup.capacity.max_rank, setup.dtype.itemsize)
-        layouts, decisions = choose_layouts(sites, [profile_of(adapter) for adapter in adapters], terms)
-        text = "\n".join([repr(machine), repr(self.workload), *(decision.text() for decision in decisions)])
-        require_equal(setup.ranks.agreement, "choice of layouts", text)
-        return layouts, decisions
-
-
-def profile_of(adapter: Adapter) -> Profile:
-    """What an adapter declares."""
-    return {name: Declared(factors.kind, factors.rank, factors.nblocks) for name, factors in adapter.factors.items()}
-
-
-@dataclass(frozen=True, slots=True)
 class _Setup:
     ranks: Ranks
-    choice: "_Choice"
+    choice: Choice
     dtype: torch.dtype
     device: torch.device
     strict: bool
@@ -297,7 +239,14 @@ def _attach(
     setup: _Setup,
 ) -> AdapterSet:
     ranks, capacity = setup.ranks, setup.capacity
-    layouts, decisions = setup.choice.layouts(sites, list(found.values()), setup)
+    terms = Terms(
+        ranks.mesh,
+        setup.choice.workload,
+        setup.choice.machine_for(setup.device),
+        capacity.max_rank,
+        setup.dtype.itemsize,
+    )
+    layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
     plan = plan_model(
         model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
     )

@@ -1,114 +1,26 @@
 """Which layout each group of LoRA sites gets: asked for, or chosen by the cost model (``strategy="auto"``).
 
 Decided once per model, for all layers alike, from what all ranks know in the same way: the declared kinds and ranks of
-the adapters, the expected load, the machine's constants. A group is what the merge pass makes one call of (q/k/v;
-gate/up; o; down): its sites share a layout.
+the adapters, the expected load, the machine's constants. The sites of a group share a layout, or they could not be
+merged into one call.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
 
-import sympy
+import torch
 
-from bdlora_compile import cost
-from bdlora_compile.census import wire_share
-from bdlora_compile.cost import Formula, value_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.factors import Layout
-from bdlora_compile.ir import layer_of
-from bdlora_compile.machine import Machine
-from bdlora_compile.placement import Mesh, site_pieces
-from bdlora_compile.runtime.adapter_targets import FactorKind
-from bdlora_compile.sites import Role, Site
+from bdlora_compile.machine import Machine, find_machine
+from bdlora_compile.runtime.adapter_file import Adapter
+from bdlora_compile.runtime.agreement import Agreement, require_equal
+from bdlora_compile.sites import Site
+from bdlora_compile.timing import Declared, Profile, Seconds, SiteGroup, Terms, Workload, group_sites, lora_seconds
 
 Strategy = Literal["local", "slora", "auto"]
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """The load that a layout is chosen for.
-
-    Attributes:
-        tokens: tokens of a forward: rows that decode together.
-        adapters: distinct adapters among them.
-
-    Raises:
-        ConfigError: a number is below 1, or there are more adapters than tokens.
-    """
-
-    tokens: int = 16
-    adapters: int = 16
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1 or not 1 <= self.adapters <= self.tokens:
-            raise ConfigError(
-                "workload",
-                found=f"{self.tokens} tokens, {self.adapters} adapters",
-                expected="at least one of each, and no more adapters than tokens",
-                remedy="count the rows that decode together and the different adapters among them",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What an adapter declares of one site: which factor is block-diagonal, R, and G (1 for an ordinary one)."""
-
-    kind: FactorKind
-    rank: int
-    nblocks: int
-
-    def blocks_on_split_dim(self, role: Role) -> int:
-        """G where the blocks lie along the dim that ranks split, else 1: the adapter is served as an ordinary one."""
-        wanted = FactorKind.BLOCK_B if role is Role.COLUMN else FactorKind.BLOCK_A
-        return self.nblocks if self.kind is wanted else 1
-
-
-Numbers = Mapping[sympy.Symbol, int | sympy.Rational]
-
-Profile = Mapping[str, Declared]
-"""What one adapter declares, by site."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Estimated time of one group in one forward on the fullest rank, by part.
-
-    Attributes:
-        memory: bytes read and written, at the machine's bandwidth.
-        compute: multiplications and additions, at its rate.
-        kernels: the larger of both, group by group: a kernel reads while it computes.
-        launches: kernels, at its cost of one.
-        latency: of the collective.
-        wire: bytes of the collective, at the bandwidth of its link.
-    """
-
-    memory: float = 0.0
-    compute: float = 0.0
-    kernels: float = 0.0
-    launches: float = 0.0
-    latency: float = 0.0
-    wire: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Kernels and collectives, one after the other."""
-        return self.kernels + self.launches + self.latency + self.wire
-
-    def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    def times(self, count: int) -> "Seconds":
-        """The parts of ``count`` groups alike."""
-        return Seconds(*(count * getattr(self, part.name) for part in fields(self)))
-
-    def text(self) -> str:
-        """``12.3 us (memory 1.0, launches 1.2, ...)``."""
-        parts = ((part.name, getattr(self, part.name) * 1e6) for part in fields(self) if part.name != "kernels")
-        shown = ", ".join(f"{name} {value:.1f}" for name, value in parts if value >= 0.05)
-        return f"{self.total * 1e6:.1f} us" + (f" ({shown})" if shown else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,53 +48,70 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """What a cost is estimated from, beside the sites.
+class Choice:
+    """How layouts are chosen.
 
     Attributes:
-        mesh: the ranks.
-        workload: tokens and adapters of a forward.
-        machine: its constants.
-        max_rank: largest rank that the bank admits.
-        element_size: bytes of an element of weights, factors and activations.
+        layout: for every site; None is by the cost model.
+        workload: the load to choose for.
+        machine: the machine to choose for, None for the device's default.
     """
 
-    mesh: Mesh
+    layout: Layout | None
     workload: Workload
-    machine: Machine
-    max_rank: int
-    element_size: int
+    machine: Machine | str | Path | None
+
+    @classmethod
+    def parse(cls, strategy: str, workload: Workload | None, machine: Machine | str | Path | None) -> "Choice":
+        """Check what the caller asked for.
+
+        Raises:
+            ConfigError: the strategy is unknown, or a load or a machine is given to one that does not choose.
+        """
+        known = get_args(Strategy)
+        if strategy not in known:
+            raise ConfigError(
+                "strategy",
+                found=repr(strategy),
+                expected=f"one of {', '.join(map(repr, known))}",
+                remedy="choose one of them",
+            )
+        if strategy != "auto" and (workload, machine) != (None, None):
+            raise ConfigError(
+                "workload" if workload is not None else "machine",
+                found=f"one given with strategy={strategy!r}",
+                expected="strategy='auto', which chooses for them",
+                remedy="leave it out, or load with strategy='auto'",
+            )
+        return cls(None if strategy == "auto" else Layout(strategy), workload or Workload(), machine)
+
+    def machine_for(self, device: torch.device) -> Machine:
+        """The machine to choose for.
+
+        Raises:
+            ConfigError: there is no such machine.
+        """
+        return find_machine(self.machine, device)
+
+    def layouts(
+        self, sites: Mapping[str, Site], adapters: Sequence[Adapter], terms: Terms, agreement: Agreement
+    ) -> tuple[dict[str, Layout], list[Decision]]:
+        """The layout of each site and the reasons, the same on all ranks.
+
+        Raises:
+            AgreementError: a rank came to another choice.
+        """
+        if self.layout is not None:
+            return fixed_layouts(sites, self.layout)
+        layouts, decisions = choose_layouts(sites, [profile_of(adapter) for adapter in adapters], terms)
+        text = "\n".join([repr(terms.machine), *(decision.text() for decision in decisions)])
+        require_equal(agreement, "choice of layouts", text)
+        return layouts, decisions
 
 
-@dataclass(frozen=True, slots=True)
-class SiteGroup:
-    """Sites that share an input: the same in every layer.
-
-    Attributes:
-        label: ``model.layers.*.mlp.gate_proj+up_proj``.
-        layers: for each layer its sites, in module order.
-    """
-
-    label: str
-    layers: Sequence[Sequence[Site]]
-
-    @property
-    def sites(self) -> Sequence[Site]:
-        """Those of the first layer, which stand for all."""
-        return self.layers[0]
-
-
-def group_sites(sites: Mapping[str, Site]) -> list[SiteGroup]:
-    """Groups in the order of their first site: column sites of one module together, row sites alone."""
-    inputs: dict[tuple[str, Role, str], list[Site]] = {}
-    for site in sites.values():
-        module, _, own = site.name.rpartition(".")
-        inputs.setdefault((module, site.role, "" if site.role is Role.COLUMN else own), []).append(site)
-    alike: dict[tuple[object, ...], list[list[Site]]] = {}
-    for members in inputs.values():
-        shapes = tuple((site.role, site.in_features, site.out_features, site.unit) for site in members)
-        alike.setdefault((_label(members), shapes), []).append(members)
-    return [SiteGroup(str(label), layers) for (label, _), layers in alike.items()]
+def profile_of(adapter: Adapter) -> Profile:
+    """What an adapter declares."""
+    return {name: Declared(factors.kind, factors.rank, factors.nblocks) for name, factors in adapter.factors.items()}
 
 
 def fixed_layouts(sites: Mapping[str, Site], layout: Layout) -> tuple[dict[str, Layout], list[Decision]]:
@@ -213,62 +142,11 @@ def choose_layouts(
     return {name: layouts[name] for name in sites}, decisions
 
 
-def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms) -> Seconds:
-    """Estimated LoRA time of a group in one layer, on the fullest rank, for the mean of the adapters."""
-    members = []
-    for position, site in enumerate(group.sites):
-        a, b = _mean_elements(group, position, layout, profiles, terms)
-        members.append((cost.lora(site.role, layout), _numbers(site, terms) | {cost.A: a, cost.B: b}))
-    return formula_seconds(members, terms)
-
-
-def base_seconds(group: SiteGroup, terms: Terms) -> Seconds:
-    """Estimated time of a group's linear layers in one layer."""
-    return formula_seconds([(cost.base(site.role), _numbers(site, terms)) for site in group.sites], terms)
-
-
-def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Seconds:
-    """Estimated time of formulas that make one group: x once, one launch of each kernel, one collective."""
-    machine, ranks = terms.machine, terms.mesh.size
-    (first, own), *_ = members
-    moved = value_of(first.x_reads, own) + _total(members, lambda formula: formula.reads + formula.writes)
-    latency = wire = 0.0
-    if first.exchange is not None and ranks > 1:
-        kind = first.exchange.kind
-        link = machine.link(kind, ranks)
-        payload = _total(members, lambda formula: formula.exchange.payload if formula.exchange else sympy.Integer(0))
-        latency, wire = link.latency, float(wire_share(kind, ranks) * payload) / link.bandwidth
-    memory = float(moved) / machine.memory_bandwidth
-    compute = float(_total(members, lambda formula: formula.flops)) / machine.flops
-    return Seconds(
-        memory,
-        compute,
-        max(memory, compute),
-        float(value_of(first.launches, own)) * machine.launch,
-        latency,
-        wire,
-    )
-
-
-def _total(members: Sequence[tuple[Formula, Numbers]], part: Callable[[Formula], sympy.Expr]) -> sympy.Rational:
-    return sympy.Add(*(value_of(part(formula), numbers) for formula, numbers in members))
-
-
-def declared_elements(site: Site, declared: Declared, layout: Layout, mesh: Mesh) -> tuple[int, int]:
-    """Elements of A and B of one adapter's site on the rank that holds most of them."""
-    blocks = declared.blocks_on_split_dim(site.role)
-    pieces = site_pieces(site, mesh)
-    return _elements(site.role, layout, site.in_features, site.out_features, declared.rank, blocks, mesh.size, pieces)
-
-
-def ordinary_profile(sites: Mapping[str, Site], rank: int) -> Profile:
-    """An ordinary adapter on every site."""
-    return dict.fromkeys(sites, Declared(FactorKind.DENSE, rank, 1))
-
-
 def _decide(group: SiteGroup, profiles: Sequence[Profile], terms: Terms) -> Decision:
     local, slora = (lora_seconds(group, layout, profiles, terms) for layout in (Layout.LOCAL, Layout.SLORA))
     load = f"{terms.workload.tokens} tokens, {terms.workload.adapters} adapters, {terms.machine.name}"
+    if not profiles:
+        load += f"; no adapter was given: ordinary ones of rank {terms.max_rank} are assumed"
     estimate = f"local {local.text()}, slora {slora.text()} a layer ({load})"
     if terms.mesh.size == 1:
         chosen, why = Layout.LOCAL, "one rank: nothing to communicate"
@@ -291,59 +169,3 @@ def _is_block_diagonal(group: SiteGroup, profiles: Sequence[Profile]) -> bool:
         if site.name in profile
     ]
     return bool(found) and all(found)
-
-
-def _mean_elements(
-    group: SiteGroup, position: int, layout: Layout, profiles: Sequence[Profile], terms: Terms
-) -> tuple[sympy.Rational, sympy.Rational]:
-    """Elements of A and B at one site of the group, a mean over adapters and layers; an adapter without it counts."""
-    site = group.sites[position]
-    names = [layer[position].name for layer in group.layers]
-    if not profiles:
-        counts = Counter({Declared(FactorKind.DENSE, terms.max_rank, 1): 1})
-        total = 1
-    else:
-        counts = Counter(profile[name] for profile in profiles for name in names if name in profile)
-        total = len(profiles) * len(names)
-    found = [(declared_elements(site, declared, layout, terms.mesh), n) for declared, n in counts.items()]
-    a, b = (sum(pair[factor] * n for pair, n in found) for factor in (0, 1))
-    return sympy.Rational(a, total), sympy.Rational(b, total)
-
-
-@cache
-def _elements(
-    role: Role, layout: Layout, d: int, o: int, rank: int, blocks: int, ranks: int, pieces: int
-) -> tuple[int, int]:
-    formula = cost.elements(role, layout)
-    numbers = {cost.D: d, cost.O: o, cost.R: rank, cost.G: blocks, cost.N: ranks, cost.M: pieces}
-    by_piece = [
-        [int(value_of(factor, numbers | {cost.PIECE: piece})) for factor in (formula.a, formula.b)]
-        for piece in range(pieces)
-    ]
-    a, b = max(by_piece, key=sum)
-    return a, b
-
-
-def _numbers(site: Site, terms: Terms) -> dict[sympy.Symbol, int | sympy.Rational]:
-    return {
-        cost.T: terms.workload.tokens,
-        cost.K: terms.workload.adapters,
-        cost.D: site.in_features,
-        cost.O: site.out_features,
-        cost.C: terms.max_rank,
-        cost.N: terms.mesh.size,
-        cost.M: site_pieces(site, terms.mesh),
-        cost.E: terms.element_size,
-        cost.F: max(terms.element_size, 4),
-    }
-
-
-def pattern_of(path: str) -> str:
-    """``model.layers.*.mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
-    layer = layer_of(path)
-    return path if layer is None else path.replace(f"{layer}.", f"{layer.rpartition('.')[0]}.*.", 1)
-
-
-def _label(members: Sequence[Site]) -> str:
-    first, *rest = (site.name for site in members)
-    return "+".join([pattern_of(first), *(name.rpartition(".")[2] for name in rest)])

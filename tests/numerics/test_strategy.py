@@ -20,7 +20,8 @@ from bdlora_compile.machine import Link, find_machine, fit_link, known_machines
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.sites import Role, Site
-from bdlora_compile.strategy import Declared, Terms, choose_layouts, group_sites
+from bdlora_compile.strategy import choose_layouts
+from bdlora_compile.timing import Declared, Terms, group_sites
 from tests.models import AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
 GROUPS = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")
