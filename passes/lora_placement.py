@@ -83,10 +83,10 @@ class LoraPlacement:
         Raises:
             PlacementError: ``x`` holds some of the forward's tokens, and not by indexing the hidden state.
         """
-        if not site.vocabulary or self._holds_all_tokens(x):
+        if not site.vocabulary or (self._holds_all_tokens(x) and not _is_indexed(x)):
             return token_slot
-        source = x.args[0] if operator_name(x) == "getitem" else None
-        if not (isinstance(source, Node) and self._holds_all_tokens(source) and isinstance(x.args[1], tuple)):
+        source, index = x.args[:2] if operator_name(x) == "getitem" else (None, None)
+        if not (isinstance(source, Node) and self._holds_all_tokens(source) and isinstance(index, tuple)):
             raise PlacementError(
                 f"LoRA site {site.name}",
                 found=f"an input that {operator_name(x)} makes, of shape {list(fake_tensor(x).shape)}",
@@ -96,7 +96,7 @@ class LoraPlacement:
         with self.graph.inserting_after(x):
             grid = self.graph.call_function(torch.ops.bdlora.token_grid.default, (token_slot, source))
         with self.graph.inserting_after(grid):
-            kept = self.graph.call_function(operator.getitem, (grid, x.args[1][:2]))
+            kept = self.graph.call_function(operator.getitem, (grid, index[:2]))
         with self.graph.inserting_after(kept):
             tokens = self.graph.call_function(torch.flatten, (kept,))
         for node in (grid, kept, tokens):
@@ -127,3 +127,9 @@ class LoraPlacement:
     def _mark(self, node: Node, y: Node, site_name: str) -> None:
         node.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
         set_record(node, origin=Origin.LORA, site=site_name, stage="partition")
+
+
+def _is_indexed(x: Node) -> bool:
+    """Whether ``x`` holds tokens in the order of a tensor of indices; slices keep the order that they find."""
+    index = x.args[1] if operator_name(x) == "getitem" else ()
+    return any(isinstance(part, Node) for part in index) if isinstance(index, tuple) else False

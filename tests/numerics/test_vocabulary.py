@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import bdlora_compile as bd
 from bdlora_compile import factors
 from bdlora_compile.ir import Origin
-from bdlora_compile.passes import partition
+from bdlora_compile.passes import lora_placement
 from bdlora_compile.strategy import Strategy
 from tests.models import (
     ALL_SITES,
@@ -102,6 +102,26 @@ def test_prefill_and_decode_equal_peft(write: Write, tied: bool, degree: int, st
             lora = {("lora", "all_reduce"): 1, ("lora", "all_gather_into_tensor"): 1} if strategy == "slora" else {}
             base = {("base", "all_reduce"): 1, ("base", "all_gather_into_tensor"): 1}
             assert outside == base | lora
+
+
+@pytest.mark.parametrize("kept", [0, 2, [2, 0, 3, 1], [3, 1]], ids=str)
+def test_tokens_whose_logits_are_asked_for(write: Write, kept: int | list[int]) -> None:
+    """All, the last ones, all in another order, some: each with the adapter that was chosen for that very token.
+
+    Adapters of lm_head alone leave hidden states as they are, so that a token's logits are those of its own adapter.
+    """
+    heads = {"first": AdapterSpec(rank=4, targets=("lm_head",)), "second": AdapterSpec(rank=2, targets=("lm_head",))}
+    model, paths = write(ModelSpec(layers=1, vocabulary=131), heads)
+    loaded, adapters = compiled(model, paths, 2, "local")
+    ids = torch.randint(3, 131, (2, 4))
+    names = [["first", None, "second", "second"], [None, "second", "first", None]]
+    with adapters.use(names), torch.no_grad():
+        found = loaded(ids, logits_to_keep=torch.tensor(kept) if isinstance(kept, list) else kept).logits
+    reference = Reference(model, paths, torch.float64)
+    alone = {name: reference.logits(ids, [name, name]) for name in (*paths, None)}
+    rows = [torch.stack([alone[name][row, at] for at, name in enumerate(own)]) for row, own in enumerate(names)]
+    positions = kept if isinstance(kept, list) else list(range(4))[-kept:]
+    assert relative_error(found, torch.stack(rows)[:, positions]) < TOLERANCE
 
 
 def test_inductor_in_one_process(write: Write) -> None:
@@ -225,5 +245,5 @@ def test_sabotage_is_noticed(write: Write, monkeypatch: pytest.MonkeyPatch, shif
 
         monkeypatch.setattr("bdlora_compile.runtime.adapters.read_local", shifted)
     else:
-        monkeypatch.setattr(partition._Partitioning, "_kept_tokens", lambda work, x, token_slot, site: token_slot)
+        monkeypatch.setattr(lora_placement.LoraPlacement, "_kept_tokens", lambda work, x, token_slot, site: token_slot)
     assert error() > 1e-2
