@@ -40,7 +40,7 @@ def sites(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh]:
     heads = draw(st.integers(1, 4)) * draw(st.sampled_from([1, ranks]))
     unit = blocks * draw(st.integers(1, 3))
     split, other = heads * unit, draw(st.integers(1, 200))
-    features = {"in_features": other, "out_features": split} if role is Role.COLUMN else {}
+    features: dict[str, Any] = {"in_features": other, "out_features": split} if role is Role.COLUMN else {}
     features = features or {"in_features": split, "out_features": other}
     site = Site("site", role, unit=unit, **features)
     kind = draw(st.sampled_from(FactorKind))
