@@ -152,7 +152,7 @@ def _decide(group: SiteGroup, profiles: Sequence[Profile], terms: Terms) -> Deci
         chosen, why = Layout.LOCAL, "one rank: nothing to communicate"
     elif _is_block_diagonal(group, profiles):
         chosen = Layout.LOCAL
-        why = f"every adapter is block-diagonal here: no collective and no factor replicated by choice; {estimate}"
+        why = f"every adapter is block-diagonal here, and local needs no collective; {estimate}"
     else:
         chosen = Layout.SLORA if slora.total < local.total else Layout.LOCAL
         why = f"the cheaper one: {estimate}"

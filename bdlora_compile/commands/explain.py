@@ -85,7 +85,8 @@ def explain(
     except BdloraError as error:
         refuse(f"error: {error}")
     # Wide enough for the tables where the output is no terminal.
-    console.print(told.text(console.width if console.is_terminal else 160), markup=False, highlight=False, end="")
+    # Not through the console, which would wrap the tables where the output is no terminal.
+    typer.echo(told.text(console.width if console.is_terminal else 160), nl=False)
     if json is not None:
         json.write_text(told.to_json())
-        console.print(f"written to {json}", markup=False)
+        typer.echo(f"written to {json}")

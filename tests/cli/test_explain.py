@@ -44,6 +44,7 @@ def test_wide_layers_take_no_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for part in ("prefill (the prompts)", "before localize", "self_attn.q_proj", "estimated time of a step"):
         assert part in done.stdout, part
+    assert max(map(len, done.stdout.splitlines())) > 120, "tables were wrapped"
     # One process with torch and transformers takes 0.5 GB; this was measured at 0.6 GB.
     assert int(done.stdout.split("peak ")[1]) < 1.5e9
     told = bd.Explanation.from_json(out.read_text())
