@@ -190,14 +190,14 @@ def error_of(case: Case) -> float:
     model, adapters = bd.attach(peft, ranks=ranks, strategy=case.strategy)
     compiled: Any = model
     compiled.compile(backend="bdlora")
-    with adapters.use(rows), torch.no_grad(), _sizes(case.is_dynamic):
+    with adapters.use(rows), torch.no_grad(), traced_with(case.is_dynamic):
         found = compiled(ids, attention_mask=mask, use_cache=False).logits
     keep = mask.bool()
     return relative_error(found[keep], expected[keep])
 
 
-def _sizes(is_dynamic: bool) -> AbstractContextManager[object]:
-    """Let Dynamo trace the forward with symbols or with numbers for batch and length."""
+def traced_with(is_dynamic: bool) -> AbstractContextManager[object]:
+    """Let Dynamo trace forwards with symbols (as it does by default) or with numbers for batch and length."""
     return nullcontext() if is_dynamic else mock.patch("torch._dynamo.maybe_mark_dynamic")
 
 
