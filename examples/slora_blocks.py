@@ -75,7 +75,9 @@ class ColumnLora(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        h = funcol.all_gather_tensor(F.linear(x, self.lora_a), gather_dim=x.ndim - 1, group=dist.group.WORLD)
+        # Gathered along the first dim and put side by side by hand: torch 2.11 does not trace gather_dim=-1.
+        shares = funcol.all_gather_tensor(F.linear(x, self.lora_a), gather_dim=0, group=dist.group.WORLD)
+        h = torch.cat(shares.chunk(dist.get_world_size()), dim=-1)
         return F.linear(x, self.weight) + F.linear(h, self.lora_b) * self.scale
 
 
