@@ -109,7 +109,7 @@ def bdlora(
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
     require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
     start = time.perf_counter()
-    program = _emit(captured, base_only, example_inputs, deployment, chosen)
+    program = _emit(captured, base_only, deployment, chosen)
     report.emit_seconds = time.perf_counter() - start
     return program
 
@@ -153,7 +153,6 @@ def _copy(module: GraphModule) -> Captured:
 def _emit(
     captured: Captured,
     base_only: Captured,
-    example_inputs: Sequence[Any],
     deployment: Deployment,
     options: CompileOptions,
 ) -> Program | LockStepProgram:
@@ -164,7 +163,7 @@ def _emit(
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
-    bound = (_bind_and_compile(regions, deployment, example_inputs, inner) for regions in variants)
+    bound = (_bind_and_compile(regions, deployment, inner) for regions in variants)
     return Program(deployment, Variants(*bound), token_index)
 
 
@@ -178,9 +177,7 @@ def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRe
     ]
 
 
-def _bind_and_compile(
-    regions: Regions, deployment: Deployment, example_inputs: Sequence[Any], inner: Inner
-) -> list[BoundRegion]:
+def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner) -> list[BoundRegion]:
     """This rank's values for every step; each region is compiled once, with those of its first step."""
     (state,) = deployment.ranks
     compiled: dict[int, Callable[..., Any]] = {}
@@ -189,9 +186,7 @@ def _bind_and_compile(
         values = bind(regions.sources(step), regions.placements(step), state, deployment.plan)
         module = regions.modules[step.region]
         if step.region not in compiled:
-            compiled[step.region] = (
-                module.forward if inner == "eager" else compile_region(module, values, example_inputs)
-            )
+            compiled[step.region] = module.forward if inner == "eager" else compile_region(module, values)
         bound.append(BoundRegion(compiled[step.region], values))
     return bound
 

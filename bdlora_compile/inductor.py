@@ -8,29 +8,23 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from bdlora_compile.ir import InputSource, fake_value, is_symbol, placeholders
+from bdlora_compile.ir import fake_value, is_symbol, placeholders
 from bdlora_compile.runtime.program import CallSource
 
 
-def compile_region(
-    module: GraphModule, values: Sequence[torch.Tensor | CallSource], example_inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    """Compile a region; constants enter as fakes of fixed shape, arguments as Dynamo gave them.
+def compile_region(module: GraphModule, values: Sequence[torch.Tensor | CallSource]) -> Callable[..., Any]:
+    """Compile a region; constants enter as fakes of fixed shape, arguments in the sizes that Dynamo gave them.
 
     Args:
         module: the region.
         values: what fills its placeholders (in its first step).
-        example_inputs: Dynamo's fake arguments of the whole graph.
     """
     from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
 
     outer = TracingContext.get()
     mode = outer.fake_mode
     assert mode is not None, "Dynamo traces under a fake mode"
-    inputs = [
-        _example_input(value, node, example_inputs, mode)
-        for value, node in zip(values, placeholders(module.graph), strict=True)
-    ]
+    inputs = [_example_input(value, node, mode) for value, node in zip(values, placeholders(module.graph), strict=True)]
     # A context of its own: the compiler notes facts about one graph in it (strides of outputs, parameters).
     with tracing(TracingContext(mode)):
         compiled: Any = compile_fx(module, inputs)
@@ -54,16 +48,13 @@ def compile_flat(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     return cast(Callable[..., Any], compiled)
 
 
-def _example_input(
-    value: torch.Tensor | CallSource, node: Node, example_inputs: Sequence[Any], mode: FakeTensorMode
-) -> Any:
+def _example_input(value: torch.Tensor | CallSource, node: Node, mode: FakeTensorMode) -> Any:
     if isinstance(value, torch.Tensor):
         return mode.from_tensor(value, static_shapes=True)
-    if isinstance(value, InputSource):
-        return example_inputs[value.index]
     known = fake_value(node)
     if is_symbol(node) or not isinstance(known, torch.Tensor):
         return known
-    # Values that propagation shares between nodes would look like one input given twice.
+    # Not Dynamo's own inputs: torch 2.11 gives real tensors, whose sizes would become new symbols. Values that
+    # propagation shares between nodes would look like one input given twice.
     with mode:
         return torch.empty_strided(known.shape, known.stride(), dtype=known.dtype, device=known.device)
