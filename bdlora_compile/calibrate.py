@@ -97,6 +97,7 @@ class Timer:
 
     def _graph(self, call: Callable[[], object]) -> Callable[[], None]:
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
         stream.synchronize()

@@ -5,10 +5,12 @@ The model is built on the meta device and hollowed out; Dynamo traces a prefill 
 """
 
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import sympy
@@ -252,13 +254,28 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
         # Nobody reads what the forward returns: the graph was what we wanted.
         return lambda *args: tuple(torch.empty(()) for _ in range(count))
 
-    model.compile(backend=look, fullgraph=True)
+    compiled = torch.compile(_forward_of(model), backend=look, fullgraph=True)
     cache = LocalCache(shape, _TRACED_BATCH, _TRACED_LENGTH)
     with torch.no_grad():
         for seq in (4, 1):
             ids = torch.ones(_TRACED_BATCH, seq, dtype=torch.int64)
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
+            compiled(ids, cache)
     return deployment.reports
+
+
+def _forward_of(model: PreTrainedModel) -> Callable[[torch.Tensor, LocalCache], object]:
+    """The model's forward as a function with code of its own.
+
+    Dynamo keeps compiled graphs, their limit and what it learned of sizes by code: those of an explanation shall not
+    count for models that share theirs.
+    """
+
+    def forward(ids: torch.Tensor, cache: LocalCache) -> object:
+        return model(ids, past_key_values=cache, logits_to_keep=1)
+
+    code = forward.__code__.replace(co_name=f"explained_{uuid.uuid4().hex}")
+    return FunctionType(code, forward.__globals__, closure=forward.__closure__)
 
 
 def _explain_graph(report: Report, phase: Phase) -> ExplainedGraph:

@@ -86,8 +86,14 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
             operand = f"{one.dtype} [{', '.join(one.shape)}]"
             sizes = (_count(one.wire_bytes_per_token), _count(one.wire_bytes), str(one.runs))
             table.add_row(label, where, what, _OPERATORS.get(one.kind, one.kind), escape(operand), *sizes)
+        for layers in dict.fromkeys(tuple(one.layers) for one in collectives if one.layers):
+            own = [one for one in collectives if tuple(one.layers) == layers]
+            token = sum(one.wire_bytes_per_token or 0 for one in own)
+            step = sum(one.wire_bytes or 0 for one in own)
+            table.add_row(label, f"one of {_layers_text(layers)}", "", "", "", f"{token:,}", f"{step:,}", "")
         total = f"[bold]{_sent(collectives):,}[/bold]"
-        table.add_row(label, "all", "", "", "", "", total, str(sum(one.runs for one in collectives)), end_section=True)
+        runs = sum(one.runs for one in collectives)
+        table.add_row(label, "a forward", "", "", "", "", total, str(runs), end_section=True)
     console.print(table)
     before, after = (_sent(graph.stage(name).collectives) for name in ("partition", graph.stages[-1].name))
     console.print(f"a step sends {_size(before)} a rank before localize and {_size(after)} at the end\n")

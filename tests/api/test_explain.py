@@ -107,6 +107,18 @@ def test_it_leaves_nothing_behind(files: tuple[Path, dict[str, Path]]) -> None:
     assert by_name["down_proj"].local_b == (64, 2)
 
 
+def test_explanations_do_not_use_up_the_limit_of_graphs() -> None:
+    """Dynamo allows some graphs for a function; each explanation has functions of its own."""
+    shapes = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for degree in (2, 4):
+            config = ModelSpec(layers=2, kv_heads=degree).config()
+            told = bd.explain(config, tp_size=degree)
+            shapes.append([graph.inputs for graph in told.graphs])
+    # Nor does one learn from another that a size varies: layers, heads and head size stay numbers.
+    assert all(inputs[-2].split(", ")[3] == "1" for graphs in shapes for inputs in graphs)
+
+
 def test_text_and_json(files: tuple[Path, dict[str, Path]]) -> None:
     told = bd.explain(files[0], tp_size=8, adapter_rank=8, strategy="slora", load=bd.Load(4, 32, 2))
     text = told.text()

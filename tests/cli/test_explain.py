@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import bdlora_compile as bd
 from bdlora_compile.cli import app
+from bdlora_compile.machine import Link
+from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 runner = CliRunner()
 
@@ -55,6 +57,28 @@ def test_wide_layers_take_no_memory(tmp_path: Path) -> None:
     assert {one.runs for one in lora} == {2}
     assert not [one for one in decode.stages[-1].collectives if one.origin.value == "lora"]
     assert json.loads(out.read_text())["machine"]["name"] == "h100-nvlink"
+
+
+def test_a_folder_with_its_adapters_on_a_machine_of_ones_own(tmp_path: Path) -> None:
+    """`--adapter` reads headers, `--machine` a file; the reasons of "auto" and the refusals are shown."""
+    model = save_model(ModelSpec(layers=2), tmp_path / "model")
+    plain = save_adapter(AdapterSpec(rank=6), model, tmp_path / "plain")
+    free = {4: Link(1e-9, 1e15)}
+    machine = bd.Machine("free links", "by hand", 1e9, 1e15, 0.0, free, free)
+    (tmp_path / "machine.json").write_text(machine.to_json())
+    arguments = ["explain", str(model), "--tp", "4", "--adapter", f"ours={plain}", "--strategy", "auto"]
+    arguments += ["--machine", str(tmp_path / "machine.json"), "--batch", "2", "--prompt-length", "8"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for part in (
+        "adapter ours: rank 6, ordinary, on 14 sites",
+        "self_attn.q_proj+k_proj+v_proj: slora, the cheaper one: local",
+        "2 tokens, 2 adapters, free links",
+        "localize left model.layers.0.self_attn.q_proj",
+        "one of layers 0-1",
+        "machine free links: by hand",
+    ):
+        assert part in result.output, part
 
 
 @pytest.mark.parametrize(
