@@ -154,6 +154,14 @@ def lora(role: Role, layout: Layout) -> Formula:
 
 
 @cache
+def lookup(layout: Layout) -> Formula:
+    """The LoRA path of an embedding: a row site whose x are token ids, each of which reads one column of A."""
+    full = lora(Role.ROW, layout)
+    unread = K * E * A - E * T * A / length(Role.ROW)
+    return Formula(8 * T, full.reads - unread, full.writes, full.flops - 2 * T * A, full.launches + 1, full.exchange)
+
+
+@cache
 def base(role: Role) -> Formula:
     """The linear layer of one site."""
     if role is Role.COLUMN:

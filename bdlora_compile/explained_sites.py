@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ def _explain_site(alike: Sequence[Site], plan: ModelPlan, profiles: Sequence[Pro
     pieces = site_pieces(site, mesh)
     weight = (site.out_features, site.in_features)
     dim = 0 if site.role is Role.COLUMN else 1
-    local = tuple(size // pieces if axis == dim else size for axis, size in enumerate(weight))
+    local = tuple(-(-size // pieces) if axis == dim else size for axis, size in enumerate(weight))
     declared = [profile[one.name] for profile in profiles for one in alike if one.name in profile]
     elements = sum(sum(declared_elements(site, one, layout, mesh)) for one in declared)
     shape = _fullest(site, declared[0], layout, mesh) if declared else None
@@ -69,13 +70,13 @@ def weight_bytes(model: PreTrainedModel, plan: ModelPlan) -> int:
 def adapter_bytes(plan: ModelPlan, profiles: Sequence[Profile]) -> int:
     """Bytes of one adapter on the rank that holds most, a mean of the adapters."""
     elements = Counter(
-        (site.role, site.in_features, site.out_features, site.unit, plan.layouts[name], profile[name])
+        (replace(site, name="", tied_weight=None), plan.layouts[name], profile[name])
         for profile in profiles
         for name, site in plan.sites.items()
         if name in profile
     )
     total = sum(
-        count * sum(declared_elements(Site("", role, d, o, unit), declared, layout, plan.mesh))
-        for (role, d, o, unit, layout, declared), count in elements.items()
+        count * sum(declared_elements(site, declared, layout, plan.mesh))
+        for (site, layout, declared), count in elements.items()
     )
     return total * plan.dtype.itemsize // len(profiles)

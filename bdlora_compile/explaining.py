@@ -36,7 +36,7 @@ from bdlora_compile.factors import Layout
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.model import cache_shape, served_sites
+from bdlora_compile.model import cache_shape, offered_sites, served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -111,8 +111,11 @@ def explain(
     config, name = _config_of(model)
     hollow = _meta_model(config)
     mesh = Mesh(tp_size, "explain")
-    sites = served_sites(hollow, mesh, strict)
-    profiles, lines = _adapters(sites, adapters, adapter_rank, nblocks)
+    layers = served_sites(hollow, mesh, strict)
+    offered = offered_sites(hollow, layers, vocabulary_lora=None)
+    profiles, lines = _adapters(layers, offered, adapters, adapter_rank, nblocks)
+    # The sites of the vocabulary are there if an adapter needs them, as for `load`.
+    sites = offered if any(name not in layers for profile in profiles for name in profile) else layers
     max_rank = max(declared.rank for profile in profiles for declared in profile.values())
     known = find_machine(machine)
     terms = Terms(mesh, load.workload(), known, max_rank, hollow.dtype.itemsize)
@@ -187,7 +190,11 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _adapters(
-    sites: Mapping[str, Site], adapters: Mapping[str, str | Path] | None, rank: int | None, nblocks: int
+    layers: Mapping[str, Site],
+    offered: Mapping[str, Site],
+    adapters: Mapping[str, str | Path] | None,
+    rank: int | None,
+    nblocks: int,
 ) -> tuple[list[Profile], list[str]]:
     """What the adapters declare, and a line of text for each."""
     if adapters and (rank is not None or nblocks != 1):
@@ -198,7 +205,7 @@ def _adapters(
             remedy="leave out adapter_rank and nblocks, or adapters",
         )
     if adapters:
-        found = {name: read_adapter(path, sites) for name, path in adapters.items()}
+        found = {name: read_adapter(path, offered) for name, path in adapters.items()}
         lines = [f"{name}: {_profile_text(profile_of(adapter))}" for name, adapter in found.items()]
         return [profile_of(adapter) for adapter in found.values()], lines
     rank = 16 if rank is None else rank
@@ -209,7 +216,7 @@ def _adapters(
             expected="a rank that the number of blocks divides",
             remedy="choose a multiple of the number of blocks",
         )
-    profile = {name: _made_up(site, rank, nblocks) for name, site in sites.items()}
+    profile = {name: _made_up(site, rank, nblocks) for name, site in layers.items()}
     return [profile], [f"made up: {_profile_text(profile)}"]
 
 

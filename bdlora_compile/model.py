@@ -136,10 +136,10 @@ def load(
     _check_weights(model, source, str(folder))
     ranks = ranks or Ranks.of_process_group()
     layers = served_sites(model, ranks.mesh, strict)
-    offered = _offered_sites(model, layers, vocabulary_lora)
+    offered = offered_sites(model, layers, vocabulary_lora)
     base_model = config.name_or_path or str(path_or_id)
     found = {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
-    sites = _needed_sites(layers, offered, found.values(), vocabulary_lora)
+    sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
     setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model)
     return model, _attach(model, sites, source, found, setup)
@@ -177,14 +177,14 @@ def attach(
     source = MemorySource(dict(base.named_parameters()))
     ranks = ranks or Ranks.of_process_group()
     layers = served_sites(base, ranks.mesh, strict)
-    offered = _offered_sites(base, layers, vocabulary_lora)
+    offered = offered_sites(base, layers, vocabulary_lora)
     base_model = base.config.name_or_path or None
     found = {
         name: adapter_from_tensors(config, tensors, offered, source=f"adapter {name!r}", base_model=base_model)
         for name, (config, tensors) in peft_adapters.items()
     }
     found |= {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
-    sites = _needed_sites(layers, offered, found.values(), vocabulary_lora)
+    sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
     setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model)
     return base, _attach(base, sites, source, found, setup)
@@ -277,7 +277,7 @@ def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, 
     )
 
 
-def _offered_sites(
+def offered_sites(
     model: PreTrainedModel, layers: Mapping[str, Site], vocabulary_lora: bool | None
 ) -> Mapping[str, Site]:
     """The sites that the adapters given at load may change, in module order."""
@@ -286,7 +286,7 @@ def _offered_sites(
     return in_module_order(model, {**layers, **vocabulary_sites(model)})
 
 
-def _needed_sites(
+def needed_sites(
     layers: Mapping[str, Site],
     offered: Mapping[str, Site],
     adapters: Iterable[Adapter],

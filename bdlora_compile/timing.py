@@ -5,7 +5,7 @@ A group is what the merge pass makes one call of: sites that read one x (q/k/v; 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import sympy
@@ -151,7 +151,7 @@ def group_sites(sites: Mapping[str, Site]) -> list[SiteGroup]:
         inputs.setdefault((module, site.role, "" if site.role is Role.COLUMN else own), []).append(site)
     alike: dict[tuple[object, ...], list[list[Site]]] = {}
     for members in inputs.values():
-        shapes = tuple((site.role, site.in_features, site.out_features, site.unit) for site in members)
+        shapes = tuple(replace(site, name="", tied_weight=None) for site in members)
         alike.setdefault((_label(members), shapes), []).append(members)
     return [SiteGroup(str(label), layers) for (label, _), layers in alike.items()]
 
@@ -161,12 +161,15 @@ def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], 
     members = []
     for position, site in enumerate(group.sites):
         a, b = _mean_elements(group, position, layout, profiles, terms)
-        members.append((cost.lora(site.role, layout), _numbers(site, terms) | {cost.A: a, cost.B: b}))
+        formula = cost.lookup(layout) if site.is_lookup else cost.lora(site.role, layout)
+        members.append((formula, _numbers(site, terms) | {cost.A: a, cost.B: b}))
     return formula_seconds(members, terms)
 
 
 def base_seconds(group: SiteGroup, terms: Terms) -> Seconds:
-    """Estimated time of a group's linear layers in one layer."""
+    """Estimated time of a group's linear layers in one layer; the vocabulary's are counted outside the layers."""
+    if group.sites[0].vocabulary:
+        return Seconds()
     return formula_seconds([(cost.base(site.role), _numbers(site, terms)) for site in group.sites], terms)
 
 

@@ -17,7 +17,7 @@ from bdlora_compile.machine import Link
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.adapter_file import read_adapter
 from bdlora_compile.strategy import Strategy
-from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
+from tests.models import ALL_SITES, AdapterSpec, ModelSpec, save_adapter, save_model
 
 SPEC = ModelSpec(heads=8, kv_heads=2, layers=3, vocabulary=131)
 MIXED = bd.Machine("mixed", "by hand, 2026", 1e9, 1e15, 0.0, {4: Link(8e-6, 1e12)}, {4: Link(8e-6, 1e12)})
@@ -117,6 +117,24 @@ def test_explanations_do_not_use_up_the_limit_of_graphs() -> None:
             shapes.append([graph.inputs for graph in told.graphs])
     # Nor does one learn from another that a size varies: layers, heads and head size stay numbers.
     assert all(inputs[-2].split(", ")[3] == "1" for graphs in shapes for inputs in graphs)
+
+
+@pytest.mark.parametrize("strategy", ["local", "slora"])
+def test_adapters_of_the_vocabulary(tmp_path: Path, strategy: Strategy) -> None:
+    """Their two sites join those of the layers, with the shapes and collectives of a compiled model."""
+    model = save_model(SPEC, tmp_path / "model")
+    spec = AdapterSpec(rank=6, targets=(*ALL_SITES, "embed_tokens"))
+    files = model, {"wide": save_adapter(spec, model, tmp_path / "wide")}
+    told = bd.explain(files[0], files[1], tp_size=4, strategy=strategy)
+    compiled_model = compiled(files, strategy)
+    for graph, report in zip(told.graphs, bd.reports(compiled_model), strict=True):
+        assert [one.wire for one in graph.stages[-1].collectives] == [
+            str(one.wire_bytes) for one in report.stages[-1].census.collectives
+        ]
+    site = told.sites[0]
+    assert (site.site, site.layers, site.role) == ("model.embed_tokens", 1, "row")
+    assert site.local_weight == (64, 33)
+    assert told.weight_bytes == compiled_model.bdlora.ranks[0].store.num_bytes()
 
 
 def test_text_and_json(files: tuple[Path, dict[str, Path]]) -> None:

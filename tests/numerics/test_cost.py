@@ -40,9 +40,13 @@ def sites(draw: st.DrawFn) -> tuple[Site, LoraFactors, Mesh]:
     heads = draw(st.integers(1, 4)) * draw(st.sampled_from([1, ranks]))
     unit = blocks * draw(st.integers(1, 3))
     split, other = heads * unit, draw(st.integers(1, 200))
+    vocabulary = draw(st.booleans())
+    if vocabulary:
+        # Cut into equal pieces of which the last are short.
+        split, unit = blocks * draw(st.integers(1, 60)), 1
     features: dict[str, Any] = {"in_features": other, "out_features": split} if role is Role.COLUMN else {}
     features = features or {"in_features": split, "out_features": other}
-    site = Site("site", role, unit=unit, **features)
+    site = Site("site", role, unit=unit, vocabulary=vocabulary, **features)
     kind = draw(st.sampled_from(FactorKind))
     assume(kind is FactorKind.DENSE or blocks > 1)
     assume(kind is not FactorKind.BLOCK_A or site.in_features % blocks == 0)
