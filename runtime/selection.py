@@ -21,10 +21,9 @@ class Selection:
     slots: torch.Tensor
     repeats: int = 1
 
-    @property
-    def has_adapters(self) -> bool:
-        """Whether any row or token has an adapter."""
-        return bool((self.slots != NO_ADAPTER).any())
+    def used(self) -> frozenset[int]:
+        """The slots that some row or token uses."""
+        return frozenset(self.slots.unique().tolist()) - {NO_ADAPTER}
 
     def by_token(self, batch: int, seq: int) -> torch.Tensor:
         """Slots of the batch * seq tokens of a forward, row-major.
