@@ -102,6 +102,10 @@ class AdapterSet:
         self._current: dict[str, Version] = {}
         self._lock = threading.RLock()
         self._clock = 0
+        self._fit = (
+            adapters_that_fit(deployment.plan, pool.numel(), deployment.plan.max_rank, deployment.plan.mesh.size),
+            adapters_that_fit(deployment.plan, pool.numel(), deployment.plan.max_rank) or 0,
+        )
         self._hits = self._misses = self._disk_reads = 0
         self._stall_seconds = 0.0
 
@@ -234,7 +238,7 @@ class AdapterSet:
     def stats(self) -> AdapterStats:
         """What the tiers hold and how they did."""
         with self._lock:
-            plan, pool, residents = self._deployment.plan, self._residents.pool, self._residents.versions
+            pool, residents = self._residents.pool, self._residents.versions
             return AdapterStats(
                 known=len(self._current),
                 resident=len(residents),
@@ -252,8 +256,8 @@ class AdapterSet:
                 compactions=self._residents.compactions,
                 disk_reads=self._disk_reads,
                 stall_seconds=self._stall_seconds,
-                block_diagonal_fit=adapters_that_fit(plan, pool.capacity, plan.max_rank, plan.mesh.size),
-                ordinary_fit=adapters_that_fit(plan, pool.capacity, plan.max_rank) or 0,
+                block_diagonal_fit=self._fit[0],
+                ordinary_fit=self._fit[1],
             )
 
     # --- loading ----------------------------------------------------------------------------------------------------
