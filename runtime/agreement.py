@@ -5,10 +5,12 @@ way on every rank, however late one is: the first rank to finish or to lose pati
 (one atomic operation of the store), and all others follow it.
 """
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
@@ -17,9 +19,11 @@ from bdlora_compile.errors import AgreementError
 
 DEFAULT_TIMEOUT = timedelta(seconds=120)
 
+_T = TypeVar("_T")
+
 _COMPLETE = "complete"
-_PROBE = timedelta(seconds=2)
-"""How long a store that is alive may take to answer for a key that exists."""
+_GRACE = timedelta(seconds=5)
+"""How much longer than the ranks' time limit an exchange may take before the store itself is given up."""
 
 
 class Agreement(Protocol):
@@ -60,24 +64,28 @@ class StoreAgreement:
         self._timeout = timeout
         self._round = 0
         self._mine: list[list[str]] = []
+        self._lost: AgreementError | None = None
 
     def exchange(self, topic: str, text: str) -> Sequence[str]:
+        if self._lost is not None:
+            # An exchange that was given up may still have come to an end on the other ranks.
+            raise self._lost
         number, self._round = self._round, self._round + 1
         try:
-            return self._exchange(number, topic, text)
-        except (dist.DistError, RuntimeError) as error:
-            raise AgreementError(
+            return _within(self._timeout + _GRACE, lambda: self._exchange(number, topic, text))
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
+            self._lost = AgreementError(
                 f"store of the process group, at exchange {number}",
-                found=f"an error: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                found=f"an error: {(str(error) or type(error).__name__).splitlines()[0]}",
                 expected=f"the ranks' {topic}",
-                remedy="look at the process that holds the store (rank 0, or the launcher): it died or hangs",
-            ) from error
+                remedy="start all ranks again; the process that holds the store (rank 0, or the launcher) died or hung",
+            )
+            raise self._lost from error
 
     def _exchange(self, number: int, topic: str, text: str) -> Sequence[str]:
         keys = [f"{number}/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], f"{topic}\n{text}")
         found, silent = self._read_all(keys)
-        self._store.wait([keys[self._rank]], _PROBE)  # the next call has no time limit of its own
         proposal = _COMPLETE if silent is None else str(silent)
         verdict = bytes(self._store.compare_set(f"{number}/verdict", "", proposal)).decode()
         if verdict != _COMPLETE:
@@ -117,6 +125,24 @@ class StoreAgreement:
         if len(self._mine) > 2:
             for key in self._mine.pop(0):
                 self._store.delete_key(key)
+
+
+def _within(limit: timedelta, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns or raises, or TimeoutError: calls of a store that hangs have no limit of their own."""
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    # A daemon: a call that never ends must not keep the process alive.
+    threading.Thread(target=run, name="bdlora-agreement", daemon=True).start()
+    try:
+        return result.result(limit.total_seconds())
+    except TimeoutError:
+        raise TimeoutError(f"no answer after {limit.total_seconds():g} s") from None
 
 
 def _require_topic(number: int, topic: str, rank: int, other: str) -> None:

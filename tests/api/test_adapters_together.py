@@ -47,12 +47,18 @@ class Pair:
             assert self.both(lambda own, rank, name=name: own.load(name, self.paths[rank][name])) == ["", ""]  # type: ignore[misc]
 
     def state(self) -> list[object]:
-        """What both ranks hold: known, resident, slots and room; the same on both, in one list for each."""
+        """What each rank holds: what is known and resident, its slot table, and every element of its pool."""
         found = []
         for own in self.sets:
             infos = [own[name] for name in own.names]
             bank = own._deployment.ranks[0].bank
-            found.append(([(info.name, info.version, info.is_resident) for info in infos], bank.slots.tolist()))
+            found.append(
+                (
+                    [(info.name, info.version, info.is_resident) for info in infos],
+                    bank.slots.tolist(),
+                    bank.pool.tolist(),
+                )
+            )
         return found
 
     def known_and_resident(self) -> list[tuple[str, bool]]:
