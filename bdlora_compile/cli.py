@@ -1,4 +1,4 @@
-"""The command line: ``bdlora run``."""
+"""The command line: ``bdlora run``, ``bdlora adapters``."""
 
 import sys
 import uuid
@@ -9,7 +9,10 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from bdlora_compile.commands import adapters
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.add_typer(adapters.app, name="adapters")
 
 
 class StrategyName(StrEnum):

@@ -177,7 +177,7 @@ class WeightsFile:
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 str(self.path),
-                found=f"no valid safetensors ({error})",
+                found=f"no valid safetensors ({str(error)[:300]})",
                 expected="a whole safetensors file",
                 remedy=_SAVE_AGAIN,
             ) from error

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,7 +131,7 @@ def read_together(
     problem: BdloraError | None = None
     try:
         for name, path in paths.items():
-            found[name] = _own_errors(str(path), lambda path=path: read_adapter(path, sites, base_model=base_model))
+            found[name] = _own_errors(str(path), partial(read_adapter, path, sites, base_model=base_model))
     except BdloraError as error:
         problem = error
     if paths:

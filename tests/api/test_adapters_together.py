@@ -48,7 +48,7 @@ class Pair:
 
     def state(self) -> list[object]:
         """What each rank holds: what is known and resident, its slot table, and every element of its pool."""
-        found = []
+        found: list[object] = []
         for own in self.sets:
             infos = [own[name] for name in own.names]
             bank = own._deployment.ranks[0].bank

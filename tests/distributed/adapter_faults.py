@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 import bdlora_compile as bd
 from bdlora_compile.runtime import staging
+from bdlora_compile.runtime.adapter_version import content_digest
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 SIZE = 3
@@ -79,7 +81,7 @@ def load_later(own: Rank) -> None:
 
 def load_slowly(own: Rank) -> None:
     """The signal comes while the victim reads the adapter; the others have read it and wait."""
-    read = staging.content_digest
+    read = content_digest
 
     def slow(adapter: Any) -> str:
         own.ready()
@@ -87,7 +89,7 @@ def load_slowly(own: Rank) -> None:
             time.sleep(3600)
         return read(adapter)
 
-    staging.content_digest = slow
+    staging.content_digest = slow  # type: ignore[attr-defined]  # the name that `staging` calls
     own.adapters.load("second", own.folder / "second")
 
 
@@ -115,7 +117,7 @@ CASES = [
 def run_rank(fault: Fault, rank: int, port: int, folder: Path, out: int) -> NoReturn:
     """The life of one rank; it ends by an error, which it writes to ``out``."""
     try:
-        store = dist.TCPStore("127.0.0.1", port, SIZE, is_master=rank == 0, timeout=timedelta(seconds=60))
+        store = TCPStore("127.0.0.1", port, SIZE, is_master=rank == 0, timeout=timedelta(seconds=60))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=COLLECTIVES)
         ranks = bd.Ranks.of_process_group(timeout=NOTES)
         model, adapters = bd.load(folder / "model", {"first": folder / "first"}, ranks=ranks)

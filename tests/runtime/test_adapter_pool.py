@@ -56,7 +56,8 @@ def test_any_history_leaves_disjoint_regions(data: st.DataObject) -> None:
     pool, memory = AdapterPool(num_slots, capacity), [""] * capacity
     holders: dict[int, tuple[str, Region]] = {}
     for step in range(data.draw(st.integers(1, 12))):
-        if holders and data.draw(st.booleans()):
+        frees: bool = data.draw(st.booleans())
+        if holders and frees:
             slot = data.draw(st.sampled_from(sorted(holders)))
             pool.free(slot)
             del holders[slot]
