@@ -230,10 +230,8 @@ def test_a_merged_weight_is_rounded_once(folder: Path, tmp_path: Path) -> None:
         else:
             assert torch.equal(weight, before[name]), name
     peft: Any = PeftModel.from_pretrained(plain, folder / "dense").merge_and_unload()
-    assert (
-        relative_error(after["model.layers.0.self_attn.q_proj.weight"], peft.model.layers[0].self_attn.q_proj.weight)
-        < 0.01
-    )
+    own = after["model.layers.0.self_attn.q_proj.weight"]
+    assert relative_error(own, peft.model.layers[0].self_attn.q_proj.weight) < 0.01
 
 
 def test_a_checkpoint_without_the_weight_is_refused(folder: Path, tmp_path: Path) -> None:
