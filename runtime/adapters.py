@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from bdlora_compile.runtime.selection import NO_ADAPTER, Selection
 from bdlora_compile.runtime.staging import StagedContent, Stager, agree
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+_T = TypeVar("_T")
 
 Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
 
@@ -59,21 +62,20 @@ class AdapterInfo:
     references: int
 
 
-class PendingLoad:
-    """An adapter that is being read in the background, and is not in the set before `commit`."""
+class Pending(Generic[_T]):
+    """Adapters that are being read in the background; the set does not change before `commit`."""
 
-    def __init__(self, name: str, content: "Future[StagedContent]", settle: "Callable[[], AdapterInfo]") -> None:
-        self.name = name
-        self._content = content
+    def __init__(self, reading: "Future[Any]", settle: Callable[[], _T]) -> None:
+        self._reading = reading
         self._settle = settle
 
     @property
     def is_staged(self) -> bool:
-        """Whether this rank is done reading (well or not): `commit` then waits for the other ranks only."""
-        return self._content.done()
+        """Whether this rank is done reading, well or not: `commit` then waits for the other ranks only."""
+        return self._reading.done()
 
-    def commit(self) -> AdapterInfo:
-        """Agree with all ranks and bring the adapter into the set; raises as `AdapterSet.load` does."""
+    def commit(self) -> _T:
+        """Agree with all ranks and change the set; raises as the call that waits does (`load`, `prefetch`)."""
         return self._settle()
 
 
@@ -152,15 +154,13 @@ class AdapterSet:
         """Load an adapter that was read already; otherwise like `load`."""
         return self._load(name, adapter)
 
-    def begin_load(self, name: str, path: str | Path) -> PendingLoad:
-        """Start to read an adapter in a thread of its own, while the model serves; `PendingLoad.commit` does the rest.
+    def begin_load(self, name: str, path: str | Path) -> Pending[AdapterInfo]:
+        """Start to read an adapter in a thread of its own, while the model serves; `Pending.commit` does the rest.
 
-        Between two steps of a server, on all ranks: ``if pending.is_staged (on rank 0): pending.commit()``.
+        Between two steps of a server, on all ranks, once rank 0 has seen ``pending.is_staged``: ``pending.commit()``.
         """
-        worker = ThreadPoolExecutor(1, thread_name_prefix="bdlora-load")
-        content = worker.submit(self._stage_named, name, Path(path))
-        worker.shutdown(wait=False)
-        return PendingLoad(name, content, lambda: self._settle(name, content.result))
+        content = _in_background(lambda: self._stage_named(name, Path(path)))
+        return Pending(content, lambda: self._settle(name, content.result))
 
     def unload(self, name: str) -> None:
         """Forget a name. Rows in a `use` block finish on it; its room is free after the last of them.
@@ -198,8 +198,23 @@ class AdapterSet:
             AdapterError: a name is not known, or running rows and pinned adapters leave no room.
         """
         with self._lock:
-            versions = [self._known(name) for name in ([names] if isinstance(names, str) else names)]
-            self._bring_in(list(dict.fromkeys(versions)), "prefetch of adapters")
+            self._bring_in(self._all_known(names), "prefetch of adapters")
+
+    def begin_prefetch(self, names: str | Sequence[str]) -> Pending[None]:
+        """Start to read adapters of which host memory has no copy, in a thread; `Pending.commit` brings them in.
+
+        Raises:
+            AdapterError: a name is not known.
+        """
+        with self._lock:
+            missing = [one for one in self._all_known(names) if one.slot is None and one.staged is None]
+        parts = _in_background(lambda: {one: self._stager.stage_again(one) for one in missing})
+
+        def settle() -> None:
+            with self._lock:
+                self._bring_in(self._all_known(names), "prefetch of adapters", parts.result)
+
+        return Pending(parts, settle)
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
@@ -319,8 +334,13 @@ class AdapterSet:
         admission = self._residents.spare(version, leaving)
         return self._residents.plan([version], leaving=leaving) if admission is None and pinned else admission
 
-    def _bring_in(self, versions: Sequence[Version], topic: str) -> None:
-        """Make versions resident, all or none of them, on all ranks or on none."""
+    def _bring_in(
+        self,
+        versions: Sequence[Version],
+        topic: str,
+        read: Callable[[], Mapping[Version, Sequence[StagedAdapter]]] = dict,
+    ) -> None:
+        """Make versions resident, all or none of them, on all ranks or on none; ``read`` are those read already."""
         for version in versions:
             self._touch(version)
         cold = [version for version in versions if version.slot is None]
@@ -331,7 +351,9 @@ class AdapterSet:
         admission: Admission | None = None
         try:
             admission = self._residents.plan(cold, versions)
-            parts = {version: version.staged or self._stager.stage_again(version) for version in cold}
+            ready = read()
+            for version in cold:
+                parts[version] = version.staged or ready.get(version) or self._stager.stage_again(version)
         except BdloraError as error:
             problem = error
         facts = {"in": [version.digest for version in cold], "out": list(admission.evicted) if admission else []}
@@ -363,6 +385,10 @@ class AdapterSet:
             self._host.forget(version)
 
     # --- names ------------------------------------------------------------------------------------------------------
+
+    def _all_known(self, names: str | Sequence[str]) -> list[Version]:
+        """The distinct versions of names, in their order."""
+        return list(dict.fromkeys(self._known(name) for name in ([names] if isinstance(names, str) else names)))
 
     def _choice(self, names: Names) -> tuple[list[Version], torch.Tensor]:
         """The distinct versions that ``names`` stand for, and for each name its place among them (-1: none)."""
@@ -423,6 +449,13 @@ class AdapterSet:
             version.pinned,
             version.references,
         )
+
+
+def _in_background(work: Callable[[], _T]) -> "Future[_T]":
+    worker = ThreadPoolExecutor(1, thread_name_prefix="bdlora-reader")
+    result = worker.submit(work)
+    worker.shutdown(wait=False)
+    return result
 
 
 def _check_name(name: str) -> None:

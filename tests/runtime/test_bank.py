@@ -1,7 +1,5 @@
 """The adapter bank alone: where factors lie, what moving keeps, and what has to wait for what on a device."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
@@ -10,37 +8,13 @@ from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime import bank as bank_module
 from bdlora_compile.runtime.adapter_pool import Move
 from bdlora_compile.runtime.bank import AdapterBank, StagedAdapter
-from bdlora_compile.runtime.copier import Copier, PlainCopier, Ticket, Work
+from bdlora_compile.runtime.copier import Copier
 from bdlora_compile.runtime.ops import SlotField, lora_apply
+from tests.runtime.late_copier import LateCopier
 
 SITES = ("first", "second")
 SIZE = 2 * (4 * 16 + 4 * 8)
 """Elements of an adapter of rank 4."""
-
-
-class LateCopier(PlainCopier):
-    """Does an upload as late as a device may: when something waits for it. Uploads keep their order, as on a stream."""
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[int, Work]] = []
-        self.count = 0
-
-    def upload(self, work: Work) -> Ticket:
-        self.count += 1
-        self.queue.append((self.count, work))
-        return self.count
-
-    def step(self, tickets: Sequence[Ticket]) -> None:
-        self._wait(tickets)
-
-    def between_steps(self, work: Work, tickets: Sequence[Ticket]) -> None:
-        self._wait(tickets)
-        work()
-
-    def _wait(self, tickets: Sequence[Ticket]) -> None:
-        last = max((ticket for ticket in tickets if isinstance(ticket, int)), default=0)
-        while self.queue and self.queue[0][0] <= last:
-            self.queue.pop(0)[1]()
 
 
 def bank(capacity: int, dtype: torch.dtype = torch.float64, copier: Copier | None = None) -> AdapterBank:
