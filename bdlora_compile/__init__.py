@@ -19,7 +19,8 @@ from bdlora_compile.model import Ranks, attach, load, make_cache, reports
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapter_roots import AdapterRoots
 from bdlora_compile.runtime.adapter_stats import AdapterStats
-from bdlora_compile.runtime.adapters import AdapterInfo, AdapterSet
+from bdlora_compile.runtime.adapter_version import AdapterInfo
+from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.version import __version__
 

@@ -56,6 +56,45 @@ class Version:
         return self.slot is not None and not self.references and not self.pinned
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """An adapter as it is at the moment.
+
+    Attributes:
+        name: its name.
+        version: digest of its contents, see `AdapterSet.version`.
+        rank: its largest rank R.
+        notes: things about it that are served but worth knowing.
+        nbytes: what it takes of the pool, on the fullest rank.
+        is_resident: whether it is in the device's pool.
+        is_pinned: whether it stays there.
+        references: `use` blocks that are open on it.
+    """
+
+    name: str
+    version: str
+    rank: int
+    notes: Sequence[str]
+    nbytes: int
+    is_resident: bool
+    is_pinned: bool
+    references: int
+
+    @classmethod
+    def of(cls, version: "Version", element_size: int) -> "AdapterInfo":
+        """What there is to say of a version now; ``element_size`` in bytes."""
+        return cls(
+            version.name,
+            version.digest,
+            version.rank,
+            version.notes,
+            version.elements * element_size,
+            version.slot is not None,
+            version.pinned,
+            version.references,
+        )
+
+
 def content_digest(adapter: Adapter) -> str:
     """SHA-256 of all factors and of what the configuration makes of them, in the order of the model's sites.
 

@@ -10,73 +10,25 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import torch
 
-from bdlora_compile.errors import AdapterError, BdloraError, ConfigError
+from bdlora_compile.errors import AdapterError, BdloraError
 from bdlora_compile.runtime.adapter_file import Adapter
 from bdlora_compile.runtime.adapter_pool import Admission
 from bdlora_compile.runtime.adapter_stats import AdapterStats, adapters_that_fit
-from bdlora_compile.runtime.adapter_version import Version
+from bdlora_compile.runtime.adapter_version import AdapterInfo, Version
 from bdlora_compile.runtime.bank import StagedAdapter
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.host_tier import HostTier
+from bdlora_compile.runtime.pending import Pending, in_background
 from bdlora_compile.runtime.residents import Residents
-from bdlora_compile.runtime.selection import NO_ADAPTER, Selection
+from bdlora_compile.runtime.selection import NO_ADAPTER, Names, Selection, choose
 from bdlora_compile.runtime.staging import StagedContent, Stager, agree
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-_T = TypeVar("_T")
-
-Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """An adapter as it is at the moment.
-
-    Attributes:
-        name: its name.
-        version: digest of its contents, see `AdapterSet.version`.
-        rank: its largest rank R.
-        notes: things about it that are served but worth knowing.
-        nbytes: what it takes of the pool, on the fullest rank.
-        is_resident: whether it is in the device's pool.
-        is_pinned: whether it stays there.
-        references: `use` blocks that are open on it.
-    """
-
-    name: str
-    version: str
-    rank: int
-    notes: Sequence[str]
-    nbytes: int
-    is_resident: bool
-    is_pinned: bool
-    references: int
-
-
-class Pending(Generic[_T]):
-    """Adapters that are being read in the background; the set does not change before `commit`."""
-
-    def __init__(self, reading: "Future[Any]", settle: Callable[[], _T]) -> None:
-        self._reading = reading
-        self._settle = settle
-
-    @property
-    def is_staged(self) -> bool:
-        """Whether this rank is done reading, well or not: `commit` then waits for the other ranks only."""
-        return self._reading.done()
-
-    def commit(self) -> _T:
-        """Agree with all ranks and change the set; raises as the call that waits does (`load`, `prefetch`)."""
-        return self._settle()
 
 
 class AdapterSet:
@@ -124,7 +76,7 @@ class AdapterSet:
 
     def __getitem__(self, name: str) -> AdapterInfo:
         with self._lock:
-            return self._info(self._known(name))
+            return AdapterInfo.of(self._known(name), self._element_size)
 
     def version(self, name: str) -> str:
         """Digest of the adapter's contents: factors, and what of the configuration changes the mathematics.
@@ -159,7 +111,7 @@ class AdapterSet:
 
         Between two steps of a server, on all ranks, once rank 0 has seen ``pending.is_staged``: ``pending.commit()``.
         """
-        content = _in_background(lambda: self._stage_named(name, Path(path)))
+        content = in_background(lambda: self._stage_named(name, Path(path)))
         return Pending(content, lambda: self._settle(name, content.result))
 
     def unload(self, name: str) -> None:
@@ -208,7 +160,7 @@ class AdapterSet:
         """
         with self._lock:
             missing = [one for one in self._all_known(names) if one.slot is None and one.staged is None]
-        parts = _in_background(lambda: {one: self._stager.stage_again(one) for one in missing})
+        parts = in_background(lambda: {one: self._stager.stage_again(one) for one in missing})
 
         def settle() -> None:
             with self._lock:
@@ -231,7 +183,7 @@ class AdapterSet:
             ConfigError: rows of names differ in length.
         """
         with self._lock:
-            versions, choice = self._choice(names)
+            versions, choice = choose(names, self._known)
             self._count(versions)
             start = time.perf_counter()
             self._bring_in(versions, "use of adapters")
@@ -296,7 +248,8 @@ class AdapterSet:
             facts = {"version": content.digest, "elements": content.elements} if content else {}
             answers = self._agree(f"load of adapter {name!r:.150}", problem, facts, equal=("version",))
             assert content is not None, "no rank has a problem"
-            return self._info(self._commit(name, content, max(int(str(answer["elements"])) for answer in answers)))
+            version = self._commit(name, content, max(int(str(answer["elements"])) for answer in answers))
+            return AdapterInfo.of(version, self._element_size)
 
     def _commit(self, name: str, content: StagedContent, elements: int) -> Version:
         """Bring agreed contents into the set; what can fail here fails on every rank, before anything changes."""
@@ -305,9 +258,8 @@ class AdapterSet:
             former.source = content.source
             return former
         pinned = former is not None and former.pinned
-        fingerprints = [part.fingerprint() for part in content.parts]
         version = Version(
-            name, content.digest, content.rank, elements, content.notes, content.source, fingerprints, None
+            name, content.digest, content.rank, elements, content.notes, content.source, content.fingerprints, None
         )
         # The former contents leave for the new ones, unless rows still use them.
         leaving = former if former is not None and not former.references else None
@@ -390,28 +342,6 @@ class AdapterSet:
         """The distinct versions of names, in their order."""
         return list(dict.fromkeys(self._known(name) for name in ([names] if isinstance(names, str) else names)))
 
-    def _choice(self, names: Names) -> tuple[list[Version], torch.Tensor]:
-        """The distinct versions that ``names`` stand for, and for each name its place among them (-1: none)."""
-        places: dict[Version, int] = {}
-
-        def place(name: object) -> object:
-            if name is None:
-                return NO_ADAPTER
-            if isinstance(name, str):
-                return places.setdefault(self._known(name), len(places))
-            return [place(part) for part in name]  # type: ignore[attr-defined]  # what cannot be iterated is refused
-
-        try:
-            choice = torch.tensor(place(names), dtype=torch.int64)
-        except (ValueError, TypeError):
-            raise ConfigError(
-                "adapters.use",
-                found="names by row and by token, or rows of different length",
-                expected="one name (or None) for each row, or for each token in rows of the same length",
-                remedy="give every row as many names as it has tokens",
-            ) from None
-        return list(places), choice
-
     def _count(self, versions: Sequence[Version]) -> None:
         resident = sum(version.slot is not None for version in versions)
         self._hits += resident
@@ -437,25 +367,6 @@ class AdapterSet:
             expected=f"one of the loaded adapters ({known}{', ...' if len(self._current) > 10 else ''})",
             remedy="load it with `adapters.load(name, path)`",
         )
-
-    def _info(self, version: Version) -> AdapterInfo:
-        return AdapterInfo(
-            version.name,
-            version.digest,
-            version.rank,
-            version.notes,
-            version.elements * self._element_size,
-            version.slot is not None,
-            version.pinned,
-            version.references,
-        )
-
-
-def _in_background(work: Callable[[], _T]) -> "Future[_T]":
-    worker = ThreadPoolExecutor(1, thread_name_prefix="bdlora-reader")
-    result = worker.submit(work)
-    worker.shutdown(wait=False)
-    return result
 
 
 def _check_name(name: str) -> None:

@@ -32,6 +32,7 @@ class StagedContent:
         notes: things about it that are served but worth knowing.
         source: where it can be read again.
         parts: for each hosted rank, its factors in host memory.
+        fingerprints: of the parts.
     """
 
     digest: str
@@ -39,6 +40,7 @@ class StagedContent:
     notes: Sequence[str]
     source: Path | Adapter
     parts: Sequence[StagedAdapter]
+    fingerprints: Sequence[str]
 
     @property
     def elements(self) -> int:
@@ -89,7 +91,9 @@ class Stager:
             parts = self._parts(adapter)
             digest = content_digest(adapter)
         # Of an adapter in a file only the folder is kept: its description takes more memory than the path.
-        return StagedContent(digest, adapter.max_rank, adapter.notes, adapter.folder or adapter, parts)
+        source_again = adapter.folder or adapter
+        fingerprints = [part.fingerprint() for part in parts]
+        return StagedContent(digest, adapter.max_rank, adapter.notes, source_again, parts, fingerprints)
 
     def _read(self, source: Path | Adapter) -> Adapter:
         plan = self.deployment.plan
