@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from bdlora_compile.machine import Machine
     from bdlora_compile.model import Ranks, attach, load, make_cache, reports
     from bdlora_compile.report import Report
+    from bdlora_compile.runtime.adapter_roots import AdapterRoots
+    from bdlora_compile.runtime.adapter_stats import AdapterStats
+    from bdlora_compile.runtime.adapter_version import AdapterInfo
     from bdlora_compile.runtime.adapters import AdapterSet
     from bdlora_compile.runtime.cache import LocalCache
     from bdlora_compile.strategy import Decision
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterError",
+    "AdapterInfo",
+    "AdapterRoots",
     "AdapterSet",
+    "AdapterStats",
     "AgreementError",
     "BdloraError",
     "ConfigError",
@@ -75,6 +81,9 @@ _HOMES = {
     "machine": ("Machine",),
     "model": ("Ranks", "attach", "load", "make_cache", "reports"),
     "report": ("Report",),
+    "runtime.adapter_roots": ("AdapterRoots",),
+    "runtime.adapter_stats": ("AdapterStats",),
+    "runtime.adapter_version": ("AdapterInfo",),
     "runtime.adapters": ("AdapterSet",),
     "runtime.cache": ("LocalCache",),
     "strategy": ("Decision",),

@@ -2,11 +2,13 @@
 
 import typer
 
+from bdlora_compile.commands import adapters
 from bdlora_compile.commands.calibrate import calibrate
 from bdlora_compile.commands.explain import explain
 from bdlora_compile.commands.run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.add_typer(adapters.app, name="adapters")
 
 
 @app.callback()

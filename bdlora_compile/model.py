@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.errors import ConfigError, PlacementError
-from bdlora_compile.factors import LocalShape, local_shape
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.machine import Machine
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.report import Report
 from bdlora_compile.roles import sites_of
-from bdlora_compile.runtime.adapter_file import Adapter, FactorKind, LoraFactors, adapter_from_tensors, read_adapter
-from bdlora_compile.runtime.adapter_tensors import MemoryTensor
+from bdlora_compile.runtime.adapter_capacity import Capacity
+from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors
 from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.agreement import Agreement, Alone, StoreAgreement
-from bdlora_compile.runtime.bank import AdapterBank, chunk_elements
+from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, Agreement, Alone, StoreAgreement
+from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
+from bdlora_compile.runtime.copier import copier_for
 from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.staging import read_together
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
 from bdlora_compile.strategy import Choice, Strategy
 from bdlora_compile.timing import Terms, Workload
-
-_DEFAULT_RANK = 16
-_DEFAULT_ADAPTERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,13 @@ class Ranks:
     agreement: Agreement
 
     @classmethod
-    def of_process_group(cls) -> "Ranks":
-        """The default process group, or this process alone if there is none."""
+    def of_process_group(cls, timeout: timedelta = DEFAULT_TIMEOUT) -> "Ranks":
+        """The default process group, or this process alone if there is none.
+
+        Args:
+            timeout: how long ranks wait for one another when they compare notes: after a compilation, at the start of
+                `generate`, and when adapters change. A rank that died is noticed after that time.
+        """
         if not dist.is_available() or not dist.is_initialized():
             return cls(Mesh(1), [0], Alone())
         size, rank = dist.get_world_size(), dist.get_rank()
@@ -65,7 +69,7 @@ class Ranks:
         # Every rank makes its models in the same order: the count names this one on all of them.
         number = store.add(f"bdlora/models/{rank}", 1)
         store = PrefixStore(f"bdlora/{number}", store)
-        return cls(mesh, [rank], StoreAgreement(store, rank, size))
+        return cls(mesh, [rank], StoreAgreement(store, rank, size, timeout))
 
     @classmethod
     def lockstep(cls, size: int) -> "Ranks":
@@ -79,6 +83,8 @@ def load(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    pool_bytes: int | None = None,
+    host_bytes: int | None = None,
     strategy: Strategy = "local",
     workload: Workload | None = None,
     machine: Machine | str | Path | None = None,
@@ -96,9 +102,13 @@ def load(
     Args:
         path_or_id: a folder, or an id on the Hugging Face hub.
         adapters: PEFT folders by name.
-        max_adapters: adapters that can be resident at once; as many as given, and at least 8.
+        max_adapters: adapters that can be resident at once, of any number that can be known; as many as given, and at
+            least 8; with ``pool_bytes`` as many block-diagonal ones of rank ``max_rank`` as these bytes hold.
         max_rank: largest adapter rank R; that of the given adapters, or 16. Together with ``max_adapters`` it sizes the
             pool: that many ordinary adapters of that rank fit, and more block-diagonal ones.
+        pool_bytes: bytes of a rank's pool, instead of that size.
+        host_bytes: bytes of host memory for a rank's copies of adapters, pinned on GPUs; four times the pool. Adapters
+            beyond it are read from their folders when they are used.
         strategy: "local" (no LoRA collective) or "slora" (S-LoRA's collectives) for every site, or "auto": the cheaper
             one for each group of sites, by the cost model. The reasons are in ``reports(model)[0].decisions``.
         workload: with "auto", the load to choose for; 16 tokens of 16 adapters by default.
@@ -138,9 +148,9 @@ def load(
     layers = served_sites(model, ranks.mesh, strict)
     offered = offered_sites(model, layers, vocabulary_lora)
     base_model = config.name_or_path or str(path_or_id)
-    found = {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
+    found = read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
+    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
     setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model)
     return model, _attach(model, sites, source, found, setup)
 
@@ -151,6 +161,8 @@ def attach(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    pool_bytes: int | None = None,
+    host_bytes: int | None = None,
     strategy: Strategy = "local",
     workload: Workload | None = None,
     machine: Machine | str | Path | None = None,
@@ -183,9 +195,9 @@ def attach(
         name: adapter_from_tensors(config, tensors, offered, source=f"adapter {name!r}", base_model=base_model)
         for name, (config, tensors) in peft_adapters.items()
     }
-    found |= {name: read_adapter(path, offered, base_model=base_model) for name, path in (adapters or {}).items()}
+    found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = _Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens)
+    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
     setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model)
     return base, _attach(base, sites, source, found, setup)
 
@@ -203,31 +215,13 @@ def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Capacity:
-    max_adapters: int
-    max_rank: int
-    max_tokens: int
-
-    @classmethod
-    def choose(
-        cls, adapters: Sequence[Adapter], max_adapters: int | None, max_rank: int | None, max_tokens: int
-    ) -> "_Capacity":
-        largest = max((adapter.max_rank for adapter in adapters), default=_DEFAULT_RANK)
-        chosen = cls(max_adapters or max(len(adapters), _DEFAULT_ADAPTERS), max_rank or largest, max_tokens)
-        for name, value in (("max_adapters", max_adapters), ("max_rank", max_rank), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise ConfigError(name, found=str(value), expected="at least 1", remedy=f"choose a larger {name}")
-        return chosen
-
-
-@dataclass(frozen=True, slots=True)
 class _Setup:
     ranks: Ranks
     choice: Choice
     dtype: torch.dtype
     device: torch.device
     strict: bool
-    capacity: _Capacity
+    capacity: Capacity
     base_model: str | None
 
 
@@ -250,14 +244,14 @@ def _attach(
     plan = plan_model(
         model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
     )
-    pool = max(_pool_elements(plan, rank, capacity) for rank in range(ranks.mesh.size))
-    states = [_rank_state(plan, source, rank, pool, capacity) for rank in ranks.hosted]
+    slots, pool = capacity.pool(plan)
+    states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens) for rank in ranks.hosted]
     deployment = Deployment(plan, states, ranks.agreement, setup.strict)
     hollow_out(model, deployment)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
-    adapters = AdapterSet(deployment, capacity.max_adapters, setup.base_model)
+    adapters = AdapterSet(deployment, slots, setup.base_model, capacity.host_bytes)
     for name, adapter in found.items():
         adapters.add(name, adapter)
     return adapters
@@ -297,31 +291,10 @@ def needed_sites(
     return offered if vocabulary_lora or is_needed else layers
 
 
-def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, pool: int, capacity: _Capacity) -> RankState:
+def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, slots: int, pool: int, max_tokens: int) -> RankState:
     store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
-    bank = AdapterBank(
-        list(plan.sites), capacity.max_adapters, pool, capacity.max_tokens, dtype=plan.dtype, device=plan.device
-    )
+    bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
     return RankState(rank, store, bank)
-
-
-def _pool_elements(plan: ModelPlan, rank: int, capacity: _Capacity) -> int:
-    """Room for ``max_adapters`` ordinary adapters of rank ``max_rank`` on every site: the most that any kind takes."""
-    return capacity.max_adapters * chunk_elements(_ordinary_shapes(plan, rank, capacity.max_rank))
-
-
-def _ordinary_shapes(plan: ModelPlan, rank: int, max_rank: int) -> list[LocalShape]:
-    nothing = MemoryTensor("sizing", torch.empty(0, 0), "sizing")
-    return [
-        local_shape(
-            LoraFactors(name, FactorKind.DENSE, max_rank, 1, 1.0, nothing, nothing),
-            site,
-            plan.layouts[name],
-            rank,
-            plan.mesh,
-        )
-        for name, site in plan.sites.items()
-    ]
 
 
 def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:

@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, NoReturn
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -156,49 +156,70 @@ def parse_config(raw: Mapping[str, object], source: str) -> tuple[AdapterConfig,
     Raises:
         AdapterError: names the first field with a value that is wrong or cannot be honoured.
     """
-    kept = {name: value for name, value in raw.items() if name not in REFUSED and name not in HARMLESS}
-    try:
-        config = AdapterConfig.model_validate(kept)
-    except ValidationError as error:
-        _raise_validation(error, kept, source)
-    _refuse_unserved(raw, source)
-    _check_init(config.init_lora_weights, source)
-    _check_layers(config, source)
-    _check_blocks(config, source)
+    config, problems = check_config(raw, source)
+    if config is None or problems:
+        raise problems[0]
     return config, _notes(config)
 
 
-def _raise_validation(error: ValidationError, raw: Mapping[str, object], source: str) -> NoReturn:
-    """Raise an AdapterError that names the field, the value found and what the field may hold."""
-    # The first part of a location is a field; below `use_bdlora` the second is one, elsewhere an index or a type.
-    name, *below = (str(part) for part in error.errors(include_url=False)[0]["loc"])
-    fields, holder = AdapterConfig.model_fields, raw
-    path, block = name, raw.get(name)
-    if name == "use_bdlora" and below and isinstance(block, Mapping):
-        fields, holder, path, name = BlockDiagonalConfig.model_fields, block, f"{name}.{below[0]}", below[0]
-    raise config_error(
-        source,
-        path,
-        found=short(holder[name]) if name in holder else "nothing",
-        expected=fields[name].description or "another type",
-        remedy="write it as PEFT's LoraConfig saves it",
-    ) from error
+def check_config(raw: Mapping[str, object], source: str) -> tuple[AdapterConfig | None, list[AdapterError]]:
+    """The honoured fields (None if one has a wrong value), and every problem of the configuration."""
+    kept = {name: value for name, value in raw.items() if name not in REFUSED and name not in HARMLESS}
+    problems: list[AdapterError] = []
+    config = None
+    try:
+        config = AdapterConfig.model_validate(kept)
+    except ValidationError as error:
+        problems += _validation_errors(error, kept, source)
+    problems += _unserved(raw, source)
+    if config is not None:
+        for check in (_check_init, _check_layers, _check_blocks):
+            try:
+                check(config, source)
+            except AdapterError as error:
+                problems.append(error)
+    return config, problems
 
 
-def _refuse_unserved(raw: Mapping[str, object], source: str) -> None:
-    for name, refusal in REFUSED.items():
-        if name in raw and raw[name] not in refusal.off:
-            raise config_error(
-                source,
-                name,
-                found=f"{short(raw[name])} ({refusal.meaning})",
-                expected=short(refusal.off[-1]),
-                remedy=refusal.remedy,
-            )
+def _validation_errors(error: ValidationError, raw: Mapping[str, object], source: str) -> list[AdapterError]:
+    """One for each field, with the value found and what the field may hold."""
+    found: dict[str, AdapterError] = {}
+    for details in error.errors(include_url=False):
+        # The first part of a location is a field; below `use_bdlora` the second is one, elsewhere an index or a type.
+        name, *below = (str(part) for part in details["loc"])
+        fields, holder = AdapterConfig.model_fields, raw
+        path, block = name, raw.get(name)
+        if name == "use_bdlora" and below and isinstance(block, Mapping):
+            fields, holder, path, name = BlockDiagonalConfig.model_fields, block, f"{name}.{below[0]}", below[0]
+        problem = config_error(
+            source,
+            path,
+            found=short(holder[name]) if name in holder else "nothing",
+            expected=fields[name].description or "another type",
+            remedy="write it as PEFT's LoraConfig saves it",
+        )
+        problem.__cause__ = error
+        found.setdefault(path, problem)
+    return list(found.values())
 
 
-def _check_init(init: bool | str | None, source: str) -> None:
+def _unserved(raw: Mapping[str, object], source: str) -> list[AdapterError]:
+    return [
+        config_error(
+            source,
+            name,
+            found=f"{short(raw[name])} ({refusal.meaning})",
+            expected=short(refusal.off[-1]),
+            remedy=refusal.remedy,
+        )
+        for name, refusal in REFUSED.items()
+        if name in raw and raw[name] not in refusal.off
+    ]
+
+
+def _check_init(config: AdapterConfig, source: str) -> None:
     """Refuse the methods that change the base weights, and those not known to leave them alone."""
+    init = config.init_lora_weights
     if not isinstance(init, str) or init.lower() in _BASE_KEEPING_INITS:
         return
     convert = (

@@ -89,6 +89,11 @@ class Adapter:
         """The largest R of its sites."""
         return max(factors.rank for factors in self.factors.values())
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it was read from; None for an adapter in memory."""
+        return None if self._file is None else self._file.path.parent
+
     def opened(self) -> AbstractContextManager[object]:
         """Keep the file open around many reads, which saves opening it for each.
 

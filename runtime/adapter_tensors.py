@@ -27,6 +27,9 @@ _DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 )
 """What may be stored; PEFT writes float32 unless told otherwise."""
 
+MAX_HEADER_BYTES: Final = 16_000_000
+"""Of a safetensors header, which is read whole; that of 1120 tensors, 80 layers, takes 180 kB."""
+
 _SAVE_AGAIN: Final = "copy it again, or save the adapter again with PEFT's save_pretrained"
 _CONVERT: Final = (
     'if you trust it, convert it once in its folder: python -c "import torch; from safetensors.torch import save_file; '
@@ -132,7 +135,7 @@ class WeightsFile:
         self._users = 0
         self._handle: _Handle | None = None
         self._identity = _identity(path)
-        _refuse_pointer(path)
+        _check_head(path)
 
     @contextmanager
     def opened(self) -> Iterator[_Handle]:
@@ -174,7 +177,7 @@ class WeightsFile:
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 str(self.path),
-                found=f"no valid safetensors ({error})",
+                found=f"no valid safetensors ({str(error)[:300]})",
                 expected="a whole safetensors file",
                 remedy=_SAVE_AGAIN,
             ) from error
@@ -273,7 +276,8 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _refuse_pointer(path: Path) -> None:
+def _check_head(path: Path) -> None:
+    """What the first bytes tell, before a reader takes them at their word."""
     try:
         with path.open("rb") as file:
             head = file.read(len(LFS_POINTER))
@@ -285,6 +289,14 @@ def _refuse_pointer(path: Path) -> None:
             found="a Git LFS pointer",
             expected="the file itself",
             remedy="run `git lfs pull` in its repository",
+        )
+    size = int.from_bytes(head[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise AdapterError(
+            str(path),
+            found=f"no valid safetensors (a header of {size} bytes)",
+            expected=f"a whole safetensors file with a header of at most {MAX_HEADER_BYTES} bytes",
+            remedy=_SAVE_AGAIN,
         )
 
 

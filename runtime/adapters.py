@@ -1,238 +1,379 @@
-"""The set of adapters that a model serves: which are loaded, and which one each row or token uses."""
+"""The set of adapters that a model serves: which are known, which are resident, and which one each row or token uses.
+
+Three tiers: the device's pool (`residents`), copies in host memory (`host_tier`), and the folders on disk. A name
+stands for one version of contents at a time (`adapter_version`); `use` blocks hold references to versions, so that rows
+finish on the contents they began with. Every decision (which slot, who is evicted, what is given up) is a function of
+the calls alone, so ranks that make the same calls hold the same; loads and misses compare notes all the same.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bdlora_compile.errors import AdapterError, BdloraError, ConfigError
-from bdlora_compile.factors import read_local
-from bdlora_compile.runtime.adapter_file import Adapter, read_adapter
+from bdlora_compile.errors import AdapterError, BdloraError
+from bdlora_compile.runtime.adapter_file import Adapter
+from bdlora_compile.runtime.adapter_pool import Admission
+from bdlora_compile.runtime.adapter_stats import AdapterStats, adapters_that_fit
+from bdlora_compile.runtime.adapter_version import AdapterInfo, Version
 from bdlora_compile.runtime.bank import StagedAdapter
-from bdlora_compile.runtime.deployment import Deployment, RankState
-from bdlora_compile.runtime.selection import NO_ADAPTER, Selection
+from bdlora_compile.runtime.deployment import Deployment
+from bdlora_compile.runtime.host_tier import HostTier
+from bdlora_compile.runtime.pending import Pending, in_background
+from bdlora_compile.runtime.residents import Residents
+from bdlora_compile.runtime.selection import NO_ADAPTER, Names, Selection, choose
+from bdlora_compile.runtime.staging import StagedContent, Stager, agree
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """A resident adapter.
-
-    Attributes:
-        slot: its row in the slot tables.
-        rank: its largest rank R.
-        notes: things about it that are served but worth knowing.
-    """
-
-    slot: int
-    rank: int
-    notes: Sequence[str]
 
 
 class AdapterSet:
     """The adapters of one model, as `bdlora_compile.load` returns them.
 
-    ``use`` chooses adapters for what runs inside it; ``load`` and ``unload`` change the set while serving, without
-    compiling anything again. With several ranks every rank makes the same calls in the same order.
+    ``use`` chooses adapters for what runs inside it; the other methods change the set while serving, between two
+    forwards and without compiling anything again. With several ranks every rank makes the same calls in the same order.
+
+    Args:
+        deployment: the model's state.
+        num_slots: adapters that can be resident at once; any number can be known.
+        base_model: name or path of the served model, to be compared with the one an adapter names.
+        host_bytes: budget for copies in host memory, of one rank; four times the pool by default.
     """
 
-    def __init__(self, deployment: Deployment, num_slots: int, base_model: str | None) -> None:
+    def __init__(
+        self, deployment: Deployment, num_slots: int, base_model: str | None, host_bytes: int | None = None
+    ) -> None:
+        pool = deployment.ranks[0].bank.pool
         self._deployment = deployment
-        self._num_slots = num_slots
-        self._base_model = base_model
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self._stager = Stager(deployment, base_model)
+        self._residents = Residents(deployment, num_slots)
+        self._element_size = pool.element_size()
+        self._host = HostTier(4 * pool.nbytes if host_bytes is None else host_bytes, self._element_size)
+        self._current: dict[str, Version] = {}
+        self._lock = threading.RLock()
+        self._clock = 0
+        self._fit = (
+            adapters_that_fit(deployment.plan, pool.numel(), deployment.plan.max_rank, deployment.plan.mesh.size),
+            adapters_that_fit(deployment.plan, pool.numel(), deployment.plan.max_rank) or 0,
+        )
+        self._hits = self._misses = self._disk_reads = 0
+        self._stall_seconds = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the loaded adapters, oldest first."""
-        return tuple(self._loaded)
+        """Names that can be used, oldest first."""
+        return tuple(self._current)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded
+        return name in self._current
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len(self._current)
 
-    def __getitem__(self, name: str) -> LoadedAdapter:
-        return self._loaded[self._known(name)]
+    def __getitem__(self, name: str) -> AdapterInfo:
+        with self._lock:
+            return AdapterInfo.of(self._known(name), self._element_size)
 
-    def load(self, name: str, path: str | Path) -> LoadedAdapter:
-        """Load an adapter from a PEFT folder; nothing changes unless every rank has read and checked it.
+    def version(self, name: str) -> str:
+        """Digest of the adapter's contents: factors, and what of the configuration changes the mathematics.
+
+        Equal on all ranks and in all processes; whatever is cached by adapter (a prefix cache) belongs to it, not to
+        the name.
+        """
+        return self._known(name).digest
+
+    # --- changing the set -------------------------------------------------------------------------------------------
+
+    def load(self, name: str, path: str | Path) -> AdapterInfo:
+        """Make an adapter from a PEFT folder known; nothing changes unless every rank has read and checked the same.
+
+        It becomes resident if there is room without evicting anyone, or else when it is used. A name that is known
+        stands for the new contents from now on; rows in a `use` block finish on the former ones. The same contents
+        again change nothing.
 
         Raises:
-            AdapterError: the name is taken or malformed, the adapter cannot be served, or there is no room.
-            AgreementError: a rank did not answer in time.
+            AdapterError: the name is malformed, the adapter cannot be served, on this rank or on another, or it is
+                pinned and has no room.
+            AgreementError: ranks found different contents, or one did not answer in time.
         """
-        plan = self._deployment.plan
-        return self._add(name, lambda: read_adapter(path, plan.sites, base_model=self._base_model))
+        return self._load(name, Path(path))
 
-    def add(self, name: str, adapter: Adapter) -> LoadedAdapter:
+    def add(self, name: str, adapter: Adapter) -> AdapterInfo:
         """Load an adapter that was read already; otherwise like `load`."""
-        return self._add(name, lambda: adapter)
+        return self._load(name, adapter)
+
+    def begin_load(self, name: str, path: str | Path) -> Pending[AdapterInfo]:
+        """Start to read an adapter in a thread of its own, while the model serves; `Pending.commit` does the rest.
+
+        Between two steps of a server, on all ranks, once rank 0 has seen ``pending.is_staged``: ``pending.commit()``.
+        """
+        content = in_background(lambda: self._stage_named(name, Path(path)))
+        return Pending(content, lambda: self._settle(name, content.result))
 
     def unload(self, name: str) -> None:
-        """Free an adapter's slot.
+        """Forget a name. Rows in a `use` block finish on it; its room is free after the last of them.
 
         Raises:
-            AdapterError: there is no such adapter, or `use` has chosen it.
+            AdapterError: there is no such adapter.
         """
-        loaded = self[name]
-        if (self._deployment.selection.slots == loaded.slot).any():
-            raise AdapterError(
-                f"adapter {name!r}",
-                found="rows that use it",
-                expected="an adapter that no row uses",
-                remedy="unload it after the `use` block",
-            )
-        for rank in self._deployment.ranks:
-            rank.bank.clear(loaded.slot)
-        del self._loaded[name]
-        self._deployment.forget_selection()
+        with self._lock:
+            problem, version = self._find(name)
+            self._agree(f"unload of adapter {name!r:.150}", problem, {"version": version.digest if version else ""})
+            assert version is not None, "an unknown name is a problem"
+            del self._current[name]
+            self._retire(version)
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter in and keep it resident until `unpin`; a name that is loaded again stays pinned.
+
+        Raises:
+            AdapterError: there is no such adapter, or no room for it.
+        """
+        with self._lock:
+            version = self._known(name)
+            self._bring_in([version], f"pin of adapter {name}")
+            version.pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be evicted again."""
+        with self._lock:
+            self._known(name).pinned = False
+
+    def prefetch(self, names: str | Sequence[str]) -> None:
+        """Bring adapters in before they are used, as `use` would.
+
+        Raises:
+            AdapterError: a name is not known, or running rows and pinned adapters leave no room.
+        """
+        with self._lock:
+            self._bring_in(self._all_known(names), "prefetch of adapters")
+
+    def begin_prefetch(self, names: str | Sequence[str]) -> Pending[None]:
+        """Start to read adapters of which host memory has no copy, in a thread; `Pending.commit` brings them in.
+
+        Raises:
+            AdapterError: a name is not known.
+        """
+        with self._lock:
+            missing = [one for one in self._all_known(names) if one.slot is None and one.staged is None]
+        parts = in_background(lambda: {one: self._stager.stage_again(one) for one in missing})
+
+        def settle() -> None:
+            with self._lock:
+                self._bring_in(self._all_known(names), "prefetch of adapters", parts.result)
+
+        return Pending(parts, settle)
+
+    # --- choosing ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def use(self, names: Names) -> Iterator[None]:
-        """Choose adapters for the forwards inside the block.
+        """Choose adapters for the forwards inside the block; those that are not resident are brought in first.
 
         Args:
             names: one name or None for all rows; a sequence with one for each row of the batch; or one sequence a row
                 with one for each token of a single forward. None is the base model.
 
         Raises:
-            AdapterError: a name is not loaded.
+            AdapterError: a name is not known, or running rows and pinned adapters leave no room.
             ConfigError: rows of names differ in length.
         """
-        slots = self._slots(names)
-        try:
-            chosen = Selection(torch.tensor(slots, dtype=torch.int32))
-        except (ValueError, TypeError):
-            raise ConfigError(
-                "adapters.use",
-                found="names by row and by token, or rows of different length",
-                expected="one name (or None) for each row, or for each token in rows of the same length",
-                remedy="give every row as many names as it has tokens",
-            ) from None
+        with self._lock:
+            versions, choice = choose(names, self._known)
+            self._count(versions)
+            start = time.perf_counter()
+            self._bring_in(versions, "use of adapters")
+            self._stall_seconds += time.perf_counter() - start
+            slots = torch.tensor([*(version.slot for version in versions), NO_ADAPTER], dtype=torch.int32)
+            for version in versions:
+                version.references += 1
         previous = self._deployment.selection
-        self._deployment.selection = chosen
+        # The base model's index is -1: the last of the table.
+        self._deployment.selection = Selection(slots[choice])
         try:
             yield
         finally:
             self._deployment.selection = previous
+            with self._lock:
+                for version in versions:
+                    self._release(version)
+
+    def stats(self) -> AdapterStats:
+        """What the tiers hold and how they did."""
+        with self._lock:
+            pool, residents = self._residents.pool, self._residents.versions
+            return AdapterStats(
+                known=len(self._current),
+                resident=len(residents),
+                in_use=sum(version.references > 0 for version in residents),
+                pinned=sum(version.pinned for version in residents),
+                in_host_memory=len(self._host),
+                slots=pool.num_slots,
+                pool_bytes=pool.capacity * self._element_size,
+                pool_used_bytes=pool.used * self._element_size,
+                host_bytes=self._host.budget,
+                host_used_bytes=self._host.used,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._residents.evictions,
+                compactions=self._residents.compactions,
+                disk_reads=self._disk_reads,
+                stall_seconds=self._stall_seconds,
+                block_diagonal_fit=self._fit[0],
+                ordinary_fit=self._fit[1],
+            )
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, read: Callable[[], Adapter]) -> LoadedAdapter:
-        staged: list[StagedAdapter] = []
-        adapter: Adapter | None = None
+    def _load(self, name: str, source: Path | Adapter) -> AdapterInfo:
+        return self._settle(name, lambda: self._stage_named(name, source))
+
+    def _stage_named(self, name: str, source: Path | Adapter) -> StagedContent:
+        _check_name(name)
+        return self._stager.stage(source)
+
+    def _settle(self, name: str, stage: Callable[[], StagedContent]) -> AdapterInfo:
+        """Agree on what all ranks have staged, then change the set."""
         problem: BdloraError | None = None
+        content: StagedContent | None = None
         try:
-            self._check_name(name)
-            adapter = read()
-            self._check_rank(name, adapter)
-            with adapter.opened():
-                staged = [self._stage(adapter, rank) for rank in self._deployment.ranks]
-            self._check_room(name, staged)
+            content = stage()
         except BdloraError as error:
             problem = error
-        self._agree(name, problem)
-        assert adapter is not None, "no rank has a problem"
-        loaded = LoadedAdapter(self._free_slot(), adapter.max_rank, adapter.notes)
-        for rank, part in zip(self._deployment.ranks, staged, strict=True):
-            rank.bank.write(loaded.slot, part)
-        self._loaded[name] = loaded
-        self._deployment.forget_selection()
-        return loaded
+        with self._lock:
+            facts = {"version": content.digest, "elements": content.elements} if content else {}
+            answers = self._agree(f"load of adapter {name!r:.150}", problem, facts, equal=("version",))
+            assert content is not None, "no rank has a problem"
+            version = self._commit(name, content, max(int(str(answer["elements"])) for answer in answers))
+            return AdapterInfo.of(version, self._element_size)
 
-    def _agree(self, name: str, problem: BdloraError | None) -> None:
-        """All ranks have it or none: raise this rank's problem, or the first one of another rank."""
-        answers = self._deployment.agreement.exchange(f"load of adapter {name}"[:150], str(problem or ""))
-        if problem is not None:
-            raise problem
-        for rank, answer in enumerate(answers):
-            if answer:
-                raise AdapterError(
-                    f"adapter {name!r} on rank {rank}",
-                    found=answer,
-                    expected="an adapter that every rank can read",
-                    remedy="mend that rank's copy; no rank has loaded it",
-                )
+    def _commit(self, name: str, content: StagedContent, elements: int) -> Version:
+        """Bring agreed contents into the set; what can fail here fails on every rank, before anything changes."""
+        former = self._current.get(name)
+        if former is not None and former.digest == content.digest:
+            former.source = content.source
+            return former
+        pinned = former is not None and former.pinned
+        version = Version(
+            name, content.digest, content.rank, elements, content.notes, content.source, content.fingerprints, None
+        )
+        # The former contents leave for the new ones, unless rows still use them.
+        leaving = former if former is not None and not former.references else None
+        admission = self._first_admission(version, leaving, pinned)
+        if former is not None:
+            self._retire(former)
+        self._current[name] = version
+        self._host.keep(version, content.parts)
+        self._touch(version)
+        if admission is not None:
+            self._residents.admit(admission, [version], {version: content.parts})
+        version.pinned = pinned
+        self._host.trim()
+        return version
 
-    def _stage(self, adapter: Adapter, state: RankState) -> StagedAdapter:
-        plan = self._deployment.plan
-        factors = {
-            site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
-            for site, found in adapter.factors.items()
-        }
-        return state.bank.stage(factors)
-
-    def _check_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+    def _first_admission(self, version: Version, leaving: Version | None, pinned: bool) -> Admission | None:
+        if version.elements > self._residents.pool.capacity:
             raise AdapterError(
-                f"adapter name {name!r:.60}",
-                found="characters or a length outside the pattern",
-                expected=_NAME.pattern,
-                remedy="choose a name of letters, digits, '.', '_' and '-'",
+                f"adapter {version.name!r}",
+                found=f"{version.elements} elements on the fullest rank",
+                expected=f"at most the pool's {self._residents.pool.capacity}",
+                remedy="load the model with a larger pool (max_adapters, max_rank or pool_bytes)",
             )
-        if name in self._loaded:
-            raise AdapterError(
-                f"adapter {name!r}",
-                found="an adapter loaded under this name",
-                expected="a new name",
-                remedy="unload it first, or choose another name",
-            )
-        if len(self._loaded) >= self._num_slots:
-            raise AdapterError(
-                f"adapter {name!r}",
-                found=f"{len(self._loaded)} adapters loaded",
-                expected=f"fewer than max_adapters={self._num_slots}",
-                remedy="unload one, or load the model with a larger max_adapters",
-            )
+        admission = self._residents.spare(version, leaving)
+        return self._residents.plan([version], leaving=leaving) if admission is None and pinned else admission
 
-    def _check_rank(self, name: str, adapter: Adapter) -> None:
-        max_rank = self._deployment.plan.max_rank
-        if adapter.max_rank > max_rank:
-            raise AdapterError(
-                f"adapter {name!r}",
-                found=f"rank {adapter.max_rank}",
-                expected=f"at most max_rank={max_rank}",
-                remedy=f"load the model with max_rank={adapter.max_rank} or more",
-            )
+    def _bring_in(
+        self,
+        versions: Sequence[Version],
+        topic: str,
+        read: Callable[[], Mapping[Version, Sequence[StagedAdapter]]] = dict,
+    ) -> None:
+        """Make versions resident, all or none of them, on all ranks or on none; ``read`` are those read already."""
+        for version in versions:
+            self._touch(version)
+        cold = [version for version in versions if version.slot is None]
+        if not cold:
+            return
+        problem: BdloraError | None = None
+        parts: dict[Version, Sequence[StagedAdapter]] = {}
+        admission: Admission | None = None
+        try:
+            admission = self._residents.plan(cold, versions)
+            ready = read()
+            for version in cold:
+                parts[version] = version.staged or ready.get(version) or self._stager.stage_again(version)
+        except BdloraError as error:
+            problem = error
+        facts = {"in": [version.digest for version in cold], "out": list(admission.evicted) if admission else []}
+        self._agree(topic, problem, facts, equal=("in", "out"))
+        assert admission is not None, "no rank has a problem"
+        self._disk_reads += sum(version.staged is None for version in cold)
+        self._residents.admit(admission, cold, parts)
+        for version in cold:
+            self._host.keep(version, parts[version])
+        self._host.trim()
 
-    def _check_room(self, name: str, staged: Sequence[StagedAdapter]) -> None:
-        for rank, part in zip(self._deployment.ranks, staged, strict=True):
-            if not rank.bank.fits(part.chunk.numel()):
-                raise AdapterError(
-                    f"adapter {name!r} on rank {rank.rank}",
-                    found=f"{rank.bank.pool.numel() - rank.bank.used_elements()} free elements in the pool",
-                    expected=f"{part.chunk.numel()}",
-                    remedy="unload an adapter, or load the model with larger max_adapters or max_rank",
-                )
+    def _agree(
+        self, topic: str, problem: BdloraError | None, facts: Mapping[str, object], equal: Collection[str] = ()
+    ) -> Sequence[Mapping[str, object]]:
+        return agree(self._deployment.agreement, topic, problem, facts, equal)
 
-    def _free_slot(self) -> int:
-        taken = {loaded.slot for loaded in self._loaded.values()}
-        return next(slot for slot in range(self._num_slots) if slot not in taken)
+    def _retire(self, version: Version) -> None:
+        """A name does not stand for this version any more: it goes with its last reference."""
+        version.is_current = version.pinned = False
+        self._drop_if_idle(version)
 
-    # --- choosing ---------------------------------------------------------------------------------------------------
+    def _release(self, version: Version) -> None:
+        version.references -= 1
+        self._drop_if_idle(version)
 
-    def _slots(self, names: Names) -> object:
-        if names is None:
-            return NO_ADAPTER
-        if isinstance(names, str):
-            return self[names].slot
-        return [self._slots(name) for name in names]
+    def _drop_if_idle(self, version: Version) -> None:
+        if not version.is_current and not version.references:
+            self._residents.drop(version)
+            self._host.forget(version)
 
-    def _known(self, name: str) -> str:
-        if name in self._loaded:
-            return name
-        loaded = ", ".join(list(self._loaded)[:10]) or "none"
+    # --- names ------------------------------------------------------------------------------------------------------
+
+    def _all_known(self, names: str | Sequence[str]) -> list[Version]:
+        """The distinct versions of names, in their order."""
+        return list(dict.fromkeys(self._known(name) for name in ([names] if isinstance(names, str) else names)))
+
+    def _count(self, versions: Sequence[Version]) -> None:
+        resident = sum(version.slot is not None for version in versions)
+        self._hits += resident
+        self._misses += len(versions) - resident
+
+    def _touch(self, version: Version) -> None:
+        self._clock += 1
+        version.last_used = self._clock
+
+    def _find(self, name: str) -> tuple[BdloraError | None, Version | None]:
+        try:
+            return None, self._known(name)
+        except AdapterError as error:
+            return error, None
+
+    def _known(self, name: str) -> Version:
+        if name in self._current:
+            return self._current[name]
+        known = ", ".join(list(self._current)[:10]) or "none"
         raise AdapterError(
             f"adapter {name!r:.60}",
             found="no adapter of this name",
-            expected=f"one of the loaded adapters ({loaded}{', ...' if len(self._loaded) > 10 else ''})",
+            expected=f"one of the loaded adapters ({known}{', ...' if len(self._current) > 10 else ''})",
             remedy="load it with `adapters.load(name, path)`",
+        )
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise AdapterError(
+            f"adapter name {name!r:.60}",
+            found="characters or a length outside the pattern",
+            expected=_NAME.pattern,
+            remedy="choose a name of letters, digits, '.', '_' and '-'",
         )

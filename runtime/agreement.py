@@ -1,11 +1,16 @@
 """What the ranks of a process group must have in common, compared through the group's store.
 
-Never through a collective: a rank that did not reach the comparison would hang all others.
+Never through a collective: a rank that did not reach the comparison would hang all others. An exchange ends the same
+way on every rank, however late one is: the first rank to finish or to lose patience writes the verdict of the round
+(one atomic operation of the store), and all others follow it.
 """
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -15,15 +20,21 @@ from bdlora_compile.errors import AgreementError
 
 DEFAULT_TIMEOUT = timedelta(seconds=120)
 
+_T = TypeVar("_T")
+
+_COMPLETE = "complete"
+_GRACE = timedelta(seconds=5)
+"""How much longer than the ranks' time limit an exchange may take before the store itself is given up."""
+
 
 class Agreement(Protocol):
     """Exchange of short texts between the ranks."""
 
     def exchange(self, topic: str, text: str) -> Sequence[str]:
-        """Publish ``text`` and return every rank's text, in rank order.
+        """Publish ``text`` and return every rank's text, in rank order; it succeeds on all ranks or on none.
 
         Raises:
-            AgreementError: a rank did not publish within the time limit.
+            AgreementError: a rank did not publish within the time limit, or is at another topic.
         """
         ...
 
@@ -44,7 +55,7 @@ class StoreAgreement:
     Args:
         store: the group's store; each model uses a prefix of its own.
         rank, size: this rank and the number of ranks.
-        timeout: how long a rank waits for the others.
+        timeout: how long a rank waits for all others together.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
@@ -53,34 +64,96 @@ class StoreAgreement:
         self._size = size
         self._timeout = timeout
         self._round = 0
-        self._mine: list[str] = []
+        self._mine: list[list[str]] = []
+        self._lost: AgreementError | None = None
 
     def exchange(self, topic: str, text: str) -> Sequence[str]:
-        keys = [f"{self._round}/{topic}/{rank}" for rank in range(self._size)]
-        self._round += 1
-        self._store.set(keys[self._rank], text)
-        texts = [self._read(key, topic, rank) for rank, key in enumerate(keys)]
-        self._forget(keys[self._rank])
-        return texts
-
-    def _read(self, key: str, topic: str, rank: int) -> str:
+        if self._lost is not None:
+            # An exchange that was given up may still have come to an end on the other ranks.
+            raise self._lost
+        number, self._round = self._round, self._round + 1
         try:
-            self._store.wait([key], self._timeout)
-        except (dist.DistStoreError, RuntimeError) as error:
-            seconds = self._timeout.total_seconds()
-            raise AgreementError(
-                f"rank {rank}, at exchange {key.rsplit('/', 1)[0]}",
-                found=f"nothing after {seconds:g} s",
-                expected=f"its {topic}",
-                remedy="look at that rank's log: it died, hangs, or took another path through the program",
-            ) from error
-        return bytes(self._store.get(key)).decode()
+            return _within(self._timeout + _GRACE, lambda: self._exchange(number, topic, text))
+        except (dist.DistError, RuntimeError, TimeoutError) as error:
+            self._lost = AgreementError(
+                f"store of the process group, at exchange {number}",
+                found=f"an error: {(str(error) or type(error).__name__).splitlines()[0]}",
+                expected=f"the ranks' {topic}",
+                remedy="start all ranks again; the process that holds the store (rank 0, or the launcher) died or hung",
+            )
+            raise self._lost from error
 
-    def _forget(self, key: str) -> None:
+    def _exchange(self, number: int, topic: str, text: str) -> Sequence[str]:
+        keys = [f"{number}/{rank}" for rank in range(self._size)]
+        self._store.set(keys[self._rank], f"{topic}\n{text}")
+        found, silent = self._read_all(keys)
+        proposal = _COMPLETE if silent is None else str(silent)
+        verdict = bytes(self._store.compare_set(f"{number}/verdict", "", proposal)).decode()
+        if verdict != _COMPLETE:
+            raise self._silence(number, topic, int(verdict))
+        found = found if silent is None else self._read_all(keys)[0]
+        self._forget(number)
+        for rank, text_of_rank in enumerate(found):
+            _require_topic(number, topic, rank, text_of_rank.partition("\n")[0])
+        return [text_of_rank.partition("\n")[2] for text_of_rank in found]
+
+    def _read_all(self, keys: Sequence[str]) -> tuple[list[str], int | None]:
+        """The texts, or the first rank that said nothing in time."""
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        texts = []
+        for rank, key in enumerate(keys):
+            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+            try:
+                self._store.wait([key], left)
+            except dist.DistStoreError:
+                return [], rank
+            texts.append(bytes(self._store.get(key)).decode())
+        return texts, None
+
+    def _silence(self, number: int, topic: str, rank: int) -> AgreementError:
+        who = "this rank" if rank == self._rank else f"rank {rank}"
+        return AgreementError(
+            f"{who}, at exchange {number}",
+            found=f"nothing after {self._timeout.total_seconds():g} s",
+            expected=f"its {topic}",
+            remedy="look at that rank's log: it died, hangs, or took another path through the program",
+        )
+
+    def _forget(self, number: int) -> None:
         # A rank may still be reading this round; all have read the one before, since they published this one.
-        self._mine.append(key)
+        verdict = [f"{number}/verdict"] if self._rank == 0 else []
+        self._mine.append([f"{number}/{self._rank}", *verdict])
         if len(self._mine) > 2:
-            self._store.delete_key(self._mine.pop(0))
+            for key in self._mine.pop(0):
+                self._store.delete_key(key)
+
+
+def _within(limit: timedelta, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns or raises, or TimeoutError: calls of a store that hangs have no limit of their own."""
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    # A daemon: a call that never ends must not keep the process alive.
+    threading.Thread(target=run, name="bdlora-agreement", daemon=True).start()
+    try:
+        return result.result(limit.total_seconds())
+    except TimeoutError:
+        raise TimeoutError(f"no answer after {limit.total_seconds():g} s") from None
+
+
+def _require_topic(number: int, topic: str, rank: int, other: str) -> None:
+    if other != topic:
+        raise AgreementError(
+            f"rank {rank}, at exchange {number}",
+            found=f"its {other}",
+            expected=f"its {topic}, as on this rank",
+            remedy="make the same calls in the same order on every rank",
+        )
 
 
 def agreement_of(groups: Sequence[ProcessGroup], timeout: timedelta = DEFAULT_TIMEOUT) -> Agreement:

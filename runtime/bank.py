@@ -2,25 +2,31 @@
 
 A loaded adapter is one contiguous chunk of the pool (all its sites, A then B), so a load is one copy and a slot takes
 the elements of its own local ranks, whatever the other slots hold. Everything is written in place: graphs that were
-compiled or captured keep the addresses of ``pool``, ``slots``, ``scales`` and ``token_slot``.
+compiled or captured keep the addresses of ``pool``, ``slots``, ``scales`` and ``token_slot``. Where a chunk goes is
+decided elsewhere, once for all ranks (`adapter_pool`); the bank does it.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bdlora_compile.errors import AdapterError
 from bdlora_compile.factors import LocalFactors, LocalShape
+from bdlora_compile.runtime.adapter_pool import Move
+from bdlora_compile.runtime.copier import Copier, PlainCopier, Ticket
 from bdlora_compile.runtime.ops import SlotField
 
 _ALIGNMENT = 16
 """Elements: 32 bytes of bf16, so that a kernel may load 16 bytes at a time from the start of any factor."""
+_BOUNCE_BYTES = 16_000_000
+"""Room through which chunks are moved: the old and the new place may overlap. 16 MB take an H100 some 10 us."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    """One rank's factors of an adapter, flat as they will lie in the pool.
+    """One rank's factors of an adapter in host memory, flat as they will lie in the pool.
 
     Attributes:
         chunk: all factors one after the other, each aligned.
@@ -32,11 +38,17 @@ class StagedAdapter:
     rows: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that it takes."""
+        return self.chunk.nbytes + self.rows.nbytes + self.scales.nbytes
 
-@dataclass(slots=True)
-class _Chunk:
-    start: int
-    size: int
+    def fingerprint(self) -> str:
+        """SHA-256 of what a rank would copy, to tell whether a later reading found the same."""
+        digest = hashlib.sha256()
+        for tensor in (self.chunk, self.rows, self.scales):
+            digest.update(tensor.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 class AdapterBank:
@@ -48,6 +60,7 @@ class AdapterBank:
         capacity: elements of the pool.
         max_tokens: T that one forward may have at most.
         dtype, device: of the pool.
+        copier: how factors get to the device.
 
     Attributes:
         pool: [capacity], the factors.
@@ -64,6 +77,7 @@ class AdapterBank:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        copier: Copier | None = None,
     ) -> None:
         self.site_index = {name: index for index, name in enumerate(site_names)}
         num_sites = len(site_names)
@@ -76,10 +90,14 @@ class AdapterBank:
         self.slots[..., SlotField.B_BLOCKS] = 1
         self.scales = torch.zeros(*shape, dtype=torch.float32, device=device)
         self.token_slot = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
-        self._chunks: dict[int, _Chunk] = {}
+        self._copier = copier or PlainCopier()
+        self._sizes: dict[int, int] = {}
+        self._uploads: dict[int, Ticket] = {}
+        # Taken now: a full device must not stop a move.
+        self._bounce = self.pool.new_empty(min(max(capacity, 1), _BOUNCE_BYTES // self.pool.element_size()))
 
     def stage(self, factors: Mapping[str, tuple[LocalFactors, float]]) -> StagedAdapter:
-        """Lay out one adapter's factors (and scalings) for this bank without touching the bank.
+        """Lay out one adapter's factors (and scalings) for this bank, in host memory, without touching the bank.
 
         Raises:
             AdapterError: a value is out of range for the pool's dtype.
@@ -87,94 +105,97 @@ class AdapterBank:
         rows = self.slots.new_zeros(self.slots.shape[0], len(SlotField), device="cpu")
         rows[:, SlotField.A_BLOCKS] = rows[:, SlotField.B_BLOCKS] = 1
         scales = torch.zeros(self.slots.shape[0], dtype=torch.float32)
-        pieces: list[torch.Tensor] = []
+        chunk = self._copier.host_memory(
+            chunk_elements([local.shape for local, _ in factors.values()]), self.pool.dtype
+        )
         end = 0
         for name, (local, scaling) in factors.items():
             index = self.site_index[name]
             a_offset = end
             b_offset = a_offset + _aligned(local.shape.a_numel)
             end = b_offset + _aligned(local.shape.b_numel)
-            pieces += [self._flat(local.a, name), self._flat(local.b, name)]
+            _fill(chunk[a_offset:b_offset], local.a, name)
+            _fill(chunk[b_offset:end], local.b, name)
             rows[index] = _row(local.shape, a_offset, b_offset)
             scales[index] = scaling
-        chunk = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.pool.dtype)
-        return StagedAdapter(chunk, rows, scales)
+        return StagedAdapter(chunk, self._in_host_memory(rows), self._in_host_memory(scales))
 
-    def fits(self, size: int) -> bool:
-        """Whether a chunk of ``size`` elements can be placed, compacting if need be."""
-        return sum(chunk.size for chunk in self._chunks.values()) + size <= self.pool.numel()
+    def write(self, slot: int, staged: StagedAdapter, start: int) -> None:
+        """Put a staged adapter into a free slot and the free room from ``start`` on, in place, beside forwards."""
+        self._sizes[slot] = staged.chunk.numel()
+        self._uploads[slot] = self._copier.upload(lambda: self._copy(slot, staged, start))
 
-    def write(self, slot: int, staged: StagedAdapter) -> None:
-        """Put a staged adapter into a free slot, in place.
-
-        Raises:
-            AdapterError: the pool has no room.
-        """
-        size = staged.chunk.numel()
-        start = self._place(size)
-        self._chunks[slot] = _Chunk(start, size)
-        self.pool[start : start + size].copy_(staged.chunk)
-        rows = staged.rows.clone()
-        rows[:, [SlotField.A_OFFSET, SlotField.B_OFFSET]] += start
-        self.slots[:, slot].copy_(rows)
-        self.scales[:, slot].copy_(staged.scales)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Move chunks towards the front of the pool, in the given order, and their offsets with them."""
+        if not moves:
+            return
+        tickets, self._uploads = list(self._uploads.values()), {}
+        self._copier.between_steps(lambda: self._move_all(moves), tickets)
 
     def clear(self, slot: int) -> None:
         """Free a slot: its rank becomes 0 at every site."""
-        del self._chunks[slot]
-        self.slots[:, slot, [SlotField.A_RANK, SlotField.B_RANK]] = 0
+        del self._sizes[slot]
+        self._copier.between_steps(lambda: self._zero(slot), self._waiting([slot]))
+
+    def before_step(self, slots: Iterable[int]) -> None:
+        """A forward whose tokens use ``slots`` is about to be launched: it waits for what is still on its way."""
+        self._copier.step(self._waiting(slots))
 
     def used_elements(self) -> int:
-        """Elements of the pool that loaded adapters take."""
-        return sum(chunk.size for chunk in self._chunks.values())
+        """Elements of the pool that this rank's factors take."""
+        return sum(self._sizes.values())
 
-    def _flat(self, factor: torch.Tensor, site: str) -> torch.Tensor:
-        flat = factor.to(self.pool.dtype).reshape(-1)
-        if not torch.isfinite(flat).all():
-            raise AdapterError(
-                f"factor of {site}",
-                found="a value that overflows",
-                expected=f"values in the range of {self.pool.dtype}",
-                remedy="load the model in a wider dtype or train the adapter again",
-            )
-        padding = _aligned(flat.numel()) - flat.numel()
-        return torch.nn.functional.pad(flat, (0, padding))
+    def _copy(self, slot: int, staged: StagedAdapter, start: int) -> None:
+        self.pool[start : start + staged.chunk.numel()].copy_(staged.chunk, non_blocking=True)
+        rows = self.slots[:, slot]
+        rows.copy_(staged.rows, non_blocking=True)
+        rows[:, SlotField.A_OFFSET] += start
+        rows[:, SlotField.B_OFFSET] += start
+        self.scales[:, slot].copy_(staged.scales, non_blocking=True)
 
-    def _place(self, size: int) -> int:
-        """First gap of ``size`` elements; the pool is compacted when the free room is in pieces."""
-        start = self._first_gap(size)
-        if start is None and self.fits(size):
-            self._compact()
-            start = self._first_gap(size)
-        if start is None:
-            free = self.pool.numel() - self.used_elements()
-            raise AdapterError(
-                "adapter pool",
-                found=f"{free} free elements of {self.pool.numel()}",
-                expected=f"room for {size}",
-                remedy="unload an adapter, or load the model with larger max_adapters or max_rank",
-            )
-        return start
+    def _move_all(self, moves: Sequence[Move]) -> None:
+        for move in moves:
+            self._move_chunk(move)
+            rows = self.slots[:, move.slot]
+            rows[:, SlotField.A_OFFSET] -= move.source - move.target
+            rows[:, SlotField.B_OFFSET] -= move.source - move.target
 
-    def _first_gap(self, size: int) -> int | None:
-        end = 0
-        for chunk in sorted(self._chunks.values(), key=lambda chunk: chunk.start):
-            if chunk.start - end >= size:
-                return end
-            end = max(end, chunk.start + chunk.size)
-        return end if self.pool.numel() - end >= size else None
+    def _move_chunk(self, move: Move) -> None:
+        """Towards the front in ascending pieces: no piece is written over one that was not read yet."""
+        end, step = move.source + self._sizes[move.slot], self._bounce.numel()
+        for source in range(move.source, end, step):
+            size = min(step, end - source)
+            target = source - move.source + move.target
+            self._bounce[:size].copy_(self.pool[source : source + size])
+            self.pool[target : target + size].copy_(self._bounce[:size])
 
-    def _compact(self) -> None:
-        """Move all chunks to the front, in place, and their offsets with them."""
-        end = 0
-        for slot, chunk in sorted(self._chunks.items(), key=lambda item: item[1].start):
-            if chunk.start != end:
-                # A clone: source and target may overlap.
-                moved = self.pool[chunk.start : chunk.start + chunk.size].clone()
-                self.pool[end : end + chunk.size].copy_(moved)
-                self.slots[:, slot, [SlotField.A_OFFSET, SlotField.B_OFFSET]] += end - chunk.start
-                chunk.start = end
-            end += chunk.size
+    def _zero(self, slot: int) -> None:
+        self.slots[:, slot, SlotField.A_RANK].zero_()
+        self.slots[:, slot, SlotField.B_RANK].zero_()
+
+    def _waiting(self, slots: Iterable[int]) -> list[Ticket]:
+        return [self._uploads.pop(slot) for slot in slots if slot in self._uploads]
+
+    def _in_host_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._copier.host_memory(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _fill(room: torch.Tensor, factor: torch.Tensor, site: str) -> None:
+    """Write a factor into its room of a chunk, in the chunk's dtype, zeros behind it.
+
+    Raises:
+        AdapterError: a value is out of range for the dtype.
+    """
+    own = room[: factor.numel()]
+    own.view(factor.shape).copy_(factor)
+    room[factor.numel() :].zero_()
+    if not torch.isfinite(own).all():
+        raise AdapterError(
+            f"factor of {site}",
+            found="a value that overflows",
+            expected=f"values in the range of {room.dtype}",
+            remedy="load the model in a wider dtype or train the adapter again",
+        )
 
 
 def chunk_elements(shapes: Sequence[LocalShape]) -> int:

@@ -1,5 +1,6 @@
 """One model on one mesh: everything that its graphs share at run time."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class Deployment:
         strict: whether a gather that nobody asked for is an error.
         selection: the slots that `AdapterSet.use` chose.
         reports: one for each graph compiled, oldest first.
+        step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
+            two forwards.
     """
 
     plan: ModelPlan
@@ -40,20 +43,17 @@ class Deployment:
     strict: bool = True
     selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
+    step: threading.RLock = field(default_factory=threading.RLock)
     _written: tuple[Selection, int, int] | None = None
-    _has_adapters: bool = False
+    _used: frozenset[int] = frozenset()
 
     @property
     def is_lockstep(self) -> bool:
         """Whether this process hosts more than one rank."""
         return len(self.ranks) > 1
 
-    def forget_selection(self) -> None:
-        """Make the next forward write its slots again: a slot's meaning has changed."""
-        self._written = None
-
     def select(self, batch: int, seq: int) -> bool:
-        """Write the slot of each token of the coming forward into every hosted bank.
+        """Write the slot of each token of the coming forward into every hosted bank; ``step`` is held.
 
         Returns:
             Whether any token has an adapter.
@@ -61,8 +61,13 @@ class Deployment:
         Raises:
             ConfigError: the selection was made for another batch, or the forward has too many tokens.
         """
-        if self._written is not None and self._written[0] is self.selection and self._written[1:] == (batch, seq):
-            return self._has_adapters
+        if self._written is None or self._written[0] is not self.selection or self._written[1:] != (batch, seq):
+            self._write(batch, seq)
+        for rank in self.ranks:
+            rank.bank.before_step(self._used)
+        return bool(self._used)
+
+    def _write(self, batch: int, seq: int) -> None:
         slots = self.selection.by_token(batch, seq)
         for rank in self.ranks:
             buffer = rank.bank.token_slot
@@ -75,5 +80,4 @@ class Deployment:
                 )
             buffer[: slots.numel()].copy_(slots)
         self._written = (self.selection, batch, seq)
-        self._has_adapters = self.selection.has_adapters
-        return self._has_adapters
+        self._used = self.selection.used()

@@ -62,6 +62,10 @@ class LockStepProgram:
         Raises:
             AgreementError: ranks reach different collectives, or end with different results.
         """
+        with self._deployment.step:
+            return self._run(args)
+
+    def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
         regions = self._with_lora if self._deployment.select(batch, seq) else self._base_only
         flows = [Flow(_rank_arguments(args, regions, rank)) for rank in range(len(self._deployment.ranks))]

@@ -111,6 +111,10 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         """Choose the adapters of the batch, then run."""
+        with self._deployment.step:
+            return self._run(args)
+
+    def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
         *regions, last = self._variants.with_lora if has_adapters else self._variants.base_only

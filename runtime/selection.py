@@ -1,12 +1,19 @@
 """Which adapter slot each token of a forward uses."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from bdlora_compile.errors import ConfigError
 
 NO_ADAPTER = -1
+
+Names = str | None | Sequence[str | None] | Sequence[Sequence[str | None]]
+"""What `AdapterSet.use` takes: one name or None for all rows, one for each row, or one for each token of each row."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +28,9 @@ class Selection:
     slots: torch.Tensor
     repeats: int = 1
 
-    @property
-    def has_adapters(self) -> bool:
-        """Whether any row or token has an adapter."""
-        return bool((self.slots != NO_ADAPTER).any())
+    def used(self) -> frozenset[int]:
+        """The slots that some row or token uses."""
+        return frozenset(self.slots.unique().tolist()) - {NO_ADAPTER}
 
     def by_token(self, batch: int, seq: int) -> torch.Tensor:
         """Slots of the batch * seq tokens of a forward, row-major.
@@ -58,3 +64,34 @@ def _shape_text(slots: torch.Tensor) -> str:
 
 BASE_ONLY = Selection(torch.tensor(NO_ADAPTER, dtype=torch.int32))
 """No adapter for any row: what holds outside `use`."""
+
+
+def choose(names: Names, lookup: Callable[[str], _T]) -> tuple[list[_T], torch.Tensor]:
+    """The distinct adapters that ``names`` stand for, and for each name its place among them (-1: none).
+
+    Args:
+        names: see `Names`.
+        lookup: what a name stands for; may raise.
+
+    Raises:
+        ConfigError: names by row and by token are mixed, or rows differ in length.
+    """
+    places: dict[_T, int] = {}
+
+    def place(name: object) -> object:
+        if name is None:
+            return NO_ADAPTER
+        if isinstance(name, str):
+            return places.setdefault(lookup(name), len(places))
+        return [place(part) for part in name]  # type: ignore[attr-defined]  # what cannot be iterated is refused
+
+    try:
+        choice = torch.tensor(place(names), dtype=torch.int64)
+    except (ValueError, TypeError):
+        raise ConfigError(
+            "adapters.use",
+            found="names by row and by token, or rows of different length",
+            expected="one name (or None) for each row, or for each token in rows of the same length",
+            remedy="give every row as many names as it has tokens",
+        ) from None
+    return list(places), choice

@@ -7,6 +7,7 @@ Run by torchrun, from the tests with gloo and by hand with NCCL:
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -124,15 +125,24 @@ def check_mismatch(folder: Path, options: argparse.Namespace) -> str:
 
 
 def check_load(folder: Path, options: argparse.Namespace) -> str:
-    """An adapter that one rank cannot read is loaded by none."""
+    """An adapter that one rank cannot read, or of which it has other contents, is loaded by none."""
     _, adapters = bd.load(folder / "model", {"plain": folder / "plain"}, max_rank=16)
-    path = folder / ("blocks" if dist.get_rank() == 0 else "nowhere")
-    try:
-        adapters.load("blocks", path)
-    except bd.AdapterError:
-        assert adapters.names == ("plain",), adapters.names
-    else:
-        raise AssertionError("half a load went unnoticed")
+    own = shutil.copytree(folder / "blocks", folder / f"own-{dist.get_rank()}")
+    weights = own / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    for damaged in (whole[:-8], whole[:100], whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        if is_last and damaged is None:
+            shutil.rmtree(own)
+        elif is_last and damaged is not None:
+            weights.write_bytes(damaged)
+        try:
+            adapters.load("blocks", own)
+        except (bd.AdapterError, bd.AgreementError) as error:
+            assert adapters.names == ("plain",), adapters.names
+            assert is_last or f"rank {dist.get_world_size() - 1}" in str(error), str(error)
+        else:
+            raise AssertionError("half a load went unnoticed")
     adapters.load("blocks", folder / "blocks")
     return f"all or none: {adapters.names}"
 

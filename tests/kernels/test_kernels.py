@@ -66,7 +66,7 @@ def bank_of(case: Case) -> tuple[AdapterBank, dict[tuple[int, int], Tensor]]:
             dense_a = torch.block_diag(*a.double().chunk(a_blocks))
             dense_b = torch.block_diag(*[block.t() for block in b.double().chunk(b_blocks)])
             dense[slot, site] = 0.25 * (slot + 1) * dense_b @ dense_a
-        bank.write(slot, bank.stage(factors))
+        bank.write(slot, bank.stage(factors), bank.used_elements())
     return bank, dense
 
 

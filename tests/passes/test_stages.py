@@ -152,7 +152,7 @@ def test_mixed_bank(golden: GoldenCheck) -> None:
                 name: (read_local(factors, plan.sites[name], plan.layouts[name], rank, plan.mesh), factors.scaling)
                 for name, factors in found.items()
             }
-            bank.write(slot, bank.stage(local))
+            bank.write(slot, bank.stage(local), bank.used_elements())
         for row, name in enumerate(plan.sites):
             for slot, adapter in enumerate(ADAPTERS):
                 fields = zip(SlotField, bank.slots[row, slot].tolist(), strict=True)

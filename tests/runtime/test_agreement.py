@@ -1,5 +1,6 @@
 """Agreement through a store: ranks as threads over one store."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -48,3 +49,49 @@ def test_a_rank_that_says_nothing_is_named_after_the_limit() -> None:
     with pytest.raises(AgreementError, match="rank 1, at exchange") as caught:
         first.exchange("topic", "text")
     assert "nothing after 1 s" in str(caught.value)
+
+
+def outcome(member: StoreAgreement, topic: str = "topic") -> str:
+    """What an exchange comes to."""
+    try:
+        return ",".join(member.exchange(topic, "text"))
+    except AgreementError as error:
+        return str(error)
+
+
+def test_a_rank_that_comes_late_learns_that_the_others_gave_up() -> None:
+    """It finds every text, and still must not go on alone; the next exchange is in step again."""
+    store = HashStore()
+    first, second = (StoreAgreement(store, rank, 2, SHORT / 4) for rank in range(2))
+    assert "rank 1, at exchange 0" in outcome(first)
+    assert "this rank, at exchange 0" in outcome(second)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(outcome, (first, second))) == ["text,text"] * 2
+
+
+def test_an_impatient_rank_follows_one_that_has_heard_all() -> None:
+    """Its patience ends in the moment between another's last reading and its own verdict."""
+    store = HashStore()
+    store.set("0/0", "topic\ntext")
+    store.compare_set("0/verdict", "", "complete")  # rank 0 is done, and its own text is all that it saw in time
+    second = StoreAgreement(store, 1, 2, timedelta(0))
+    assert outcome(second) == "text,text"
+
+
+def test_ranks_at_different_calls_are_told_at_once() -> None:
+    members = ranks(2)
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(outcome, members, ("load of adapter 'a'", "load of adapter 'b'"))
+    assert "found its load of adapter 'b'" in first
+    assert "found its load of adapter 'a'" in second
+    assert time.monotonic() - start < SHORT.total_seconds()
+
+
+def test_the_store_does_not_grow() -> None:
+    store = HashStore()
+    members = [StoreAgreement(store, rank, 2, SHORT) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            assert list(pool.map(outcome, members)) == ["text,text"] * 2
+    assert store.num_keys() <= 3 * 3

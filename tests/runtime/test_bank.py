@@ -1,18 +1,24 @@
-"""The adapter bank alone: where factors lie, what a full pool refuses, what compaction keeps."""
+"""The adapter bank alone: where factors lie, what moving keeps, and what has to wait for what on a device."""
 
 import pytest
 import torch
 
 from bdlora_compile.errors import AdapterError
 from bdlora_compile.factors import LocalFactors, LocalShape
+from bdlora_compile.runtime import bank as bank_module
+from bdlora_compile.runtime.adapter_pool import Move
 from bdlora_compile.runtime.bank import AdapterBank, StagedAdapter
+from bdlora_compile.runtime.copier import Copier
 from bdlora_compile.runtime.ops import SlotField, lora_apply
+from tests.runtime.late_copier import LateCopier
 
 SITES = ("first", "second")
+SIZE = 2 * (4 * 16 + 4 * 8)
+"""Elements of an adapter of rank 4."""
 
 
-def bank(capacity: int, dtype: torch.dtype = torch.float64) -> AdapterBank:
-    return AdapterBank(SITES, 4, capacity, 8, dtype, torch.device("cpu"))
+def bank(capacity: int, dtype: torch.dtype = torch.float64, copier: Copier | None = None) -> AdapterBank:
+    return AdapterBank(SITES, 4, capacity, 8, dtype, torch.device("cpu"), copier)
 
 
 def staged(into: AdapterBank, rank: int, seed: int, scaling: float = 0.5) -> StagedAdapter:
@@ -36,6 +42,7 @@ def staged(into: AdapterBank, rank: int, seed: int, scaling: float = 0.5) -> Sta
 def answer(of: AdapterBank, slot: int) -> torch.Tensor:
     """What a slot adds at both sites."""
     of.token_slot.fill_(slot)
+    of.before_step([slot])
     x = torch.linspace(-1, 1, 16, dtype=torch.float64).view(1, 16)
     y = torch.zeros(1, 8, dtype=torch.float64)
     return torch.cat(
@@ -46,50 +53,75 @@ def answer(of: AdapterBank, slot: int) -> torch.Tensor:
 def test_factors_start_at_aligned_offsets() -> None:
     """A kernel loads 16 bytes at a time from the start of a factor."""
     own = bank(4096)
-    own.write(0, staged(own, 3, seed=0))
-    own.write(1, staged(own, 1, seed=1))
+    own.write(0, staged(own, 3, seed=0), 0)
+    own.write(1, staged(own, 1, seed=1), own.used_elements())
     used = own.slots[:, :2, [SlotField.A_OFFSET, SlotField.B_OFFSET]]
     assert not (used % 16).any()
 
 
-def test_compaction_keeps_what_every_slot_answers() -> None:
-    """Room is left in two pieces; the third adapter needs both, and the neighbours are moved, not lost."""
-    size = staged(bank(1), 4, seed=0).chunk.numel()
-    own = bank(3 * size)
-    for slot in range(3):
-        own.write(slot, staged(own, 4, seed=slot))
-    kept = answer(own, 1)
+@pytest.mark.parametrize("bounce", [16, 100, 10**6], ids=["small pieces", "odd pieces", "one piece"])
+@pytest.mark.parametrize("gap", [16, SIZE, 3 * SIZE])
+def test_moving_keeps_what_a_slot_answers(bounce: int, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the old and the new place overlap."""
+    monkeypatch.setattr(bank_module, "_BOUNCE_BYTES", 8 * bounce)
+    own = bank(8 * SIZE)
+    own.write(0, staged(own, 4, seed=0), gap)
+    own.write(1, staged(own, 4, seed=1), gap + SIZE)
+    kept = [answer(own, slot).clone() for slot in range(2)]
+    own.move([Move(0, gap, 0, SIZE), Move(1, gap + SIZE, SIZE, SIZE)])
+    own.pool[2 * SIZE :].fill_(torch.nan)
+    assert all(torch.equal(answer(own, slot), kept[slot]) for slot in range(2))
+
+
+def test_a_forward_waits_for_its_own_slots_only() -> None:
+    copier = LateCopier()
+    own = bank(4096, copier=copier)
+    own.write(0, staged(own, 4, seed=0), 0)
+    own.write(1, staged(own, 4, seed=1), SIZE)
+    plain = bank(4096)
+    plain.write(0, staged(plain, 4, seed=0), 0)
+    assert torch.equal(answer(own, 0), answer(plain, 0))
+    assert len(copier.queue) == 1, "the other upload is still on its way"
+
+
+def test_a_move_waits_for_what_is_on_its_way() -> None:
+    copier = LateCopier()
+    own = bank(4096, copier=copier)
+    own.write(0, staged(own, 4, seed=0), SIZE)
+    own.move([Move(0, SIZE, 0, SIZE)])
+    plain = bank(4096)
+    plain.write(0, staged(plain, 4, seed=0), 0)
+    assert torch.equal(answer(own, 0), answer(plain, 0))
+
+
+def test_room_that_is_freed_while_its_upload_is_on_its_way_can_be_used_again() -> None:
+    """The upload that was not waited for must not come after its successor's."""
+    copier = LateCopier()
+    own = bank(4096, copier=copier)
+    own.write(0, staged(own, 4, seed=0), 0)
     own.clear(0)
-    own.clear(2)
-    large = StagedAdapter(
-        torch.cat([staged(own, 4, seed=7).chunk, torch.zeros(size, dtype=torch.float64)]),
-        staged(own, 4, seed=7).rows,
-        staged(own, 4, seed=7).scales,
-    )
-    own.write(3, large)
-    assert torch.equal(answer(own, 1), kept)
-    alone = bank(4 * size)
-    alone.write(3, staged(alone, 4, seed=7))
-    assert torch.equal(answer(own, 3), answer(alone, 3))
-
-
-def test_a_full_pool_refuses_and_changes_nothing() -> None:
-    size = staged(bank(1), 4, seed=0).chunk.numel()
-    own = bank(size + 15)
-    own.write(0, staged(own, 4, seed=0))
-    before = own.pool.clone(), own.slots.clone(), own.scales.clone()
-    with pytest.raises(AdapterError, match="15 free elements"):
-        own.write(1, staged(own, 4, seed=1))
-    assert all(torch.equal(a, b) for a, b in zip(before, (own.pool, own.slots, own.scales), strict=True))
+    own.write(0, staged(own, 4, seed=1), 0)
+    plain = bank(4096)
+    plain.write(0, staged(plain, 4, seed=1), 0)
+    assert torch.equal(answer(own, 0), answer(plain, 0))
+    assert not copier.queue
 
 
 def test_a_cleared_slot_adds_nothing() -> None:
     own = bank(4096)
-    own.write(0, staged(own, 4, seed=0))
+    own.write(0, staged(own, 4, seed=0), 0)
     assert answer(own, 0).abs().max() > 0
     own.clear(0)
     assert not answer(own, 0).any()
     assert own.used_elements() == 0
+
+
+def test_a_fingerprint_tells_factors_and_scales_apart() -> None:
+    own = bank(1)
+    first = staged(own, 4, seed=0).fingerprint()
+    assert staged(own, 4, seed=0).fingerprint() == first
+    assert staged(own, 4, seed=1).fingerprint() != first
+    assert staged(own, 4, seed=0, scaling=0.25).fingerprint() != first
 
 
 def test_a_value_that_overflows_is_refused() -> None:

@@ -21,7 +21,7 @@ def filled(ranks: list[int]) -> tuple[AdapterBank, list[Tensor]]:
     for slot, a in enumerate(factors):
         shape = LocalShape(a.shape[0], a.shape[0], 1, 1, LENGTH, OUT)
         local = LocalFactors(shape, a.t(), torch.randn(a.shape[0], OUT, dtype=torch.float64))
-        bank.write(slot, bank.stage({"embed": (local, 1.0)} if a.shape[0] else {}))
+        bank.write(slot, bank.stage({"embed": (local, 1.0)} if a.shape[0] else {}), bank.used_elements())
     return bank, factors
 
 

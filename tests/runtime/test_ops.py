@@ -33,7 +33,7 @@ def filled(seed: int, ranks: list[tuple[int, int]], blocks: int) -> tuple[Adapte
             factors[name] = (LocalFactors(shape, a, b), scaling)
             whole = torch.block_diag(*[block.t() for block in b.chunk(c)])
             dense[slot, site] = scaling * whole @ a
-        bank.write(slot, bank.stage(factors))
+        bank.write(slot, bank.stage(factors), bank.used_elements())
     return bank, dense
 
 
