@@ -110,7 +110,7 @@ class Layers:
         self.slots, self.pool = self._fill_pool(device)
         self.scales = torch.full(self.slots.shape[:2], 0.5, device=device)
         self.token_slot = (torch.arange(case.tokens, device=device) % case.active).sort().values.to(torch.int32)
-        self.work = launch.segment_work(self.token_slot) if launch.works_by_segment(case.tokens) else None
+        self.work = launch.segment_work(self.token_slot, 32) if launch.works_by_segment(case.tokens) else None
         self.width = max(8, case.local_rank)
 
     def _number_sites(self) -> list[list[list[int]]]:
