@@ -191,7 +191,15 @@ def lora_apply_(
     width: int,
     out_features: Sequence[int],
 ) -> None:
-    """y += scale * B (A x), in place; ``order`` and ``segments`` from `lora_work`, the rest as for `lora_apply`."""
+    """y += scale * B (A x), in place.
+
+    On GPUs the kernel may start before the one ahead of it in the stream has ended: that one may write x and y, as a
+    base product does, but not ``pool``, ``slots``, ``scales`` or ``token_slot``.
+
+    Args:
+        x, y, pool, slots, scales, token_slot, sites, width, out_features: as for `lora_apply`.
+        order, segments: from `lora_work`.
+    """
     h = lora_shrink(x, pool, slots, token_slot, sites, width)
     y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, 1))
 

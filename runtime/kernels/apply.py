@@ -40,7 +40,9 @@ def _add_narrow(
     is_row = row < rank
     # Neither A nor B waits for the kernel ahead.
     factor_b = tl.load(b + row * size + o[None, :], mask=is_row & (o < size)[None, :], other=0.0)
-    factor_a = tl.load(a + row * IN + k[None, :], mask=is_row if BLOCK_K == IN else is_row & (k < IN)[None, :], other=0.0)
+    factor_a = tl.load(
+        a + row * IN + k[None, :], mask=is_row if BLOCK_K == IN else is_row & (k < IN)[None, :], other=0.0
+    )
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     is_column = (o < size) & (start + o < y_columns)
@@ -102,12 +104,12 @@ def apply_tokens(
     x, y, pool, slots, scales, token_slot,
     x_stride, y_stride, y_columns, num_slots, site0, site1, site2,
     IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PART_K: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, column tiles of all sites). x [T, IN], y [T, O], rows ``*_stride`` apart.
 
-    OVERLAP: the table, the pool and the tokens' slots are read before the kernel ahead in the stream has ended; x and y,
-    which it may still write, after.
+    OVERLAP: the table, the pool and the tokens' slots are read before the kernel ahead in the stream has ended; x and
+    y, which it may still write, after.
     """
     token = tl.program_id(0)
     chosen = tl.load(token_slot + token)
@@ -137,15 +139,18 @@ def apply_tokens(
         size = tl.multiple_of(size, 8)
         if (rank <= 2) | (ROWS == 2):
             _add_narrow(
-                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank, IN, 2, BLOCK_K, BLOCK_O, OVERLAP
+                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank,
+                IN, 2, BLOCK_K, BLOCK_O, OVERLAP,
             )  # fmt: skip
         elif (rank <= 4) | (ROWS == 4):
             _add_narrow(
-                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank, IN, 4, BLOCK_K, BLOCK_O, OVERLAP
+                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank,
+                IN, 4, BLOCK_K, BLOCK_O, OVERLAP,
             )  # fmt: skip
         else:
             _add_narrow(
-                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank, IN, ROWS, BLOCK_K, BLOCK_O, OVERLAP
+                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank,
+                IN, ROWS, BLOCK_K, BLOCK_O, OVERLAP,
             )  # fmt: skip
     else:
         wait_for_kernel_ahead(OVERLAP)
@@ -154,10 +159,10 @@ def apply_tokens(
         if (a_columns % 8 == 0) & (b_columns % 8 == 0) & (start % 8 == 0):
             _add_by_blocks(
                 x_row, y_row, a, b, scale, tile, size, tl.multiple_of(start, 8), y_columns, rank,
-                a_blocks, tl.multiple_of(a_columns, 8), b_blocks, tl.multiple_of(b_columns, 8), 4, PART_K, BLOCK_O,
+                a_blocks, tl.multiple_of(a_columns, 8), b_blocks, tl.multiple_of(b_columns, 8), 4, BLOCK_O, BLOCK_O,
             )  # fmt: skip
         else:
             _add_by_blocks(
                 x_row, y_row, a, b, scale, tile, size, start, y_columns, rank, a_blocks, a_columns, b_blocks, b_columns,
-                4, PART_K, BLOCK_O,
+                4, BLOCK_O, BLOCK_O,
             )  # fmt: skip

@@ -66,7 +66,7 @@ def expand_tokens(
     site0, site1, site2, out0, out1, out2,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, column tiles of all sites). y [T, O] with rows ``y_stride`` apart. OVERLAP as in `expand_segments`."""
+    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`."""
     token = tl.program_id(0)
     chosen = tl.load(token_slot + token)
     slot = tl.maximum(chosen, 0)
@@ -113,7 +113,7 @@ def _h_of_segment(
     h_rows, plane_stride, is_token, row, end, rank, index, width, n_sites,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """h [BLOCK_T, BLOCK_R] as two numbers of the factors' dtype, a large part and the rest: exact to 16 bits of bf16."""
+    """h [BLOCK_T, BLOCK_R] as two numbers of the factors' dtype, a large part and the rest: 16 bits with bf16."""
     at = h_rows[:, None] + _h_offset(row, rank, index, width, n_sites, PARTS)[None, :]
     value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for plane in tl.static_range(PLANES):
@@ -140,13 +140,16 @@ def _add_to_segment(
         factor = load_b(b, row, row < rank, o, is_column, height, columns, IS_PACKED)
         wait_for_kernel_ahead(OVERLAP)
         large, rest = _h_of_segment(
-            h_rows, plane_stride, is_token, row, rank, rank, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, dtype
+            h_rows, plane_stride, is_token, row, rank, rank, index, width, n_sites,
+            PLANES, PARTS, BLOCK_T, BLOCK_R, dtype,
         )  # fmt: skip
         for step in range(REPEAT):
             following = o + BLOCK_O
             is_following = (following < size) & (start + following < y_columns) & (step + 1 < REPEAT)
             next_before = tl.load(
-                y_rows[:, None] + (start + following)[None, :], mask=is_token[:, None] & is_following[None, :], other=0.0
+                y_rows[:, None] + (start + following)[None, :],
+                mask=is_token[:, None] & is_following[None, :],
+                other=0.0,
             )
             next_factor = load_b(b, row, row < rank, following, is_following, height, columns, IS_PACKED)
             total = tl.dot(large, factor)
@@ -212,6 +215,7 @@ def expand_segments(
     start = choose(index, 0, out0, out0 + out1) + tl.load(fields + OUT_START).to(tl.int32)
     scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
     columns = size // blocks
+    first_tile = tile * REPEAT
     t = tl.arange(0, BLOCK_T)
     is_token = t < count
     token = tl.load(order + first_token + t, mask=is_token, other=0).to(tl.int64)
@@ -225,16 +229,16 @@ def expand_segments(
         start = tl.multiple_of(start, 8)
         if blocks == 1:
             _add_to_segment(
-                y_rows, h_rows, plane_stride, is_token, b, scale, tile * REPEAT, size, start, y_columns, rank, blocks, columns,
-                index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, False, OVERLAP,
+                y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks,
+                columns, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, False, OVERLAP,
             )  # fmt: skip
         else:
             _add_to_segment(
-                y_rows, h_rows, plane_stride, is_token, b, scale, tile * REPEAT, size, start, y_columns, rank, blocks, columns,
-                index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
+                y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks,
+                columns, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
             )  # fmt: skip
     else:
         _add_to_segment(
-            y_rows, h_rows, plane_stride, is_token, b, scale, tile * REPEAT, size, start, y_columns, rank, blocks, columns,
+            y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks, columns,
             index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
         )  # fmt: skip

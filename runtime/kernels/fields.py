@@ -1,4 +1,4 @@
-"""What the kernels share: a slot's row of the table, the site that a program works for, and waiting for other kernels."""
+"""What the kernels share: a slot's row of the table, a program's site, rows of B, and waiting for other kernels."""
 
 import triton
 import triton.language as tl
@@ -55,14 +55,14 @@ def let_next_kernel_start(OVERLAP: tl.constexpr):
 
 @triton.jit
 def rows_of_tile(tile, size, columns, height, BLOCK_O: tl.constexpr):
-    """Rows of the blocks of B that a tile of a site's columns lies in (first, behind the last); all if B is one block."""
+    """(first, behind the last) row of the blocks of B that a tile of columns lies in; all rows if B is one block."""
     last = tl.minimum((tile + 1) * BLOCK_O, size) - 1
     return tile * BLOCK_O // columns * height, (last // columns + 1) * height
 
 
 @triton.jit
 def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexpr):
-    """Rows ``row`` of B at a site's columns ``o``, [rows, columns]; zero where a row's block does not write a column."""
+    """Rows ``row`` of B at a site's columns ``o``, [rows, columns]; zero where a row's block writes no such column."""
     inside = is_row[:, None] & is_column[None, :]
     within = o[None, :]
     if IS_PACKED:

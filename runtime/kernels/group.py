@@ -1,4 +1,4 @@
-"""Grouping tokens by slot in one small launch: rank each token by counting, then number the segments by a running sum."""
+"""Grouping tokens by slot in one small launch: place each token by counting, number segments by a running sum."""
 
 import triton
 import triton.language as tl

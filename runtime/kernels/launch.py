@@ -1,8 +1,8 @@
 """Launching the kernels: plans, grids, buffers. Arguments as in `runtime/ops.py`; columns of x and y are contiguous.
 
 ``overlap`` asks for programmatic dependent launch: a kernel may be started before the one ahead of it in the stream has
-ended, and reads the slot table, the pool and (by token) the tokens' slots at once. So the kernel directly ahead must not
-write them; x and y it may write.
+ended, and reads the slot table, the pool and (by token) the tokens' slots at once. So the kernel directly ahead must
+not write them; x and y it may write.
 """
 
 from collections.abc import Sequence
@@ -62,11 +62,12 @@ def apply_(
 ) -> None:
     """y += scale * (B (A x)), in place."""
     plan = plan or plan_for(Call(x.shape[0], x.shape[1], tuple(out_features), width))
-    overlap = can_overlap()
     if isinstance(plan, OneLaunch):
-        _apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features, plan, overlap)
+        _apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features, plan)
         return
-    h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap)
+    overlap = can_overlap()
+    early = plan.overlap and overlap
+    h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap, early=early)
     expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand, overlap=overlap)
 
 
@@ -80,15 +81,15 @@ def _apply_by_token(
     sites: Sequence[int],
     out_features: Sequence[int],
     plan: OneLaunch,
-    overlap: bool,
 ) -> None:
+    overlap = plan.overlap and can_overlap()
     tokens, in_features = x.shape
-    sizes = (x.stride(0), y.stride(0), y.shape[1], slots.shape[1], *_three(sites), in_features, *_three(out_features))
-    depth = triton.next_power_of_2(in_features)
+    sizes = (x.stride(0), y.stride(0), y.shape[1], slots.shape[1], *_three(sites), in_features)
     grid = (tokens, sum(triton.cdiv(size, plan.columns) for size in out_features))
     apply_tokens[grid](
-        x, y, pool, slots, scales, token_slot, *sizes, ROWS=plan.rows, BLOCK_K=depth, PART_K=min(depth, 1024),
-        BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps, **_pdl(overlap),
+        x, y, pool, slots, scales, token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
+        BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
+        **_pdl(overlap),
     )  # fmt: skip
 
 
@@ -104,8 +105,12 @@ def shrink(
     *,
     zeroed: bool = False,
     overlap: bool = False,
+    early: bool = False,
 ) -> Tensor:
-    """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for."""
+    """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
+
+    ``overlap`` lets the expand behind start early, ``early`` starts the shrink itself early.
+    """
     tokens, in_features = x.shape
     tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink
     planes = triton.cdiv(in_features, tiles.depth) if work is None else tiles.splits
@@ -113,7 +118,7 @@ def shrink(
     h = make(planes, tokens, len(sites), width, dtype=torch.float32)
     sizes = (x.stride(0), in_features, slots.shape[1], tokens, width, len(sites), *_three(sites))
     constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
-    options = {"num_warps": tiles.warps, **_pdl(overlap)}
+    options = {"num_warps": tiles.warps, **_pdl(early)}
     if work is None:
         grid = (tokens, len(sites), planes * triton.cdiv(width, tiles.rows))
         shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, ROWS=tiles.rows, **options)

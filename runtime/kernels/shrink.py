@@ -72,7 +72,9 @@ def shrink_tokens(
         # Known to be a multiple of 8: loads of 16 bytes.
         columns = tl.multiple_of(in_features, 8)
         k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-        factor = tl.load(a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0)
+        factor = tl.load(
+            a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0
+        )
         wait_for_kernel_ahead(OVERLAP)
         let_next_kernel_start(OVERLAP)
         value = tl.load(x_row + k, mask=k < columns, other=0.0)

@@ -35,10 +35,13 @@ class OneLaunch:
     Attributes:
         rows: of both factors that a program holds at once, a power of two; a larger rank takes several turns.
         warps: of a program, which owns 256 columns of y for each: 16 bytes a thread.
+        overlap: start before the base product has ended. That pays behind a product that ends in a small kernel of its
+            own; behind others the launch takes longer.
     """
 
     rows: int
     warps: int
+    overlap: bool = True
 
     @property
     def columns(self) -> int:
@@ -82,10 +85,11 @@ class Expand:
 
 @dataclass(frozen=True, slots=True)
 class TwoLaunches:
-    """A shrink and an expand."""
+    """A shrink and an expand; ``overlap`` as for `OneLaunch`, for the shrink (the expand always overlaps it)."""
 
     shrink: Shrink
     expand: Expand
+    overlap: bool = True
 
 
 Plan = OneLaunch | TwoLaunches
@@ -126,17 +130,24 @@ def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
     if not torch.cuda.is_available():
         return {}
     plans = TUNED.get(torch.cuda.get_device_name(), {})
-    return {
-        key: OneLaunch(*plan) if isinstance(plan[0], int) else TwoLaunches(Shrink(*plan[0]), Expand(*plan[1]))
-        for key, plan in plans.items()
-    }
+    return {key: _plan(*fields) for key, fields in plans.items()}
+
+
+def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool) -> Plan:
+    if isinstance(first, int):
+        assert isinstance(second, int)
+        return OneLaunch(first, second, overlap)
+    assert isinstance(second, tuple)
+    return TwoLaunches(Shrink(*first), Expand(*second), overlap)
 
 
 def default_plan(call: Call) -> Plan:
     """What is good where nothing was measured."""
     if segment_tokens(call.tokens) == 0 and call.width <= NARROW:
-        warps = 4 if call.in_features <= 2048 else 8
-        return OneLaunch(max(2, _power_of_two(call.width)), warps)
+        # 16 columns of A a thread for each row; a product with a long sum ends in a small kernel that adds its parts.
+        warps = min(8, max(2, _power_of_two(call.in_features // 256)))
+        has_long_sum = call.in_features >= 2 * sum(call.out_features)
+        return OneLaunch(max(2, _power_of_two(call.width)), warps, overlap=has_long_sum)
     return default_launches(call)
 
 
@@ -149,7 +160,9 @@ def default_launches(call: Call) -> TwoLaunches:
         return TwoLaunches(Shrink(min(rows, 8), 2048, 8), Expand(rows, columns, 4))
     if call.tokens <= 256:
         rows = 32 if width > 8 else 16
-        return TwoLaunches(Shrink(rows, 256, 4, splits=_splits(call, 4), stages=3), Expand(min(max(width, 16), 64), 128, 4))
+        return TwoLaunches(
+            Shrink(rows, 256, 4, splits=_splits(call, 4), stages=3), Expand(min(max(width, 16), 64), 128, 4)
+        )
     rows = 64 if width > 16 else 32
     shrink = Shrink(rows, 64 if rows == 64 else 128, 4, splits=_splits(call, 2 if rows == 64 else 4), stages=4)
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
@@ -161,7 +174,7 @@ def _splits(call: Call, most: int) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return 1 << (max(number, 1) - 1).bit_length()
 
 
 @cache

@@ -88,7 +88,7 @@ def run(case: Case, bank: AdapterBank, x: Tensor, y: Tensor, form: str) -> Tenso
     out = y.clone()
     sites = list(range(len(case.out_features)))
     arguments = (bank.pool, bank.slots, bank.scales, tokens, work, sites, case.width, case.out_features)
-    launch.apply_(x, out, *arguments, PLANS[form])
+    launch.apply_(x, out, *arguments, plan=PLANS[form])
     return out
 
 
