@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", type=Path, help="the folder that benchmarks/fetch_peers.sh filled")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
-    parser.add_argument("--only", type=int, help="the first so many cases")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many cases")
+    parser.add_argument("--only", type=int, help="stop behind the first so many cases")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if options.plot:
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     torch.manual_seed(0)
     begin = time.monotonic()
-    cases = TABLE[: options.only]
+    cases = TABLE[options.skip : options.only]
     if options.workers > 1:
         jobs = [(case, group, options.peers) for case in cases for group in range(4)]
         in_processes(compile_one, jobs, options.workers)

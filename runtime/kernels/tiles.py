@@ -103,6 +103,9 @@ BUCKETS = (16, 64, 256, 2048)
 NARROW = 8
 """Largest local rank that one launch serves: every program reads all of A."""
 
+_MOST_OF_A = 65536
+"""Elements of A that a program of 8 warps can hold: 256 a thread."""
+
 
 def segment_tokens(tokens: int) -> int:
     """Tokens of a segment at most; 0 where programs work by token."""
@@ -143,11 +146,13 @@ def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: 
 
 def default_plan(call: Call) -> Plan:
     """What is good where nothing was measured."""
-    if segment_tokens(call.tokens) == 0 and call.width <= NARROW:
+    rows = max(2, _power_of_two(call.width))
+    fits = rows <= NARROW and rows * _power_of_two(call.in_features) <= _MOST_OF_A
+    if segment_tokens(call.tokens) == 0 and fits:
         # 16 columns of A a thread for each row; a product with a long sum ends in a small kernel that adds its parts.
         warps = min(8, max(2, _power_of_two(call.in_features // 256)))
         has_long_sum = call.in_features >= 2 * sum(call.out_features)
-        return OneLaunch(max(2, _power_of_two(call.width)), warps, overlap=has_long_sum)
+        return OneLaunch(rows, warps, overlap=has_long_sum)
     return default_launches(call)
 
 

@@ -21,8 +21,9 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
         if isinstance(plan, OneLaunch):
             assert tokens <= tiles.BY_TOKEN_LIMIT
             assert width <= plan.rows <= tiles.NARROW
+            assert plan.rows * in_features / (32 * plan.warps) <= 256
             continue
-        assert tokens > tiles.BY_TOKEN_LIMIT or width > tiles.NARROW
+        assert tokens > tiles.BY_TOKEN_LIMIT or width > tiles.NARROW or width * in_features > 8 * 4096
         sizes = (plan.shrink.rows, plan.shrink.depth, plan.expand.rows, plan.expand.columns)
         assert all(size & (size - 1) == 0 for size in sizes)
         assert plan.shrink.rows * plan.shrink.depth <= MOST_ELEMENTS * plan.shrink.warps // 4
