@@ -4,7 +4,8 @@
     python -m benchmarks.bench_lora_kernels --json FILE --peers DIR     and the peers' kernels in the same run
     python -m benchmarks.bench_lora_kernels --plot FILE                 a plot beside such a file, as SVG
 
-DIR is PEERS/peers after ``benchmarks/fetch_peers.sh PEERS``, with PEERS/site on the Python path. The plot needs matplotlib.
+DIR is PEERS/peers after ``benchmarks/fetch_peers.sh PEERS``, with PEERS/site on the Python path. The plot needs
+matplotlib.
 
 CUDA-graph replays, median of groups. A graph holds several layers, each with weights and adapters of its own, so that
 both come from memory and not from the cache. Every case is checked against float64 in the same run.
