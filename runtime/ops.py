@@ -17,9 +17,15 @@ import math
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from bdlora_compile.runtime.kernels.tiles import segment_tokens
+
+if TYPE_CHECKING:
+    from bdlora_compile.runtime.kernels.launch import Work
 
 
 class SlotField(IntEnum):
@@ -185,7 +191,15 @@ def lora_apply_(
     width: int,
     out_features: Sequence[int],
 ) -> None:
-    """y += scale * B (A x), in place; ``order`` and ``segments`` from `lora_work`, the rest as for `lora_apply`."""
+    """y += scale * B (A x), in place.
+
+    On GPUs the kernel may start before the one ahead of it in the stream has ended: that one may write x and y, as a
+    base product does, but not ``pool``, ``slots``, ``scales`` or ``token_slot``.
+
+    Args:
+        x, y, pool, slots, scales, token_slot, sites, width, out_features: as for `lora_apply`.
+        order, segments: from `lora_work`.
+    """
     h = lora_shrink(x, pool, slots, token_slot, sites, width)
     y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, 1))
 
@@ -231,12 +245,11 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 
 @lora_work.register_kernel("cuda")
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
-    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
-
     tokens = math.prod(x.shape[:-1])
-    if not _has_kernels(x) or not launch.works_by_segment(tokens):
+    work = _own_work(tokens, token_slot) if _has_kernels(x) else None
+    if work is None:
         return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
-    return launch.segment_work(token_slot[:tokens])
+    return work.order, work.segments
 
 
 @lora_apply_.register_kernel("cuda")
@@ -258,7 +271,7 @@ def _(
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    work = (order, segments) if launch.works_by_segment(rows.shape[0]) else None
+    work = launch.work_for(rows.shape[0], order, segments)
     launch.apply_(rows, out, pool, slots, scales, token_slot, work, sites, width, out_features)
 
 
@@ -303,10 +316,12 @@ def _has_kernels(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _own_work(tokens: int, token_slot: Tensor) -> tuple[Tensor, Tensor] | None:
+def _own_work(tokens: int, token_slot: Tensor) -> "Work | None":
+    """The tokens grouped by slot; None where kernels work token by token."""
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    return launch.segment_work(token_slot[:tokens]) if launch.works_by_segment(tokens) else None
+    size = segment_tokens(tokens)
+    return launch.segment_work(token_slot[:tokens], size) if size else None
 
 
 # --- plain PyTorch --------------------------------------------------------------------------------------------------

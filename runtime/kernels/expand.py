@@ -7,165 +7,238 @@ of a gather, each with an equal share of a slot's rank at the left).
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import B_BLOCKS, B_OFFSET, B_RANK, OUT_START, choose, site_and_tile, slot_row
+from bdlora_compile.runtime.kernels.fields import (
+    B_BLOCKS,
+    B_OFFSET,
+    B_RANK,
+    OUT_START,
+    choose,
+    load_b,
+    rows_of_tile,
+    site_and_tile,
+    slot_row,
+    wait_for_kernel_ahead,
+)
 
-_VARYING = ["num_slots", "tokens", "tiles0", "tiles1", "site0", "site1", "site2"]
+_VARYING = ["num_slots", "tokens", "n_sites", "tiles0", "tiles1", "site0", "site1", "site2"]
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
 
 
 @triton.jit
-def _h_offset(j, rank, index, width, N_SITES: tl.constexpr, PARTS: tl.constexpr):
+def _h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
     """Where element j of a slot's rank lies in a token's row of h."""
     if PARTS == 1:
         return index * width + j
     share = rank // PARTS
-    return (j // share * N_SITES + index) * width + j % share
+    return (j // share * n_sites + index) * width + j % share
 
 
 @triton.jit
-def _columns_of_token(
-    h_token, plane_stride, b, o, is_column, rank, height, columns, index, width,
-    N_SITES: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+def _add_to_token(
+    y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index, width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_O] sums over the ranks of the block that each column lies in."""
+    """Add B h to the columns of one tile, for one token."""
+    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_column = (o < size) & (start + o < y_columns)
+    # Neither y nor B waits for h: their loads are under way while the shrink ends.
+    before = tl.load(y_row + start + o, mask=is_column, other=0.0)
+    height = rank // blocks
+    begin, end = rows_of_tile(tile, size, columns, height, BLOCK_O)
     total = tl.zeros([BLOCK_O], dtype=tl.float32)
-    block = o // columns
-    within = o - block * columns
-    for first in range(0, height, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        rows = block[None, :] * height + r[:, None]
-        inside = (r < height)[:, None] & is_column[None, :]
-        value = tl.zeros([BLOCK_R, BLOCK_O], dtype=tl.float32)
-        at = h_token + _h_offset(rows, rank, index, width, N_SITES, PARTS)
-        for plane in tl.static_range(PLANES):
-            value += tl.load(at + plane * plane_stride, mask=inside, other=0.0)
-        factor = tl.load(b + rows * columns + within[None, :], mask=inside, other=0.0)
-        total += tl.sum(value * factor.to(tl.float32), axis=0)
-    return total
-
-
-@triton.jit
-def _dense_columns_of_token(
-    h_token, plane_stride, b, o, is_column, rank, columns, index, width,
-    N_SITES: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """The same for one block: every column reads the same h."""
-    total = tl.zeros([BLOCK_O], dtype=tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        is_row = r < rank
-        factor = tl.load(b + r[:, None] * columns + o[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
+    for first in range(begin, end, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
+        wait_for_kernel_ahead(OVERLAP)
         value = tl.zeros([BLOCK_R], dtype=tl.float32)
-        at = h_token + _h_offset(r, rank, index, width, N_SITES, PARTS)
+        at = h_token + _h_offset(row, rank, index, width, n_sites, PARTS)
         for plane in tl.static_range(PLANES):
-            value += tl.load(at + plane * plane_stride, mask=is_row, other=0.0)
+            value += tl.load(at + plane * plane_stride, mask=row < end, other=0.0)
         total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
-    return total
+    tl.store(y_row + start + o, (before.to(tl.float32) + scale * total).to(before.dtype), mask=is_column)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def expand_tokens(
     y, h, pool, slots, scales, token_slot,
-    y_stride, y_columns, num_slots, tokens, width, tiles0, tiles1,
+    y_stride, y_columns, num_slots, tokens, width, n_sites, tiles0, tiles1,
     site0, site1, site2, out0, out1, out2,
-    N_SITES: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, column tiles of all sites). y [T, O] with rows ``y_stride`` apart."""
+    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`."""
     token = tl.program_id(0)
-    slot = tl.load(token_slot + token)
-    if slot < 0:
-        return
+    chosen = tl.load(token_slot + token)
+    slot = tl.maximum(chosen, 0)
     index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)
-    row = slot_row(slots, site, slot, num_slots)
-    rank = tl.load(row + B_RANK).to(tl.int32)
-    if rank == 0:
+    fields = slot_row(slots, site, slot, num_slots)
+    rank = tl.load(fields + B_RANK).to(tl.int32)
+    if (chosen < 0) | (rank == 0):
+        wait_for_kernel_ahead(OVERLAP)
         return
-    blocks = tl.load(row + B_BLOCKS).to(tl.int32)
-    b = pool + tl.multiple_of(tl.load(row + B_OFFSET), 16)
-    start = choose(index, 0, out0, out0 + out1) + tl.load(row + OUT_START).to(tl.int32)
-    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    is_column = (o < size) & (start + o < y_columns)
+    blocks = tl.load(fields + B_BLOCKS).to(tl.int32)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    start = choose(index, 0, out0, out0 + out1) + tl.load(fields + OUT_START).to(tl.int32)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
     columns = size // blocks
-    row_size = PARTS * N_SITES * width
+    y_row = y + token.to(tl.int64) * y_stride
+    row_size = PARTS * n_sites * width
     h_token = h + token.to(tl.int64) * row_size
     plane_stride = tokens.to(tl.int64) * row_size
-    if blocks > 1:
-        total = _columns_of_token(
-            h_token, plane_stride, b, o, is_column, rank, rank // blocks, columns, index, width,
-            N_SITES, PLANES, PARTS, BLOCK_R, BLOCK_O,
-        )  # fmt: skip
-    elif columns % 8 == 0:
-        total = _dense_columns_of_token(
-            h_token, plane_stride, b, o, is_column, rank, tl.multiple_of(columns, 8), index, width,
-            N_SITES, PLANES, PARTS, BLOCK_R, BLOCK_O,
-        )  # fmt: skip
+    if (columns % 8 == 0) & (start % 8 == 0):
+        # Known to be multiples: loads of 16 bytes.
+        columns = tl.multiple_of(columns, 8)
+        start = tl.multiple_of(start, 8)
+        if blocks == 1:
+            _add_to_token(
+                y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
+                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP,
+            )  # fmt: skip
+        else:
+            _add_to_token(
+                y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
+                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, True, OVERLAP,
+            )  # fmt: skip
     else:
-        total = _dense_columns_of_token(
-            h_token, plane_stride, b, o, is_column, rank, columns, index, width,
-            N_SITES, PLANES, PARTS, BLOCK_R, BLOCK_O,
+        _add_to_token(
+            y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
+            width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, True, OVERLAP,
         )  # fmt: skip
-    scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
-    target = y + token.to(tl.int64) * y_stride + start + o
-    before = tl.load(target, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(target, (before + scale * total).to(y.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _h_of_segment(
+    h_rows, plane_stride, is_token, row, end, rank, index, width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """h [BLOCK_T, BLOCK_R] as two numbers of the factors' dtype, a large part and the rest: 16 bits with bf16."""
+    at = h_rows[:, None] + _h_offset(row, rank, index, width, n_sites, PARTS)[None, :]
+    value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+    for plane in tl.static_range(PLANES):
+        value += tl.load(at + plane * plane_stride, mask=is_token[:, None] & (row < end)[None, :], other=0.0)
+    large = value.to(DTYPE)
+    return large, (value - large.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def _add_to_segment(
+    y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks, columns, index,
+    width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    REPEAT: tl.constexpr, IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Add B h to the columns of REPEAT tiles, for the tokens of one segment; h is read once where it fits a tile."""
+    height = rank // blocks
+    dtype: tl.constexpr = b.dtype.element_ty
+    o = first_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_column = (o < size) & (start + o < y_columns)
+    before = tl.load(y_rows[:, None] + (start + o)[None, :], mask=is_token[:, None] & is_column[None, :], other=0.0)
+    if (rank <= BLOCK_R) & (REPEAT > 1):
+        row = tl.arange(0, BLOCK_R)
+        factor = load_b(b, row, row < rank, o, is_column, height, columns, IS_PACKED)
+        wait_for_kernel_ahead(OVERLAP)
+        large, rest = _h_of_segment(
+            h_rows, plane_stride, is_token, row, rank, rank, index, width, n_sites,
+            PLANES, PARTS, BLOCK_T, BLOCK_R, dtype,
+        )  # fmt: skip
+        for step in range(REPEAT):
+            following = o + BLOCK_O
+            is_following = (following < size) & (start + following < y_columns) & (step + 1 < REPEAT)
+            next_before = tl.load(
+                y_rows[:, None] + (start + following)[None, :],
+                mask=is_token[:, None] & is_following[None, :],
+                other=0.0,
+            )
+            next_factor = load_b(b, row, row < rank, following, is_following, height, columns, IS_PACKED)
+            total = tl.dot(large, factor)
+            total = tl.dot(rest, factor, total)
+            tl.store(
+                y_rows[:, None] + (start + o)[None, :], (before.to(tl.float32) + scale * total).to(before.dtype),
+                mask=is_token[:, None] & is_column[None, :],
+            )  # fmt: skip
+            o, is_column, before, factor = following, is_following, next_before, next_factor
+    else:
+        for step in range(REPEAT):
+            if step > 0:
+                o = o + BLOCK_O
+                is_column = (o < size) & (start + o < y_columns)
+                before = tl.load(
+                    y_rows[:, None] + (start + o)[None, :], mask=is_token[:, None] & is_column[None, :], other=0.0
+                )
+            begin, end = rows_of_tile(first_tile + step, size, columns, height, BLOCK_O)
+            total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
+            for first in range(begin, end, BLOCK_R):
+                row = first + tl.arange(0, BLOCK_R)
+                factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
+                wait_for_kernel_ahead(OVERLAP)
+                large, rest = _h_of_segment(
+                    h_rows, plane_stride, is_token, row, end, rank, index, width, n_sites,
+                    PLANES, PARTS, BLOCK_T, BLOCK_R, dtype,
+                )  # fmt: skip
+                total = tl.dot(large, factor, total)
+                total = tl.dot(rest, factor, total)
+            tl.store(
+                y_rows[:, None] + (start + o)[None, :], (before.to(tl.float32) + scale * total).to(before.dtype),
+                mask=is_token[:, None] & is_column[None, :],
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def expand_segments(
     y, h, pool, slots, scales, order, segments,
-    y_stride, y_columns, num_slots, tokens, width, tiles0, tiles1,
+    y_stride, y_columns, num_slots, tokens, width, n_sites, tiles0, tiles1,
     site0, site1, site2, out0, out1, out2,
-    N_SITES: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
+    PLANES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    REPEAT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, column tiles of all sites)."""
+    """Grid (segments, groups of REPEAT column tiles of all sites).
+
+    OVERLAP: the kernel ahead is the shrink of this h, which has waited for whoever wrote y: only h is waited for.
+    """
     segment = tl.program_id(0)
     count = tl.load(segments + segment * 3 + 2)
-    if count == 0:
-        return
-    slot = tl.load(segments + segment * 3)
+    slot = tl.maximum(tl.load(segments + segment * 3), 0)
     first_token = tl.load(segments + segment * 3 + 1)
     index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)
-    row = slot_row(slots, site, slot, num_slots)
-    rank = tl.load(row + B_RANK).to(tl.int32)
-    if rank == 0:
+    fields = slot_row(slots, site, slot, num_slots)
+    rank = tl.load(fields + B_RANK).to(tl.int32)
+    if (count == 0) | (rank == 0):
+        wait_for_kernel_ahead(OVERLAP)
         return
-    blocks = tl.load(row + B_BLOCKS).to(tl.int32)
-    b = pool + tl.multiple_of(tl.load(row + B_OFFSET), 16)
-    start = choose(index, 0, out0, out0 + out1) + tl.load(row + OUT_START).to(tl.int32)
+    blocks = tl.load(fields + B_BLOCKS).to(tl.int32)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    start = choose(index, 0, out0, out0 + out1) + tl.load(fields + OUT_START).to(tl.int32)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
     columns = size // blocks
-    height = rank // blocks
+    first_tile = tile * REPEAT
     t = tl.arange(0, BLOCK_T)
     is_token = t < count
     token = tl.load(order + first_token + t, mask=is_token, other=0).to(tl.int64)
-    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    is_column = (o < size) & (start + o < y_columns)
-    row_size = PARTS * N_SITES * width
+    y_rows = y + token * y_stride
+    row_size = PARTS * n_sites * width
+    h_rows = h + token * row_size
     plane_stride = tokens.to(tl.int64) * row_size
-    total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
-    last = tl.minimum((tile + 1) * BLOCK_O, size) - 1
-    for block in range(tile * BLOCK_O // columns, last // columns + 1):
-        own = is_column & (o // columns == block)
-        for first in range(0, height, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            is_row = r < height
-            rows = block * height + r
-            at = h + token[:, None] * row_size + _h_offset(rows, rank, index, width, N_SITES, PARTS)[None, :]
-            value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-            for plane in tl.static_range(PLANES):
-                value += tl.load(at + plane * plane_stride, mask=is_token[:, None] & is_row[None, :], other=0.0)
-            factor = tl.load(
-                b + rows[:, None] * columns + (o - block * columns)[None, :],
-                mask=is_row[:, None] & own[None, :],
-                other=0.0,
-            )
-            total = tl.dot(value.to(factor.dtype), factor, total)
-    scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
-    target = y + token[:, None] * y_stride + (start + o)[None, :]
-    mask = is_token[:, None] & is_column[None, :]
-    before = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, (before + scale * total).to(y.dtype.element_ty), mask=mask)
+    if (columns % 8 == 0) & (start % 8 == 0):
+        # Known to be multiples: loads of 16 bytes.
+        columns = tl.multiple_of(columns, 8)
+        start = tl.multiple_of(start, 8)
+        if blocks == 1:
+            _add_to_segment(
+                y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks,
+                columns, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, False, OVERLAP,
+            )  # fmt: skip
+        else:
+            _add_to_segment(
+                y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks,
+                columns, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
+            )  # fmt: skip
+    else:
+        _add_to_segment(
+            y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks, columns,
+            index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
+        )  # fmt: skip

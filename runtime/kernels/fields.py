@@ -1,4 +1,4 @@
-"""What the kernels share: a slot's row of the table, and the site that a program works for."""
+"""What the kernels share: a slot's row of the table, a program's site, rows of B, and waiting for other kernels."""
 
 import triton
 import triton.language as tl
@@ -34,3 +34,39 @@ def site_and_tile(tile, tiles0, tiles1):
 def slot_row(slots, site, slot, num_slots):
     """Where a slot's fields at a site begin."""
     return slots + (site.to(tl.int64) * num_slots + slot) * NUM_FIELDS
+
+
+@triton.jit
+def wait_for_kernel_ahead(OVERLAP: tl.constexpr):
+    """Programmatic dependent launch: this kernel may have been started before the one ahead of it in the stream ended.
+
+    Every program waits once, also one that has nothing to do: who waits for this kernel waits for the one ahead too.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_kernel_start(OVERLAP: tl.constexpr):
+    """Called behind `wait_for_kernel_ahead`, so that the next kernel knows that all but this one has ended."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def rows_of_tile(tile, size, columns, height, BLOCK_O: tl.constexpr):
+    """(first, behind the last) row of the blocks of B that a tile of columns lies in; all rows if B is one block."""
+    last = tl.minimum((tile + 1) * BLOCK_O, size) - 1
+    return tile * BLOCK_O // columns * height, (last // columns + 1) * height
+
+
+@triton.jit
+def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexpr):
+    """Rows ``row`` of B at a site's columns ``o``, [rows, columns]; zero where a row's block writes no such column."""
+    inside = is_row[:, None] & is_column[None, :]
+    within = o[None, :]
+    if IS_PACKED:
+        block = row // height
+        inside = inside & ((o // columns)[None, :] == block[:, None])
+        within = o[None, :] - (block * columns)[:, None]
+    return tl.load(b + row[:, None] * columns + within, mask=inside, other=0.0)

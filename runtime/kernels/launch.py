@@ -1,6 +1,12 @@
-"""Launching the kernels: grids, tile sizes, buffers. Arguments as in `runtime/ops.py`."""
+"""Launching the kernels: plans, grids, buffers. Arguments as in `runtime/ops.py`; columns of x and y are contiguous.
+
+``overlap`` asks for programmatic dependent launch: a kernel may be started before the one ahead of it in the stream has
+ended, and reads the slot table, the pool and (by token) the tokens' slots at once. So the kernel directly ahead must
+not write them; x and y it may write.
+"""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,15 +15,36 @@ from torch import Tensor
 from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
+from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
-    BY_TOKEN_LIMIT,
-    SEGMENT_TOKENS,
-    ApplyTiles,
-    Tiles,
-    apply_tiles_for,
-    tiles_for,
+    Call,
+    Expand,
+    OneLaunch,
+    Plan,
+    Shrink,
+    can_overlap,
+    default_launches,
+    plan_for,
+    segment_tokens,
 )
+
+_ONE_GROUPING_LAUNCH = 1024
+"""Tokens up to which one program groups them."""
+
+
+class Work(NamedTuple):
+    """Tokens grouped by slot: ``order`` and ``segments`` of `segment_work`, segments of up to ``size`` tokens."""
+
+    order: Tensor
+    segments: Tensor
+    size: int
+
+
+def work_for(tokens: int, order: Tensor, segments: Tensor) -> Work | None:
+    """The work of a call, as `ops.lora_work` made it; None where programs work by token."""
+    size = segment_tokens(tokens)
+    return Work(order, segments, size) if size else None
 
 
 def apply_(
@@ -27,20 +54,24 @@ def apply_(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    work: tuple[Tensor, Tensor] | None,
+    work: Work | None,
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
+    plan: Plan | None = None,
 ) -> None:
-    """y += scale * (B (A x)), in place: one launch where programs work by token, else a shrink and an expand."""
-    if work is None:
-        apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features)
+    """y += scale * (B (A x)), in place."""
+    plan = plan or plan_for(Call(x.shape[0], x.shape[1], tuple(out_features), width))
+    if isinstance(plan, OneLaunch):
+        _apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features, plan)
         return
-    h = shrink(x, pool, slots, token_slot, work, sites, width)
-    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features)
+    overlap = can_overlap()
+    early = plan.overlap and overlap
+    h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap, early=early)
+    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand, overlap=overlap)
 
 
-def apply_by_token(
+def _apply_by_token(
     x: Tensor,
     y: Tensor,
     pool: Tensor,
@@ -49,24 +80,17 @@ def apply_by_token(
     token_slot: Tensor,
     sites: Sequence[int],
     out_features: Sequence[int],
-    tiles: ApplyTiles | None = None,
+    plan: OneLaunch,
 ) -> None:
-    """The one launch of `apply_`.
-
-    Args:
-        x: [T, D], y: [T, O]; columns contiguous.
-    """
+    overlap = plan.overlap and can_overlap()
     tokens, in_features = x.shape
-    tiles = tiles or apply_tiles_for(tokens)
-    counts = [triton.cdiv(size, tiles.columns) for size in out_features]
-    sizes = (x.stride(0), in_features, y.stride(0), y.shape[1], slots.shape[1], *_three(counts)[:2])
-    sizes = (*sizes, *_three(sites), *_three(out_features))
-    constants = {"MAX_R": tiles.rows, "BLOCK_K": tiles.depth, "BLOCK_O": tiles.columns, "OVERLAP": tiles.overlap}
-    # Asked for only where it is wanted: the interpreter knows no such option.
-    launch_options = {"launch_pdl": True} if tiles.overlap else {}
-    apply_tokens[(tokens, sum(counts))](
-        x, y, pool, slots, scales, token_slot, *sizes, **constants, num_warps=tiles.warps, **launch_options
-    )
+    sizes = (x.stride(0), y.stride(0), y.shape[1], slots.shape[1], *_three(sites), in_features)
+    grid = (tokens, sum(triton.cdiv(size, plan.columns) for size in out_features))
+    apply_tokens[grid](
+        x, y, pool, slots, scales, token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
+        BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
+        **_pdl(overlap),
+    )  # fmt: skip
 
 
 def shrink(
@@ -74,33 +98,37 @@ def shrink(
     pool: Tensor,
     slots: Tensor,
     token_slot: Tensor,
-    work: tuple[Tensor, Tensor] | None,
+    work: Work | None,
     sites: Sequence[int],
     width: int,
-    tiles: Tiles | None = None,
+    tiles: Shrink | None = None,
     *,
     zeroed: bool = False,
+    overlap: bool = False,
+    early: bool = False,
 ) -> Tensor:
-    """Planes of h, float32 [splits, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
+    """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
 
-    Args:
-        x: [T, D], columns contiguous.
-        work: (order, segments) of `segment_work`; None works by token.
+    ``overlap`` lets the expand behind start early, ``early`` starts the shrink itself early.
     """
     tokens, in_features = x.shape
-    tiles = tiles or tiles_for(tokens, in_features, width)
+    tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink
+    planes = triton.cdiv(in_features, tiles.depth) if work is None else tiles.splits
     make = x.new_zeros if zeroed else x.new_empty
-    h = make(tiles.splits, tokens, len(sites), width, dtype=torch.float32)
-    sizes = (x.stride(0), in_features, slots.shape[1], tokens, width, *_three(sites))
-    constants = {"N_SITES": len(sites), "SPLITS": tiles.splits, "BLOCK_R": tiles.shrink_r, "BLOCK_K": tiles.shrink_k}
+    h = make(planes, tokens, len(sites), width, dtype=torch.float32)
+    sizes = (x.stride(0), in_features, slots.shape[1], tokens, width, len(sites), *_three(sites))
+    constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
+    options = {"num_warps": tiles.warps, **_pdl(early)}
     if work is None:
-        grid = (tokens, len(sites), tiles.splits)
-        shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, num_warps=tiles.shrink_warps)
-    else:
-        grid = (num_segments(tokens, slots.shape[1]), len(sites), tiles.splits)
-        shrink_segments[grid](
-            x, pool, slots, *work, h, *sizes, **constants, BLOCK_T=SEGMENT_TOKENS, num_warps=tiles.shrink_warps
-        )
+        grid = (tokens, len(sites), planes * triton.cdiv(width, tiles.rows))
+        shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, ROWS=tiles.rows, **options)
+        return h
+    row_tiles = triton.cdiv(len(sites) * width, tiles.rows)
+    grid = (num_segments(tokens, slots.shape[1], work.size), row_tiles, planes)
+    shrink_segments[grid](
+        x, pool, slots, work.order, work.segments, h, *sizes, **constants, BLOCK_T=work.size, BLOCK_R=tiles.rows,
+        num_stages=tiles.stages, **options,
+    )  # fmt: skip
     return h
 
 
@@ -111,36 +139,40 @@ def expand(
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
-    work: tuple[Tensor, Tensor] | None,
+    work: Work | None,
     sites: Sequence[int],
     out_features: Sequence[int],
     parts: int = 1,
-    tiles: Tiles | None = None,
+    tiles: Expand | None = None,
+    *,
+    overlap: bool = False,
 ) -> None:
-    """y += scale * (B h), in place.
+    """y += scale * (B h), in place; h float32 [planes, T, parts * n, width].
 
-    Args:
-        y: [T, O], columns contiguous.
-        h: float32 [planes, T, parts * n, width].
-        work: as for `shrink`.
+    ``overlap``: only where the kernel ahead is the shrink of this h, itself launched with ``overlap``.
     """
     tokens, columns = y.shape
     width = h.shape[-1]
-    tiles = tiles or tiles_for(tokens, columns, width)
-    counts = [triton.cdiv(size, tiles.expand_o) for size in out_features]
-    sizes = (y.stride(0), columns, slots.shape[1], tokens, width, *_three(counts)[:2])
+    tiles = tiles or default_launches(Call(tokens, 0, tuple(out_features), width)).expand
+    repeat = 1 if work is None else tiles.repeat
+    counts = [triton.cdiv(size, tiles.columns * repeat) for size in out_features]
+    sizes = (y.stride(0), columns, slots.shape[1], tokens, width, len(sites), *_three(counts)[:2])
     sizes = (*sizes, *_three(sites), *_three(out_features))
-    constants = {"N_SITES": len(sites), "PLANES": h.shape[0], "PARTS": parts}
-    constants |= {"BLOCK_R": tiles.expand_r, "BLOCK_O": tiles.expand_o}
+    constants = {"PLANES": h.shape[0], "PARTS": parts, "BLOCK_R": tiles.rows, "BLOCK_O": tiles.columns}
+    options = {"OVERLAP": overlap, "num_warps": tiles.warps, "num_stages": 1, **_pdl(overlap)}
     if work is None:
-        grid = (tokens, sum(counts))
-        expand_tokens[grid](y, h, pool, slots, scales, token_slot, *sizes, **constants, num_warps=tiles.expand_warps)
-    else:
-        grid = (num_segments(tokens, slots.shape[1]), sum(counts))
-        expand_segments[grid](
-            y, h, pool, slots, scales, *work, *sizes, **constants, BLOCK_T=SEGMENT_TOKENS,
-            num_warps=tiles.expand_warps,
-        )  # fmt: skip
+        expand_tokens[(tokens, sum(counts))](y, h, pool, slots, scales, token_slot, *sizes, **constants, **options)
+        return
+    grid = (num_segments(tokens, slots.shape[1], work.size), sum(counts))
+    expand_segments[grid](
+        y, h, pool, slots, scales, work.order, work.segments, *sizes, **constants, BLOCK_T=work.size, REPEAT=repeat,
+        **options,
+    )  # fmt: skip
+
+
+def _pdl(overlap: bool) -> dict[str, bool]:
+    """Asked for only where it is wanted: the interpreter knows no such option."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def _three(values: Sequence[int]) -> tuple[int, ...]:
@@ -148,37 +180,45 @@ def _three(values: Sequence[int]) -> tuple[int, ...]:
     return (*values, *(0 for _ in range(MAX_SITES - len(values))))
 
 
-def works_by_segment(tokens: int) -> bool:
-    """Whether a call of so many tokens shares reads of factors between them."""
-    return tokens > BY_TOKEN_LIMIT
+def num_segments(tokens: int, num_slots: int, size: int) -> int:
+    """Segments of up to ``size`` tokens that ``tokens`` tokens of any mix of slots make at most."""
+    return min(-(-tokens // size) + num_slots, tokens)
 
 
-def num_segments(tokens: int, num_slots: int) -> int:
-    """Segments that ``tokens`` tokens of any mix of slots make at most."""
-    return min(-(-tokens // SEGMENT_TOKENS) + num_slots, tokens)
-
-
-def segment_work(token_slot: Tensor) -> tuple[Tensor, Tensor]:
+def segment_work(token_slot: Tensor, size: int) -> Work:
     """Group tokens by slot, on the device and in shapes that do not depend on the mix.
 
     Args:
         token_slot: int32 [T], -1 for no adapter.
+        size: tokens of a segment at most.
 
     Returns:
         order: int32 [T], tokens sorted by slot.
-        segments: int32 [T, 3]: slot, start in ``order``, count up to SEGMENT_TOKENS; count 0 is no segment. None are
-            behind the first `num_segments` rows.
+        segments: int32 [T, 3]: slot, start in ``order``, count up to ``size``; count 0 is no segment. None are behind
+            the first `num_segments` rows.
     """
+    tokens = token_slot.shape[0]
+    if tokens > _ONE_GROUPING_LAUNCH:
+        return _sorted_work(token_slot, size)
+    order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    scratch = token_slot.new_empty(3, tokens)
+    block = max(32, triton.next_power_of_2(tokens))
+    group_tokens[(1,)](token_slot, order, segments, scratch, tokens, SIZE=size, BLOCK=block, num_warps=8)
+    return Work(order, segments, size)
+
+
+def _sorted_work(token_slot: Tensor, size: int) -> Work:
+    """`segment_work` for many tokens: a sort."""
     tokens = token_slot.shape[0]
     by_slot, order = token_slot.sort(stable=True)
     position = torch.arange(tokens, dtype=torch.int32, device=token_slot.device)
     first = torch.searchsorted(by_slot, by_slot, out_int32=True)
     behind = torch.searchsorted(by_slot, by_slot, right=True, out_int32=True)
-    begins = ((position - first) % SEGMENT_TOKENS == 0) & (by_slot >= 0)
-    count = torch.minimum(behind - position, torch.full_like(position, SEGMENT_TOKENS))
+    begins = ((position - first) % size == 0) & (by_slot >= 0)
+    count = torch.minimum(behind - position, torch.full_like(position, size))
     rows = torch.stack([by_slot, position, count], dim=1)
     # Tokens that begin no segment all write the one row behind the last, which is cut off.
     target = torch.where(begins, begins.cumsum(0) - 1, tokens)
     segments = token_slot.new_zeros(tokens + 1, 3)
     segments.index_copy_(0, target, rows)
-    return order.to(torch.int32), segments[:tokens]
+    return Work(order.to(torch.int32), segments[:tokens], size)

@@ -9,107 +9,156 @@ one slot share a read of A and use the tensor cores).
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import A_BLOCKS, A_OFFSET, A_RANK, choose, slot_row
+from bdlora_compile.runtime.kernels.fields import (
+    A_BLOCKS,
+    A_OFFSET,
+    A_RANK,
+    NUM_FIELDS,
+    choose,
+    let_next_kernel_start,
+    slot_row,
+    wait_for_kernel_ahead,
+)
 
-_VARYING = ["num_slots", "tokens", "site0", "site1", "site2"]
+_VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
 
 
+PART_K: tl.constexpr = tl.constexpr(512)
+"""Columns of packed factors that a program of `shrink_tokens` holds at once."""
+
+
 @triton.jit
-def _rows_of_token(x_row, a, rows, is_row, height, columns, begin, end, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_R] sums of A's rows times x over columns begin..end; a row's block says which part of x it sees."""
-    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+def _h_of_packed_rows(x_row, a, rows, is_row, height, columns, begin, end, ROWS: tl.constexpr):
+    """[ROWS] products of A's rows with the part of x that their block sees, over the columns begin..end of A."""
+    total = tl.zeros([ROWS, PART_K], dtype=tl.float32)
     part = rows // height * columns
-    for start in range(begin, end, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+    for start in range(begin, end, PART_K):
+        k = start + tl.arange(0, PART_K)
         inside = is_row[:, None] & (k < end)[None, :]
         factor = tl.load(a + rows[:, None] * columns + k[None, :], mask=inside, other=0.0)
         value = tl.load(x_row + part[:, None] + k[None, :], mask=inside, other=0.0)
-        total += tl.sum(factor.to(tl.float32) * value.to(tl.float32), axis=1)
-    return total
+        total += factor.to(tl.float32) * value.to(tl.float32)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def shrink_tokens(
     x, pool, slots, token_slot, h,
-    x_stride, in_features, num_slots, tokens, width,
+    x_stride, in_features, num_slots, tokens, width, n_sites,
     site0, site1, site2,
-    N_SITES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, sites, SPLITS). x [T, D] with rows ``x_stride`` apart."""
-    token, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(token_slot + token)
-    if slot < 0:
+    """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
+
+    One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
+    """
+    token, index = tl.program_id(0), tl.program_id(1)
+    group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    chosen = tl.load(token_slot + token)
+    slot = tl.maximum(chosen, 0)
+    fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
+    rank = tl.load(fields + A_RANK).to(tl.int32)
+    blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
+    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
+    rows = group * ROWS + tl.arange(0, ROWS)
+    if (chosen < 0) | (group * ROWS >= rank):
+        wait_for_kernel_ahead(OVERLAP)
         return
-    row = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
-    rank = tl.load(row + A_RANK).to(tl.int32)
-    blocks = tl.load(row + A_BLOCKS).to(tl.int32)
-    a = pool + tl.multiple_of(tl.load(row + A_OFFSET), 16)
-    columns = in_features // blocks
-    height = rank // blocks
-    share = tl.cdiv(tl.cdiv(columns, SPLITS), BLOCK_K) * BLOCK_K
-    begin = split * share
-    end = tl.minimum(begin + share, columns)
+    is_row = rows < rank
     x_row = x + token.to(tl.int64) * x_stride
-    plane = h + ((split * tokens + token).to(tl.int64) * N_SITES + index) * width
-    for first in range(0, rank, BLOCK_R):
-        rows = first + tl.arange(0, BLOCK_R)
-        is_row = rows < rank
-        if columns % 8 == 0:
-            # Known to be a multiple: loads of 16 bytes.
-            aligned = tl.multiple_of(columns, 8)
-            total = _rows_of_token(x_row, a, rows, is_row, height, aligned, begin, end, BLOCK_R, BLOCK_K)
-        else:
-            total = _rows_of_token(x_row, a, rows, is_row, height, columns, begin, end, BLOCK_R, BLOCK_K)
-        tl.store(plane + rows, total, mask=is_row)
+    plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
+    if (blocks == 1) & (in_features % 8 == 0):
+        # Known to be a multiple of 8: loads of 16 bytes.
+        columns = tl.multiple_of(in_features, 8)
+        k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+        factor = tl.load(
+            a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0
+        )
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(OVERLAP)
+        value = tl.load(x_row + k, mask=k < columns, other=0.0)
+        total = tl.sum(factor.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+    else:
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(OVERLAP)
+        columns = in_features // blocks
+        share = tl.cdiv(columns, SPLITS)
+        begin = split * share
+        end = tl.minimum(begin + share, columns)
+        total = _h_of_packed_rows(x_row, a, rows, is_row, rank // blocks, columns, begin, end, ROWS)
+    tl.store(plane + rows, total, mask=is_row)
+
+
+@triton.jit
+def _segment_sums(
+    x_rows, is_token, a, is_row, first_column, columns, begin, end, total,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_T, BLOCK_R] products over the columns begin..end of x; each row of A sees its own part of them."""
+    for start in range(begin, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        in_range = k < end
+        value = tl.load(x_rows + k[None, :], mask=is_token[:, None] & in_range[None, :], other=0.0)
+        within = k[:, None] - first_column[None, :]
+        inside = (is_row[None, :] & in_range[:, None]) & ((within >= 0) & (within < columns[None, :]))
+        factor = tl.load(a[None, :] + within, mask=inside, other=0.0)
+        total = tl.dot(value, factor, total)
+    return total
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def shrink_segments(
     x, pool, slots, order, segments, h,
-    x_stride, in_features, num_slots, tokens, width,
+    x_stride, in_features, num_slots, tokens, width, n_sites,
     site0, site1, site2,
-    N_SITES: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (segments, sites, SPLITS). A segment is (slot, start in ``order``, count up to BLOCK_T); count 0 is none."""
-    segment, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (segments, tiles of rows, SPLITS). A segment is (slot, start in ``order``, count up to BLOCK_T); 0 is none.
+
+    The rows of all sites are stacked, ``width`` for each, so that x is read once for several sites.
+    """
+    segment, split = tl.program_id(0), tl.program_id(2)
+    wait_for_kernel_ahead(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     count = tl.load(segments + segment * 3 + 2)
     if count == 0:
         return
     slot = tl.load(segments + segment * 3)
     start = tl.load(segments + segment * 3 + 1)
-    row = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
-    rank = tl.load(row + A_RANK).to(tl.int32)
-    blocks = tl.load(row + A_BLOCKS).to(tl.int32)
-    a = pool + tl.multiple_of(tl.load(row + A_OFFSET), 16)
+    stacked = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    index = stacked // width
+    row = stacked - index * width
+    is_site = index < n_sites
+    fields = slots + (choose(index, site0, site1, site2).to(tl.int64) * num_slots + slot) * NUM_FIELDS
+    rank = tl.load(fields + A_RANK, mask=is_site, other=0).to(tl.int32)
+    is_row = row < rank
+    if tl.max(is_row.to(tl.int32), axis=0) == 0:
+        return
+    blocks = tl.load(fields + A_BLOCKS, mask=is_site, other=1).to(tl.int32)
+    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET, mask=is_row, other=0), 16)
     columns = in_features // blocks
-    height = rank // blocks
-    share = tl.cdiv(tl.cdiv(columns, SPLITS), BLOCK_K) * BLOCK_K
+    # A block of A sees its part of x: with several blocks the row is zero elsewhere, and nothing is loaded there.
+    first_column = row // tl.maximum(rank // blocks, 1) * columns
+    share = tl.cdiv(tl.cdiv(in_features, SPLITS), BLOCK_K) * BLOCK_K
     begin = split * share
-    end = tl.minimum(begin + share, columns)
+    end = tl.minimum(begin + share, in_features)
     t = tl.arange(0, BLOCK_T)
     is_token = t < count
     token = tl.load(order + start + t, mask=is_token, other=0).to(tl.int64)
     x_rows = x + token[:, None] * x_stride
-    planes = h + ((split * tokens + token) * N_SITES + index) * width
-    for block in range(blocks):
-        for first in range(0, height, BLOCK_R):
-            rows = first + tl.arange(0, BLOCK_R)
-            is_row = rows < height
-            total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-            for from_column in range(begin, end, BLOCK_K):
-                k = from_column + tl.arange(0, BLOCK_K)
-                in_range = k < end
-                value = tl.load(
-                    x_rows + block * columns + k[None, :], mask=is_token[:, None] & in_range[None, :], other=0.0
-                )
-                factor = tl.load(
-                    a + (block * height + rows)[None, :] * columns + k[:, None],
-                    mask=is_row[None, :] & in_range[:, None],
-                    other=0.0,
-                )
-                total = tl.dot(value, factor, total)
-            tl.store(
-                planes[:, None] + (block * height + rows)[None, :], total, mask=is_token[:, None] & is_row[None, :]
-            )
+    total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
+    if tl.max(columns % 8, axis=0) == 0:
+        # Known to be multiples: loads of 16 bytes.
+        columns = tl.multiple_of(columns, 8)
+        first_column = tl.multiple_of(first_column, 8)
+        total = _segment_sums(
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K
+        )  # fmt: skip
+    else:
+        total = _segment_sums(
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K
+        )  # fmt: skip
+    planes = h + (split * tokens + token) * (n_sites * width)
+    tl.store(planes[:, None] + stacked[None, :], total, mask=is_token[:, None] & is_row[None, :])

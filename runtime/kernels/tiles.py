@@ -1,73 +1,188 @@
-"""Tile sizes of the kernels; found by `benchmarks/bench_lora_kernels.py --tune` on the GPU that each row names."""
+"""Which kernels serve a call, and their tile sizes: a table made by `benchmarks/tune.py`, and what to do off the table.
+
+Nothing is measured when the package is imported or used.
+"""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from bdlora_compile.runtime.kernels.tuned import TUNED
+
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """Sizes of one launch.
+class Call:
+    """What the choice depends on: sizes that are fixed when a graph is captured, never the mix of adapters.
 
     Attributes:
-        splits: planes of h, each a share of the columns of A.
-        shrink_r, shrink_k: rows and columns of A that a program holds at once.
-        expand_r, expand_o: rows of B and columns of y that a program holds at once.
-        shrink_warps, expand_warps: warps of a program.
+        tokens: T.
+        in_features: columns of x.
+        out_features: columns that B writes, for each site of the call.
+        width: no slot has a larger local rank.
     """
 
-    splits: int
-    shrink_r: int
-    shrink_k: int
-    expand_r: int
-    expand_o: int
-    shrink_warps: int = 4
-    expand_warps: int = 4
+    tokens: int
+    in_features: int
+    out_features: tuple[int, ...]
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyTiles:
-    """Sizes of one launch of `apply_tokens`.
+class OneLaunch:
+    """`apply_tokens`.
 
     Attributes:
-        rows: rows of both factors that a program holds at once.
-        depth: columns of A that a program holds at once.
-        columns: columns of y that a program owns.
+        rows: of both factors that a program holds at once, a power of two; a larger rank takes several turns.
+        warps: of a program, which owns 256 columns of y for each: 16 bytes a thread.
+        overlap: start before the base product has ended. That pays behind a product that ends in a small kernel of its
+            own; behind others the launch takes longer.
+    """
+
+    rows: int
+    warps: int
+    overlap: bool = True
+
+    @property
+    def columns(self) -> int:
+        """Columns of y that a program owns."""
+        return 256 * self.warps
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """`shrink_tokens` and `shrink_segments`.
+
+    Attributes:
+        rows, depth: rows and columns of A that a program holds at once.
         warps: of a program.
-        overlap: programmatic dependent launch.
+        splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
+            ``depth`` columns.
     """
 
     rows: int
     depth: int
+    warps: int
+    splits: int = 1
+    stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """`expand_tokens` and `expand_segments`.
+
+    Attributes:
+        rows, columns: rows of B and columns of y that a program holds at once.
+        warps: of a program.
+        repeat: by segment only: tiles of columns that a program does one after the other.
+    """
+
+    rows: int
     columns: int
     warps: int
-    overlap: bool = False
+    repeat: int = 1
 
 
-BY_TOKEN_LIMIT = 256
+@dataclass(frozen=True, slots=True)
+class TwoLaunches:
+    """A shrink and an expand; ``overlap`` as for `OneLaunch`, for the shrink (the expand always overlaps it)."""
+
+    shrink: Shrink
+    expand: Expand
+    overlap: bool = True
+
+
+Plan = OneLaunch | TwoLaunches
+
+BY_TOKEN_LIMIT = 64
 """Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
 
-SEGMENT_TOKENS = 32
-"""Tokens of a segment at most."""
+BUCKETS = (16, 64, 256, 2048)
+"""Numbers of tokens in the table; a call takes the next larger one, or the last."""
+
+NARROW = 8
+"""Largest local rank that one launch serves: every program reads all of A."""
+
+_MOST_OF_A = 65536
+"""Elements of A that a program of 8 warps can hold: 256 a thread."""
 
 
-def apply_tiles_for(tokens: int) -> ApplyTiles:
-    """Sizes for a call of ``tokens`` tokens: more columns a program when tokens alone fill the GPU."""
-    return ApplyTiles(rows=8, depth=1024, columns=512 if tokens <= 16 else 1024, warps=4, overlap=_can_overlap())
+def segment_tokens(tokens: int) -> int:
+    """Tokens of a segment at most; 0 where programs work by token."""
+    if tokens <= BY_TOKEN_LIMIT:
+        return 0
+    return 16 if tokens <= 256 else 64
+
+
+def plan_for(call: Call) -> Plan:
+    """The table's plan for this GPU and shape, or the default."""
+    return _table().get(_key(call)) or default_plan(call)
+
+
+def bucket_of(tokens: int) -> int:
+    """The table's number of tokens for a call."""
+    return next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
+
+
+def _key(call: Call) -> tuple[int, int, tuple[int, ...], int]:
+    return bucket_of(call.tokens), call.in_features, call.out_features, _power_of_two(call.width)
 
 
 @cache
-def _can_overlap() -> bool:
+def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
+    if not torch.cuda.is_available():
+        return {}
+    plans = TUNED.get(torch.cuda.get_device_name(), {})
+    return {key: _plan(*fields) for key, fields in plans.items()}
+
+
+def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool) -> Plan:
+    if isinstance(first, int):
+        assert isinstance(second, int)
+        return OneLaunch(first, second, overlap)
+    assert isinstance(second, tuple)
+    return TwoLaunches(Shrink(*first), Expand(*second), overlap)
+
+
+def default_plan(call: Call) -> Plan:
+    """What is good where nothing was measured."""
+    rows = max(2, _power_of_two(call.width))
+    fits = rows <= NARROW and rows * _power_of_two(call.in_features) <= _MOST_OF_A
+    if segment_tokens(call.tokens) == 0 and fits:
+        # 16 columns of A a thread for each row; a product with a long sum ends in a small kernel that adds its parts.
+        warps = min(8, max(2, _power_of_two(call.in_features // 256)))
+        has_long_sum = call.in_features >= 2 * sum(call.out_features)
+        return OneLaunch(rows, warps, overlap=has_long_sum)
+    return default_launches(call)
+
+
+def default_launches(call: Call) -> TwoLaunches:
+    """The same where a collective lies between the factors."""
+    width = _power_of_two(call.width)
+    if segment_tokens(call.tokens) == 0:
+        rows = min(max(width, 2), 64)
+        columns = max(128, min(1024, 16384 // rows))
+        return TwoLaunches(Shrink(min(rows, 8), 2048, 8), Expand(rows, columns, 4))
+    if call.tokens <= 256:
+        rows = 32 if width > 8 else 16
+        return TwoLaunches(
+            Shrink(rows, 256, 4, splits=_splits(call, 4), stages=3), Expand(min(max(width, 16), 64), 128, 4)
+        )
+    rows = 64 if width > 16 else 32
+    shrink = Shrink(rows, 64 if rows == 64 else 128, 4, splits=_splits(call, 2 if rows == 64 else 4), stages=4)
+    return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
+
+
+def _splits(call: Call, most: int) -> int:
+    """Planes of h: none where A has few columns."""
+    return max(1, min(most, call.in_features // 512))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (max(number, 1) - 1).bit_length()
+
+
+@cache
+def can_overlap() -> bool:
     """Programmatic dependent launch exists from Hopper on, and not in the interpreter."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
-def tiles_for(tokens: int, in_features: int, width: int) -> Tiles:
-    """Sizes for a call of ``tokens`` tokens with ``in_features`` columns of x and local ranks up to ``width``."""
-    if tokens > BY_TOKEN_LIMIT:
-        rows = 16 if width <= 16 else 32
-        return Tiles(splits=1 if tokens >= 512 else 4, shrink_r=rows, shrink_k=128, expand_r=rows, expand_o=128)
-    wanted = 4 if tokens <= 16 else 2
-    splits = max(1, min(wanted, in_features // 512))
-    return Tiles(splits=splits, shrink_r=4, shrink_k=512, expand_r=4, expand_o=512)

@@ -1,0 +1,58 @@
+"""Which kernels serve a call: every shape has a plan that fits it, and the table's entries are plans."""
+
+import pytest
+
+from bdlora_compile.runtime.kernels import tiles
+from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, TwoLaunches, default_plan
+from bdlora_compile.runtime.kernels.tuned import TUNED
+
+MOST_ELEMENTS = 16384
+"""Elements of a tile: 128 a thread with 4 warps; more would leave the registers."""
+
+SHAPES = [(4096, (512, 128, 128)), (512, (4096,)), (8192, (3584, 3584)), (28672, (8192,)), (36, (36, 6))]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 24, 64, 256])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 256, 257, 4096])
+def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
+    """Sizes that Triton takes, tiles that registers hold, and the form that the grouping of tokens goes with."""
+    for in_features, out_features in SHAPES:
+        plan = default_plan(Call(tokens, in_features, out_features, width))
+        if isinstance(plan, OneLaunch):
+            assert tokens <= tiles.BY_TOKEN_LIMIT
+            assert width <= plan.rows <= tiles.NARROW
+            assert plan.rows * in_features / (32 * plan.warps) <= 256
+            continue
+        assert tokens > tiles.BY_TOKEN_LIMIT or width > tiles.NARROW or width * in_features > 8 * 4096
+        sizes = (plan.shrink.rows, plan.shrink.depth, plan.expand.rows, plan.expand.columns)
+        assert all(size & (size - 1) == 0 for size in sizes)
+        assert plan.shrink.rows * plan.shrink.depth <= MOST_ELEMENTS * plan.shrink.warps // 4
+        assert plan.expand.rows * plan.expand.columns <= MOST_ELEMENTS
+        if tiles.segment_tokens(tokens):
+            # Tensor cores take at least 16 rows.
+            assert min(plan.shrink.rows, plan.expand.rows) >= 16
+            assert plan.shrink.splits <= max(1, in_features // 512)
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (256, 256), (257, 2048), (100000, 2048)])
+def test_a_call_takes_the_next_larger_number_of_tokens(tokens: int, bucket: int) -> None:
+    assert tiles.bucket_of(tokens) == bucket
+
+
+@pytest.mark.parametrize("device", TUNED)
+def test_the_table_holds_plans_for_its_keys(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for narrow ranks alone; a plan by segment only where tokens are grouped."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+    tiles._table.cache_clear()
+    try:
+        for tokens, in_features, out_features, width in TUNED[device]:
+            plan = tiles.plan_for(Call(tokens, in_features, out_features, width))
+            if isinstance(plan, OneLaunch):
+                assert width <= plan.rows
+            else:
+                assert isinstance(plan, TwoLaunches)
+                assert (plan.shrink.stages > 1) == (tiles.segment_tokens(tokens) > 0)
+        assert tiles.plan_for(Call(16, 24, (24,), 2)) == default_plan(Call(16, 24, (24,), 2))
+    finally:
+        tiles._table.cache_clear()
