@@ -110,5 +110,5 @@ def factors_swapped_at_the_vocabulary(read: Read) -> Read:
 )
 def test_sabotage_is_noticed(monkeypatch: pytest.MonkeyPatch, case: Case, break_it: Callable[[Read], Read]) -> None:
     """The twin: factors read wrongly make the comparison of this file fail."""
-    monkeypatch.setattr("bdlora_compile.runtime.adapters.read_local", break_it(factors.read_local))
+    monkeypatch.setattr("bdlora_compile.runtime.staging.read_local", break_it(factors.read_local))
     assert error_of(case) > 1e-3

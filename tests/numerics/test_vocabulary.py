@@ -245,7 +245,7 @@ def test_sabotage_is_noticed(write: Write, monkeypatch: pytest.MonkeyPatch, shif
             local = read(found, site, layout, rank, mesh)
             return replace(local, a=local.a.roll(1, 0)) if site.is_lookup else local
 
-        monkeypatch.setattr("bdlora_compile.runtime.adapters.read_local", shifted)
+        monkeypatch.setattr("bdlora_compile.runtime.staging.read_local", shifted)
     else:
         monkeypatch.setattr(lora_placement.LoraPlacement, "_kept_tokens", lambda work, x, token_slot, site: token_slot)
     assert error() > 1e-2
