@@ -134,7 +134,7 @@ def functional_block(whole: Whole, declare: bool = True) -> Callable[[Tensor], T
     def block(x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         # Ranks' shares are gathered along the first dim, hence the transposes.
-        h = funcol.all_gather_tensor((tokens @ own["up.a"]).t(), gather_dim=0, group=dist.group.WORLD).t()
+        h = funcol.all_gather_tensor((tokens @ own["up.a"]).t().contiguous(), 0, dist.group.WORLD).t()
         inner = F.silu(torch.addmm(tokens @ own["up"], h, own["up.b"], alpha=whole.scale))
         low = funcol.all_reduce(inner @ own["down.a"], "sum", dist.group.WORLD)
         delta = F.pad(low @ own["down.b"], (rank * mine, width - (rank + 1) * mine))
