@@ -4,6 +4,7 @@ import gc
 import shutil
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,29 @@ def test_loads_in_a_thread_do_not_touch_running_rows(served: Served) -> None:
     assert not errors
     assert all(equal)
     assert adapters.stats().compactions > compactions, "the running adapter was moved to the front"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_change_falls_between_two_forwards(served: Served, files: Files, size: int) -> None:
+    """A forward that is under way holds off an admission, and an admission holds off a forward."""
+    if size == 1:
+        # The program of a real rank, not the interpreter of all ranks.
+        model, own = bd.load(files.model, dtype=torch.float64, max_adapters=2, max_rank=4)
+        model.compile(backend="bdlora")
+        served = Served(model, own, served.paths, served.reference)
+    served.load("a0", "a1", "a2")
+    served.logits()
+    calls: list[Callable[[], object]] = [served.logits, lambda: served.adapters.prefetch("a2")]
+    for call in calls:
+        thread = threading.Thread(target=call)
+        with served.model.bdlora.step:
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+            assert {version.name for version in served.adapters._residents.versions} == {"a0", "a1"}
+        thread.join(60)
+        assert not thread.is_alive()
+    assert "a2" in served.resident()
 
 
 def test_a_load_in_the_background_is_seen_when_it_is_committed(served: Served) -> None:
