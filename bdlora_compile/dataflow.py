@@ -206,12 +206,46 @@ def _run(source: Node, value: Node, nodes: list[Node], filled: Tensor, alone: bo
     for node in nodes:
         if not is_linear_step(node):
             raise NotFollowedError(f"{node.name} ({operator_name(node)}) is not linear, or not known to be")
+        if _cuts_varying_dim(node):
+            raise NotFollowedError(
+                f"{node.name} ({operator_name(node)}) cuts a dim whose size varies from call to call"
+            )
         args: Any = map_arg(node.args, operand_value)  # type: ignore[arg-type]  # any value may stand for a node
         kwargs: Any = map_arg(node.kwargs, operand_value)  # type: ignore[arg-type]  # the same
         values[node] = _apply(node, args, kwargs)
     result = values[value]
     assert isinstance(result, Tensor), f"{value.name}: only tensors are probed"
     return result
+
+
+_CUTS = {
+    "slice": 1,
+    "select": 1,
+    "narrow": 1,
+    "slice_scatter": 2,
+    "select_scatter": 2,
+    "split": 2,
+    "split_with_sizes": 2,
+}
+"""Position of the dim among the arguments of operators that cut at places."""
+
+
+def _cuts_varying_dim(node: Node) -> bool:
+    """Whether a node cuts a dim of symbolic size: where it does so was seen for one size only."""
+    position = _CUTS.get(operator_name(node))
+    operand = node.args[0] if node.args else None
+    if position is None or not isinstance(operand, Node) or not is_tensor(operand):
+        return False
+    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    is_whole = operator_name(node) == "slice" and node.args[2:3] in ((), (0,), (None,)) and len(node.args) < 5
+    end = node.args[3] if len(node.args) > 3 else None
+    if is_whole and (end is None or (isinstance(end, int) and end >= _END)):
+        return False
+    return isinstance(dim, int) and not isinstance(fake_tensor(operand).shape[dim], int)
+
+
+_END = 2**62
+"""A slice to the end of a dim has a larger one."""
 
 
 def _apply(node: Node, args: Any, kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from bdlora_compile import collectives
 from bdlora_compile.collectives import ALL_REDUCE, WAIT
-from bdlora_compile.dataflow import is_linear_step, linear_origin, tensor_operands
+from bdlora_compile.dataflow import SCALINGS, is_linear_step, linear_origin, tensor_operands
 from bdlora_compile.ir import Captured, Fact, InputSource, fake_tensor, operator_name, record, set_record, stage_nodes
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.placement import Mesh, Partial, Replicate
@@ -105,7 +105,9 @@ def _linear_operand(node: Node) -> Node | None:
     """The operand in which a node is linear, the others being the same on every rank."""
     operands = tensor_operands(node)
     if is_linear_step(node):
-        return operands[0] if len(operands) == 1 else None
+        # A number may be another one on each rank: then nothing says that the scaled sum is the same on all of them.
+        is_same = operator_name(node) not in SCALINGS or isinstance(record(node).placement, (Replicate, Partial))
+        return operands[0] if len(operands) == 1 and is_same else None
     # A third operand is a bias, which would be added once a rank.
     if operator_name(node) not in ("linear", "mm") or len(operands) != 2:
         return None

@@ -74,7 +74,7 @@ def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
     report = Report("a model sharded by its owner", context.plan.mesh.size, _inputs(foreign))
     found: list[Path] = []
     run_passes((Simplify(), SplitProducts(), TagPaths(foreign.groups, found)), captured, context, report.stages)
-    refused = refused_paths(found, foreign.tensors, foreign.has_dtensors, agreement)
+    refused = refused_paths(captured.graph, found, foreign.tensors, foreign.has_dtensors, agreement)
     run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
     report.rebuilt = _rebuilt_bytes(foreign)
     return Localized(foreign, report)

@@ -30,9 +30,9 @@ def match_column(product: Product, wait: Node, member: GroupMember) -> ColumnPat
     ranks = one_for_each_column(origin, "ranks' shares are mixed within a column")
     arranged = _arrange(place, local)
     own = [column for column in range(index.shape[1]) if int(ranks[column]) == member.rank]
-    places, rank_dim = rank_places(product, Side.INNER)
-    licence = licence_of(product.parameter, rank_dim, member)
-    if sorted(places[column] for column in own) != list(range(licence.start, licence.stop)):
+    factor = factor_places(product, Side.INNER)
+    licence = licence_of(product.parameter, factor.rank_dim, member)
+    if sorted(factor.along[column] for column in own) != list(range(licence.start, licence.stop)):
         raise NotFollowedError(
             f"this rank's share of the gathered h meets other columns of B than its part "
             f"{licence.start}:{licence.stop} of the adapter's rank"
@@ -73,19 +73,44 @@ class Side(Enum):
     """In the other one: a first factor, A."""
 
 
-def rank_places(product: Product, side: Side) -> tuple[list[int], int]:
-    """(for each place along the adapter's rank in a factor that in its parameter, that dim of the parameter)."""
+@dataclass(frozen=True, slots=True)
+class FactorPlaces:
+    """How a product's factor is made of its parameter.
+
+    Attributes:
+        along: for each place along the adapter's rank in the factor that in the parameter, each once.
+        rank_dim: the dim of the parameter that is the rank.
+        is_in_order: whether the places along the other dim are those of the parameter, in order.
+        scale: what the parameter is multiplied by.
+    """
+
+    along: list[int]
+    rank_dim: int
+    is_in_order: bool
+    scale: float
+
+
+def factor_places(product: Product, side: Side) -> FactorPlaces:
+    """Probe the way from a parameter to the factor of a product.
+
+    Raises:
+        NotFollowedError: the factor does not consist of the parameter's rows or columns.
+    """
     parameter = fake_tensor(product.parameter)
     if parameter.ndim != 2:
         raise NotFollowedError("its factor is no matrix")
-    matrix = probe(product.parameter, product.factor, alone=True).index
+    found = probe(product.parameter, product.factor, alone=True)
     # Rows are the places along the rank: the inner dim of [W, O] is the first, the outer one the second.
-    if product.data_first == (side is Side.OUTER):
-        matrix = matrix.t()
+    matrix = found.index.t() if product.data_first == (side is Side.OUTER) else found.index
     size = concrete(parameter.shape[1])
     for dim, along, across in ((0, matrix // size, matrix % size), (1, matrix % size, matrix // size)):
         if (along == along[:, :1]).all() and (across == across[:1]).all():
-            return [int(place) for place in along[:, 0]], dim
+            places = [int(place) for place in along[:, 0]]
+            if len(set(places)) != len(places):
+                raise NotFollowedError("parts of its factor are used more than once")
+            other = concrete(parameter.shape[1 - dim])
+            is_in_order = across[0].tolist() == list(range(other))
+            return FactorPlaces(places, dim, is_in_order, found.factor)
     raise NotFollowedError("the rows of its factor are mixed before the product")
 
 

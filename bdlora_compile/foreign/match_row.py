@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE
+from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, is_collective
 from bdlora_compile.dataflow import PLACINGS, NotFollowedError, Probe, linear_origin, linear_reach, probe, view_sizes
-from bdlora_compile.foreign.match_column import Side, as_rows, licence_of, one_for_each_column, rank_places
+from bdlora_compile.foreign.match_column import Side, as_rows, factor_places, licence_of, one_for_each_column
 from bdlora_compile.foreign.paths import GroupMember, Landing, Product, RowPath, product_of
 from bdlora_compile.foreign.without import rest_without
 from bdlora_compile.ir import operator_name
@@ -23,36 +23,38 @@ def match_row(second: Product, wait: Node, member: GroupMember) -> RowPath | Non
     Raises:
         NotFollowedError: it lands somewhere else, its elements are moved in another way, or A has no licence.
     """
-    landed = _landing(second, member)
+    collective = wait.all_input_nodes[0]
+    group = str(collective.args[-1])
+    landed = _landing(second, member, group)
     if landed is None:
         return None
     view_sizes(landed.result)
-    collective = wait.all_input_nodes[0]
     first = _first_product(collective)
     given = collective.args[0]
     assert isinstance(given, Node), "a collective is of a value of the graph"
     before, between = probe(first.node, given, alone=True), probe(wait, second.data, alone=True)
     columns = _first_columns(before, as_rows(between.index, second), first)
-    places, rank_dim = rank_places(first, Side.OUTER)
-    licence = licence_of(first.parameter, rank_dim, member)
+    a, b = factor_places(first, Side.OUTER), factor_places(second, Side.INNER)
+    if not b.is_in_order:
+        raise NotFollowedError("the output features of its second factor are reordered before the product")
+    licence = licence_of(first.parameter, a.rank_dim, member)
     share = licence.stop - licence.start
     parts = [
-        [at for at, column in enumerate(columns) if places[column] // share == rank] for rank in range(member.size)
+        [at for at, column in enumerate(columns) if a.along[column] // share == rank] for rank in range(member.size)
     ]
-    second_places, second_dim = rank_places(second, Side.INNER)
     return RowPath(
         licence=licence,
         first=first,
         second=second,
         collective=wait,
         first_columns=tuple(columns[at] for at in parts[member.rank]),
-        second_columns=tuple(tuple(second_places[at] for at in part) for part in parts),
-        second_rank_dim=second_dim,
+        second_columns=tuple(tuple(b.along[at] for at in part) for part in parts),
+        second_rank_dim=b.rank_dim,
         landing=landed.how,
         result=landed.result,
         features_first=landed.features_first,
-        group=str(collective.args[-1]),
-        scale=before.factor * between.factor * landed.scale,
+        group=group,
+        scale=before.factor * between.factor * b.scale * landed.scale,
     )
 
 
@@ -71,7 +73,8 @@ def _first_product(collective: Node) -> Product:
     if len(begins) != 1:
         raise NotFollowedError("several products share the all-reduce between its factors")
     first = product_of(begins[0])
-    assert first is not None, "a path begins with a product"
+    if first is None:
+        raise NotFollowedError(f"{begins[0].name} ({operator_name(begins[0])}) is summed, no product with a factor")
     return first
 
 
@@ -89,13 +92,15 @@ def _first_columns(before: Probe, reduced: Tensor, first: Product) -> list[int]:
     return [int(place) for place in found]
 
 
-def _landing(second: Product, member: GroupMember) -> _Landed | None:
+def _landing(second: Product, member: GroupMember, group: str) -> _Landed | None:
     """Where the product's slice of the result goes; None if the product's result is no slice."""
     _, direct = linear_reach(second.node, alone=True)
     others = [node for node in direct if operator_name(node) not in _READERS]
     if others:
         raise NotFollowedError(f"{others[0].name} ({operator_name(others[0])}) reads its result before it is added")
     reached, readers = linear_reach(second.node)
+    if len(readers) == 1 and is_collective(readers[0]) and str(readers[0].args[-1]) != group:
+        raise NotFollowedError("its result is communicated in another process group than its factors")
     if len(readers) == 1 and operator_name(readers[0]) == ALL_REDUCE and readers[0].args[1] == "sum":
         return _placed(second, readers[0], member)
     if len(readers) == 1 and operator_name(readers[0]) == ALL_GATHER:

@@ -18,7 +18,7 @@ from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_throu
 from bdlora_compile.foreign.compile import localize
 from bdlora_compile.report import Report
 from bdlora_compile.runtime import lockstep
-from bdlora_compile.runtime.agreement import Alone
+from bdlora_compile.runtime.agreement import Agreement, Alone
 from bdlora_compile.runtime.foreign_program import parts_for_ranks, rebuilt_sources
 
 Block = Callable[[Tensor], Tensor]
@@ -43,13 +43,21 @@ def fake_rank(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def capture(build: Callable[[], Block], rank: int, size: int, x: Tensor, *, dynamic: bool = False) -> RankRun:
+def capture(
+    build: Callable[[], Block],
+    rank: int,
+    size: int,
+    x: Tensor,
+    *,
+    dynamic: bool = False,
+    agreement: Agreement | None = None,
+) -> RankRun:
     """The rewritten graph of one rank, with what it was called with."""
     runs: list[RankRun] = []
 
     def backend(module: GraphModule, example_inputs: Sequence[Any]) -> Runnable:
         def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
-            runs.append(RankRun(foreign, localize(foreign, Alone()).report))
+            runs.append(RankRun(foreign, localize(foreign, agreement or Alone()).report))
 
             def remember(*arguments: Any) -> Any:
                 # All blocks here give back what looks like what they take.
