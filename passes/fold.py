@@ -18,9 +18,20 @@ from torch.fx import Graph, Node
 from bdlora_compile import collectives
 from bdlora_compile.collectives import ALL_REDUCE, WAIT
 from bdlora_compile.dataflow import SCALINGS, is_linear_step, linear_origin, tensor_operands
-from bdlora_compile.ir import Captured, Fact, InputSource, fake_tensor, operator_name, record, set_record, stage_nodes
+from bdlora_compile.ir import (
+    Captured,
+    Fact,
+    InputSource,
+    fake_tensor,
+    is_tensor,
+    operator_name,
+    record,
+    set_record,
+    stage_nodes,
+)
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.placement import Mesh, Partial, Replicate
+from bdlora_compile.propagation import value_key
 from bdlora_compile.report import PassStats
 
 
@@ -60,7 +71,7 @@ class _Summand:
 
 def _fold(graph: Graph, add: Node, mesh: Mesh) -> bool:
     operands = add.all_input_nodes
-    if len(operands) != 2 or add.kwargs or fake_tensor(operands[0]).shape != fake_tensor(operands[1]).shape:
+    if len(operands) != 2 or add.kwargs or not _same_shape(*operands):
         return False
     summands = [found for operand in operands if (found := _summand(operand)) is not None]
     groups = {str(summand.reduced.args[2]) for summand in summands}
@@ -82,6 +93,13 @@ def _fold(graph: Graph, add: Node, mesh: Mesh) -> bool:
         set_record(node, placement=Replicate(), origin=record(add).origin, stage="fold")
     add.replace_all_uses_with(result, delete_user_cb=lambda user: user is not reduced)
     return True
+
+
+def _same_shape(first: Node, second: Node) -> bool:
+    """Whether nothing is broadcast; symbols are compared by their expressions, since asking them would add a guard."""
+    if not (is_tensor(first) and is_tensor(second)):
+        return False
+    return value_key(tuple(fake_tensor(first).shape)) == value_key(tuple(fake_tensor(second).shape))
 
 
 def _summand(value: Node) -> _Summand | None:

@@ -36,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("bdlora-nightly" if config.getoption("--nightly") else "bdlora")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests have a time limit of their own are the long ones: they start first, so that none runs alone."""
+    long_files = {item.path for item in items if item.get_closest_marker("timeout") is not None}
+    items.sort(key=lambda item: item.path not in long_files)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> GoldenCheck:
     """``golden(name, text)``: the text is that of the file ``goldens/<name>.txt`` beside the test."""
