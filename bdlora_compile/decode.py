@@ -12,9 +12,16 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from bdlora_compile.errors import BdloraError
 from bdlora_compile.ir import Origin
@@ -64,8 +71,9 @@ def decode(job: Job, console: Console) -> bool:
     console.print(f"{type(model).__name__} on {ranks} ranks, {len(adapters)} adapters: {', '.join(adapters.names)}")
     batch = _tokenize(job)
     console.print(f"compiling and decoding {len(job.rows)} rows of {job.new_tokens} tokens ...")
-    with adapters.use([name for _, name in job.rows]):
-        tokens = model.generate(**batch, max_new_tokens=job.new_tokens, do_sample=False)
+    with adapters.use([name for _, name in job.rows]), Progress(console=console, transient=True) as progress:
+        steps = StoppingCriteriaList([_Steps(progress, job.new_tokens)])
+        tokens = model.generate(**batch, max_new_tokens=job.new_tokens, do_sample=False, stopping_criteria=steps)
     new = tokens[:, batch["input_ids"].shape[1] :].cpu()
     console.print(f"done in {time.perf_counter() - start:.0f} s, compilation included")
     _show_answers(job, new, console)
@@ -74,6 +82,23 @@ def decode(job: Job, console: Console) -> bool:
         for decision in reports(model)[0].decisions:
             console.print(decision.text(), markup=False)
     return not job.check or _agrees_with_peft(job, batch, new, model, console)
+
+
+class _Steps(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped for mypy
+    """Moves a bar with every token; stops nothing."""
+
+    def __init__(self, progress: Progress, new_tokens: int) -> None:
+        self._progress = progress
+        # The first token waits for the prompt's graph, the second for that of one token.
+        self._task = progress.add_task("compiling", total=new_tokens)
+        self._done = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row ends here: never."""
+        self._done += 1
+        description = "compiling" if self._done < 2 else "decoding"
+        self._progress.update(self._task, advance=1, description=description)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def _tokenize(job: Job) -> dict[str, Tensor]:

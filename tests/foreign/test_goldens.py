@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.torch_version import TorchVersion
 
 from bdlora_compile.foreign.compile import localize
 from bdlora_compile.ir import Origin
@@ -65,6 +66,8 @@ CASES: dict[str, Callable[[], Block]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_stages(name: str, golden: GoldenCheck) -> None:
     """The graph before and after, and in between where something happened."""
+    if name == "peft_like" and TorchVersion(torch.__version__) < (2, 12):
+        pytest.skip("the text is that of later releases, where a mesh is an argument of its own")
     run = capture(CASES[name], 1, 2, X)
     for number, stage in enumerate(run.report.stages):
         if number == 0 or stage.stats.matches:
