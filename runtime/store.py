@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from bdlora_compile.errors import ConfigError, PlacementError
-from bdlora_compile.placement import Mesh, Placement, Slice, shard_slice
+from bdlora_compile.placement import Mesh, Placement, Slice, local_shape, shard_slice
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -26,8 +26,12 @@ class WeightSource(Protocol):
         """Whole shape of a tensor, without reading it."""
         ...
 
-    def read(self, name: str, part: Slice) -> torch.Tensor:
-        """The stored part of a slice, not padded."""
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        ...
+
+    def read_into(self, name: str, part: Slice, target: torch.Tensor) -> None:
+        """Copy a slice to the start of ``target``, which is as long as the slice or, where that is padded, longer."""
         ...
 
 
@@ -43,12 +47,16 @@ class MemorySource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, part: Slice) -> torch.Tensor:
-        tensor = self._tensors[name].detach()
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach()
+
+    def read_into(self, name: str, part: Slice, target: torch.Tensor) -> None:
+        tensor = self.read(name)
         if part.dim is None:
-            return tensor
-        # A copy, so that the whole tensor can be freed once every slice of it was read.
-        return tensor.narrow(part.dim, part.start, part.stop - part.start).clone()
+            target.copy_(tensor)
+        else:
+            length = part.stop - part.start
+            target.narrow(part.dim, 0, length).copy_(tensor.narrow(part.dim, part.start, length))
 
 
 class SafetensorsSource:
@@ -68,14 +76,20 @@ class SafetensorsSource:
         with safe_open(self._files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str, part: Slice) -> torch.Tensor:
-        # The file is opened for each read: its pages are mapped only while a slice is copied out of them.
+    # The file is opened for each read: its pages are mapped only while a slice is copied out of them.
+
+    def read(self, name: str) -> torch.Tensor:
         with safe_open(self._files[name], framework="pt") as file:
-            tensor = file.get_slice(name)
+            return torch.as_tensor(file.get_slice(name)[:]).clone()
+
+    def read_into(self, name: str, part: Slice, target: torch.Tensor) -> None:
+        with safe_open(self._files[name], framework="pt") as file:
+            stored = file.get_slice(name)
             if part.dim is None:
-                return torch.as_tensor(tensor[:])
-            index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
-            return torch.as_tensor(tensor[index]).clone()
+                target.copy_(torch.as_tensor(stored[:]))
+            else:
+                index = (slice(None),) * part.dim + (slice(part.start, part.stop),)
+                target.narrow(part.dim, 0, part.stop - part.start).copy_(torch.as_tensor(stored[index]))
 
 
 class ShardStore:
@@ -134,20 +148,20 @@ class ShardStore:
             for (name, _), part in zip(parts, slices, strict=True)
         ]
         merged = torch.zeros(sum(rows), *rest, dtype=self._dtype, device=self._device)
-        # One part at a time is read and copied to its place: no second copy of the whole.
-        for (name, placement), target in zip(parts, merged.split(rows), strict=True):
-            target.copy_(self._read(name, placement))
+        for (name, _), part, target in zip(parts, slices, merged.split(rows), strict=True):
+            self._source.read_into(name, part, target)
         return merged
 
     def _read(self, name: str, placement: Placement) -> torch.Tensor:
-        part = shard_slice(self._source.shape(name), placement, self._rank, self._mesh)
-        tensor = self._source.read(name, part).to(dtype=self._dtype, device=self._device)
-        missing = 0 if part.dim is None else part.length - (part.stop - part.start)
-        if part.dim is None or not missing:
-            return tensor.contiguous()
-        shape = list(tensor.shape)
-        shape[part.dim] = missing
-        return torch.cat([tensor, tensor.new_zeros(shape)], dim=part.dim)
+        shape = self._source.shape(name)
+        part = shard_slice(shape, placement, self._rank, self._mesh)
+        if part.dim is None:
+            return self._source.read(name).to(dtype=self._dtype, device=self._device).contiguous()
+        # Room first, then the data: a slice that is read to be copied afterwards leaves a hole as large as itself
+        # between two that stay, in each layer.
+        target = torch.zeros(local_shape(shape, placement), dtype=self._dtype, device=self._device)
+        self._source.read_into(name, part, target)
+        return target
 
 
 def _files_by_tensor(folder: Path) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 The fake process group stands for the other ranks: collectives return at once. The weights are zeros that take no disk.
 """
 
-import ctypes
 import json
 import struct
 import sys
@@ -32,9 +31,6 @@ CONFIG = LlamaConfig(
 )
 
 
-_PR_SET_THP_DISABLE = 41
-
-
 def write_sparse(folder: Path) -> None:
     """A checkpoint whose data is one hole: a safetensors header, then nothing written."""
     with torch.device("meta"):
@@ -53,11 +49,6 @@ def write_sparse(folder: Path) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(file.tell() + end)
     CONFIG.save_pretrained(folder)
-
-
-def without_huge_pages() -> None:
-    """Count what is allocated: where the kernel backs it by pages of 2 MB, each of 300 tensors rounds up by as much."""
-    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def anonymous_bytes() -> int:
@@ -92,7 +83,6 @@ class Peak:
 
 def main(folder: Path) -> None:
     """Print one line of JSON: bytes before, at the peak, and of this rank's shards and adapter pool."""
-    without_huge_pages()
     write_sparse(folder)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     before = anonymous_bytes()
