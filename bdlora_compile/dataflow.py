@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bdlora_compile.ir import fake_tensor, fake_value, is_symbol, is_tensor, operator_name
+from bdlora_compile.ir import fake_tensor, fake_value, is_symbol, is_tensor, operator_name, tensor_operands
 from bdlora_compile.propagation import number_key
 
 _MOVES = """
@@ -69,17 +69,12 @@ def is_linear_step(node: Node) -> bool:
             return name in MOVES or name in PLACINGS or name in SCALINGS
 
 
-def tensor_operands(node: Node) -> list[Node]:
-    """Operands that are tensors or tuples of them, each once."""
-    return [operand for operand in node.all_input_nodes if isinstance(fake_value(operand), (Tensor, tuple, list))]
-
-
 def cone(source: Node, value: Node) -> list[Node]:
     """Nodes on the ways from ``source`` (left out) to ``value``, in graph order."""
-    before = _reach([value], lambda node: node.all_input_nodes, stop=source)
-    after = _reach([source], lambda node: list(node.users), stop=value)
-    inside = before & after - {source}
-    return [node for node in source.graph.nodes if node in inside and not is_symbol(node)]
+    # What lies outside their stretch of the graph is on no way: without this a walk would see the whole model.
+    before = _reach([value], lambda node: [operand for operand in node.all_input_nodes if operand >= source])
+    after = _reach([source], lambda node: [user for user in node.users if user <= value])
+    return sorted(node for node in before & after if node is not source and not is_symbol(node))
 
 
 def linear_reach(source: Node, *, alone: bool = False) -> tuple[list[Node], list[Node]]:
@@ -87,16 +82,13 @@ def linear_reach(source: Node, *, alone: bool = False) -> tuple[list[Node], list
 
     ``alone``: without what it is summed with other values in.
     """
-
     inside = {source}
-    for node in source.graph.nodes:
-        operands = tensor_operands(node)
-        if not any(operand in inside for operand in operands) or not is_linear_step(node):
-            continue
-        is_sum = operator_name(node) in PLACINGS or not all(operand in inside for operand in operands)
+    steps = _reach([source], lambda node: [user for user in node.users if is_linear_step(user)])
+    for node in sorted(steps):
+        is_sum = operator_name(node) in PLACINGS or not all(operand in inside for operand in tensor_operands(node))
         if not (alone and is_sum):
             inside.add(node)
-    ordered = [node for node in source.graph.nodes if node in inside]
+    ordered = sorted(inside)
     return ordered, list(dict.fromkeys(user for node in ordered for user in node.users if user not in inside))
 
 
@@ -176,14 +168,11 @@ def _before(value: Node) -> list[Node]:
     return list(takewhile(lambda node: node is not value, value.graph.nodes))
 
 
-def _reach(starts: list[Node], following: Callable[[Node], list[Node]], stop: Node | None = None) -> set[Node]:
+def _reach(starts: list[Node], following: Callable[[Node], list[Node]]) -> set[Node]:
     seen = set(starts)
     pending = list(starts)
     while pending:
-        node = pending.pop()
-        if node is stop:
-            continue
-        for other in following(node):
+        for other in following(pending.pop()):
             if other not in seen:
                 seen.add(other)
                 pending.append(other)

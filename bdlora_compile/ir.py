@@ -266,6 +266,12 @@ def is_symbol(node: Node) -> bool:
     return isinstance(fake_value(node), torch.SymInt)
 
 
+def tensor_operands(node: Node) -> list[Node]:
+    """Operands that are tensors (or tuples of them), each once."""
+    numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return [operand for operand in node.all_input_nodes if not isinstance(fake_value(operand), numbers)]
+
+
 def placeholders(graph: Graph) -> Sequence[Node]:
     """The graph's placeholders in order."""
     return graph.find_nodes(op="placeholder")

@@ -109,9 +109,20 @@ def erase_unused(graph: Graph, candidates: Sequence[Node]) -> int:
     Only nodes that a pass has just orphaned may be named: writes (``index_put_``, ``add_``) have no users either.
     """
     erased = 0
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for node in sorted(candidates, key=lambda node: position[node], reverse=True):
+    for node in sorted(candidates, reverse=True):
         if not node.users:
             graph.erase_node(node)
             erased += 1
     return erased
+
+
+def erase_with_operands(graph: Graph, node: Node) -> None:
+    """Erase a node that nothing uses, and then what only it used, and so on; placeholders stay."""
+    pending, erased = [node], set[Node]()
+    while pending:
+        last = pending.pop()
+        if last in erased or last.users or last.op == "placeholder":
+            continue
+        pending += last.all_input_nodes
+        graph.erase_node(last)
+        erased.add(last)

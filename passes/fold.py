@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from bdlora_compile import collectives
 from bdlora_compile.collectives import ALL_REDUCE, WAIT
-from bdlora_compile.dataflow import SCALINGS, is_linear_step, linear_origin, tensor_operands
+from bdlora_compile.dataflow import SCALINGS, is_linear_step, linear_origin
 from bdlora_compile.ir import (
     Captured,
     Fact,
@@ -28,6 +28,7 @@ from bdlora_compile.ir import (
     record,
     set_record,
     stage_nodes,
+    tensor_operands,
 )
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.placement import Mesh, Partial, Replicate

@@ -20,7 +20,7 @@ import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile import collectives
-from bdlora_compile.dataflow import concrete, cone, linear_reach, view_sizes
+from bdlora_compile.dataflow import concrete, view_sizes
 from bdlora_compile.foreign.paths import ColumnPath, Landing, LinearPath, Path, RowPath, parameter_name, path_name
 from bdlora_compile.foreign.without import build_rest, rest_without
 from bdlora_compile.ir import (
@@ -35,7 +35,7 @@ from bdlora_compile.ir import (
     record,
     set_record,
 )
-from bdlora_compile.pass_manager import PassContext, erase_unused
+from bdlora_compile.pass_manager import PassContext, erase_with_operands
 from bdlora_compile.placement import Mesh, RankLocal, Replicate
 from bdlora_compile.propagation import find_fake_mode
 from bdlora_compile.report import PassStats, Refusal
@@ -87,8 +87,7 @@ class LocalizeDeclared:
 
 def _localize_column(graph: Graph, path: ColumnPath) -> None:
     product = path.product
-    old = product.node
-    with graph.inserting_before(old):
+    with graph.inserting_before(product.node):
         own = path.local
         if path.local_dims != tuple(sorted(path.local_dims)):
             own = graph.call_function(_ATEN.permute.default, (own, list(path.local_dims)))
@@ -101,7 +100,7 @@ def _localize_column(graph: Graph, path: ColumnPath) -> None:
         size = concrete(fake_tensor(product.factor).shape[product.inner_dim])
         factor = _columns(graph, product.factor, path.factor_columns, product.inner_dim, size)
         made = product.with_operands(graph, own, factor)
-    _replace(graph, old, made, path.collective)
+    _replace(graph, product.node, made)
 
 
 def _localize_row(graph: Graph, path: RowPath) -> None:
@@ -120,7 +119,7 @@ def _localize_row(graph: Graph, path: RowPath) -> None:
             site = parameter_name(path.second.parameter)
             for node in (reduced, made):
                 set_record(node, placement=Replicate(), origin=Origin.LORA, site=site, stage="localize declared")
-    _replace(graph, path.result, made, path.collective)
+    _replace(graph, path.result, made)
 
 
 def _own_product(graph: Graph, path: RowPath, rebuilt: Node) -> Node:
@@ -177,28 +176,11 @@ def _cast(graph: Graph, value: Node, have: torch.dtype, wanted: torch.dtype) -> 
     return value if have == wanted else graph.call_function(_ATEN._to_copy.default, (value,), {"dtype": wanted})
 
 
-def _replace(graph: Graph, old: Node, made: Node, collective: Node) -> None:
+def _replace(graph: Graph, old: Node, made: Node) -> None:
     """Use ``made`` in place of ``old``, and erase what nothing reads any more."""
     _describe(made, old)
-    between = cone(collective, old)
-    after, _ = linear_reach(collective)
-    orphans = dict.fromkeys([*between, *after, collective, *collective.all_input_nodes])
     old.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
-    behind = collective.all_input_nodes[0].all_input_nodes
-    erase_unused(graph, [*_dead_above([old, *orphans, *behind])])
-
-
-def _dead_above(nodes: Sequence[Node]) -> list[Node]:
-    """``nodes`` and all that they alone are made of; placeholders stay."""
-    found = dict.fromkeys(nodes)
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        for operand in node.all_input_nodes:
-            if operand not in found and operand.op != "placeholder":
-                found[operand] = None
-                pending.append(operand)
-    return [node for node in found if node.op != "placeholder"]
+    erase_with_operands(graph, old)
 
 
 def _describe(made: Node, old: Node) -> None:

@@ -38,10 +38,11 @@ from bdlora_compile.ir import (
     placeholders,
     record,
     set_record,
+    tensor_operands,
 )
 from bdlora_compile.pass_manager import PassContext
 from bdlora_compile.passes.lora_placement import LoraPlacement
-from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for, tensor_operands
+from bdlora_compile.passes.placement_rules import Ruling, replicated, rule_for
 from bdlora_compile.passes.rank_inputs import RankInputs
 from bdlora_compile.passes.tag import weight_name
 from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local_shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from bdlora_compile.ir import fake_tensor, is_tensor, operator_name
+from bdlora_compile.ir import fake_tensor, is_tensor, operator_name, tensor_operands
 from bdlora_compile.placement import Partial, Placement, Replicate, Shard
 
 Size = int | torch.SymInt
@@ -36,11 +36,6 @@ class Ruling:
 Rule = Callable[[Node, Sequence[Placement]], Ruling | str]
 
 
-def tensor_operands(node: Node) -> list[Node]:
-    """Operands that are tensors (or tuples of them), each once."""
-    return [operand for operand in node.all_input_nodes if not _is_number(operand)]
-
-
 def rule_for(node: Node) -> Rule | None:
     """The rule of the node's operator, None if there is none."""
     return _RULES.get(operator_name(node))
@@ -49,11 +44,6 @@ def rule_for(node: Node) -> Rule | None:
 def replicated(node: Node, placements: Sequence[Placement]) -> Ruling:
     """What is right for every operator: all operands whole."""
     return Ruling([Replicate()] * len(placements), Replicate())
-
-
-def _is_number(node: Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _shard_of(placements: Sequence[Placement]) -> Shard | None:

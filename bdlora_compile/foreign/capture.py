@@ -39,15 +39,17 @@ class _Argument:
     """A tensor that Dynamo's graph takes.
 
     Attributes:
-        tensor: this rank's own tensor.
+        tensor: what this rank holds of it: the local part of a DTensor.
         name: of a parameter in the user's model, None of what a call brings.
         declared: what its owner says of it.
+        is_dtensor: whether it is a DTensor.
         is_replicated: whether a DTensor says that every rank holds the whole.
     """
 
     tensor: Tensor
     name: str | None
     declared: Declaration | None
+    is_dtensor: bool
     is_replicated: bool
 
 
@@ -122,11 +124,8 @@ def foreign_graph(module: GraphModule, arguments: Sequence[_Argument]) -> Foreig
             placement: Placement = Replicate() if argument.is_replicated else RankLocal()
             set_record(node, source=ArgumentWeight(index, argument.name, argument.declared), placement=placement)
             tensors[index] = argument.tensor
-    has_dtensors = any(isinstance(argument.tensor, DTensor) for argument in arguments)
-    locals_ = {
-        index: tensor._local_tensor if isinstance(tensor, DTensor) else tensor for index, tensor in tensors.items()
-    }
-    return ForeignGraph(captured, group_members(captured.graph), locals_, has_dtensors)
+    has_dtensors = any(argument.is_dtensor for argument in arguments)
+    return ForeignGraph(captured, group_members(captured.graph), tensors, has_dtensors)
 
 
 def group_members(graph: Graph) -> dict[str, GroupMember]:
@@ -148,13 +147,15 @@ def _argument(node: Node) -> _Argument | None:
     declared = declaration_of(example)
     source = node.meta["grapharg"].source
     is_weight = isinstance(example, nn.Parameter) or declared is not None or not getattr(source, "is_input", False)
-    whole = isinstance(example, DTensor) and all(isinstance(part, ReplicatedByDTensor) for part in example.placements)
     name = plain_path(source.name if isinstance(source.name, str) else source.name()) or node.name
-    return _Argument(example, name if is_weight else None, declared, whole)
+    if not isinstance(example, DTensor):
+        return _Argument(example, name if is_weight else None, declared, is_dtensor=False, is_replicated=False)
+    whole = all(isinstance(part, ReplicatedByDTensor) for part in example.placements)
+    return _Argument(example._local_tensor, name if is_weight else None, declared, True, whole)
 
 
 def _require_same_arguments(nodes: Sequence[Node], arguments: Sequence[_Argument]) -> None:
-    expected = [tuple((a.tensor._local_tensor if isinstance(a.tensor, DTensor) else a.tensor).shape) for a in arguments]
+    expected = [tuple(argument.tensor.shape) for argument in arguments]
     found = [tuple(getattr(fake_value(node), "shape", ())) for node in nodes]
     is_same = len(found) == len(expected) and all(
         len(one) == len(other) and all(not isinstance(a, int) or a == b for a, b in zip(one, other, strict=True))

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,19 +28,6 @@ from bdlora_compile.runtime.foreign_program import ForeignProgram, rebuild, rebu
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Localized:
-    """A graph after the passes.
-
-    Attributes:
-        foreign: the graph.
-        report: what the passes did.
-    """
-
-    foreign: ForeignGraph
-    report: Report
-
-
 def compile_foreign(
     module: GraphModule, example_inputs: Sequence[Any], inner: str | None, on_report: Callable[[Report], None] | None
 ) -> Runnable:
@@ -54,10 +40,10 @@ def compile_foreign(
 
     def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
         agreement = agreement_of([group_named(name) for name in foreign.groups])
-        localized = localize(foreign, agreement)
+        report = localize(foreign, agreement)
         if on_report is not None:
-            on_report(localized.report)
-        for stage in localized.report.stages:
+            on_report(report)
+        for stage in report.stages:
             for refusal in stage.stats.refusals:
                 _LOG.warning("LoRA path left as it is: %s, because %s", refusal.where, refusal.reason)
         require_equal(agreement, "collectives of a graph", ordered_list(foreign.captured))
@@ -66,8 +52,8 @@ def compile_foreign(
     return capture_through_aot(module, example_inputs, compile_graph)
 
 
-def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
-    """Run the passes; ``agreement`` is that of the ranks that share the graph."""
+def localize(foreign: ForeignGraph, agreement: Agreement) -> Report:
+    """Run the passes in place, and say what they did; ``agreement`` is that of the ranks that share the graph."""
     captured = foreign.captured
     sizes = [member.size for member in foreign.groups.values()]
     context = PassContext(_plan(max(sizes, default=1)), strict=False)
@@ -77,7 +63,7 @@ def localize(foreign: ForeignGraph, agreement: Agreement) -> Localized:
     refused = refused_paths(captured.graph, found, foreign.tensors, foreign.has_dtensors, agreement)
     run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
     report.rebuilt = _rebuilt_bytes(foreign)
-    return Localized(foreign, report)
+    return report
 
 
 def _emit(foreign: ForeignGraph, fakes: Sequence[Any], inner: str | None) -> Runnable:

@@ -2,8 +2,8 @@
 
 from torch.fx import Graph, Node
 
-from bdlora_compile.dataflow import MOVES, SCALINGS, NotFollowedError, cone, tensor_operands
-from bdlora_compile.ir import operator_name
+from bdlora_compile.dataflow import MOVES, SCALINGS, NotFollowedError, cone
+from bdlora_compile.ir import operator_name, tensor_operands
 
 Rest = dict[Node, Node | None]
 """For each node that a summand reaches what stands for it once the summand is zero: None for zero, itself if copied."""

@@ -57,7 +57,7 @@ def capture(
 
     def backend(module: GraphModule, example_inputs: Sequence[Any]) -> Runnable:
         def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
-            runs.append(RankRun(foreign, localize(foreign, agreement or Alone()).report))
+            runs.append(RankRun(foreign, localize(foreign, agreement or Alone())))
 
             def remember(*arguments: Any) -> Any:
                 # All blocks here give back what looks like what they take.

@@ -80,11 +80,11 @@ def test_a_second_run_changes_nothing(name: str) -> None:
     with fake_rank(1, 2):
         # The second run still simplifies what localizing left; the third finds nothing.
         second = localize(run.foreign, Alone())
-        assert all(stage.stats.matches == 0 for stage in second.report.stages[1:])
+        assert all(stage.stats.matches == 0 for stage in second.stages[1:])
         before = print_graph(run.foreign.captured.graph)
         again = localize(run.foreign, Alone())
     assert print_graph(run.foreign.captured.graph) == before
-    assert all(stage.stats.matches == 0 for stage in again.report.stages)
+    assert all(stage.stats.matches == 0 for stage in again.stages)
 
 
 def lora_collectives(run: RankRun) -> tuple[int, int]:
