@@ -107,6 +107,52 @@ _MOST_OF_A = 65536
 """Elements of A that a program of 8 warps can hold: 256 a thread."""
 
 
+PRODUCT_LIMIT = 16
+"""Tokens up to which the base product and LoRA are one launch: the rows of one tensor-core instruction."""
+
+PRODUCT_WIDTH = 8
+"""Largest local rank that such a launch serves: every tile of y holds its rows of B."""
+
+_FEWEST_PROGRAMS, _MOST_PROGRAMS = 128, 512
+"""Of a product: about one and four for each multiprocessor of an H100, which then run all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`linear_tokens`: tile sizes of the base product; see `product_for` for how they are chosen.
+
+    Attributes:
+        columns, depth: rows and columns of W that a program multiplies at once.
+        splits: programs that share the sum of a tile.
+        stages: 1 more than the tiles of W under way.
+        warps: of a program.
+    """
+
+    columns: int
+    depth: int
+    splits: int
+    stages: int
+    warps: int = 4
+
+
+def product_for(call: Call) -> Product | None:
+    """Tile sizes with which one launch computes a base product and its LoRA; None where two serve better or must.
+
+    Programs enough that memory is kept busy, but all at once on the GPU, and sums that are not too long.
+    """
+    rows, columns = sum(call.out_features), call.in_features
+    if call.tokens > PRODUCT_LIMIT or call.width > PRODUCT_WIDTH:
+        return None
+    tile = 64 if min(rows, columns) >= 2048 else 32 if rows >= 1024 else 16
+    depth = {64: 64, 32: 128, 16: 256}[tile]
+    tiles, splits = rows // tile, 1
+    while tiles * splits < _FEWEST_PROGRAMS or (columns // splits > 1024 and 2 * tiles * splits <= _MOST_PROGRAMS):
+        splits *= 2
+    if any(size % tile for size in call.out_features) or columns % (splits * depth):
+        return None
+    return Product(tile, depth, splits, min(5, columns // (splits * depth) + 1))
+
+
 def segment_tokens(tokens: int) -> int:
     """Tokens of a segment at most; 0 where programs work by token."""
     if tokens <= BY_TOKEN_LIMIT:
