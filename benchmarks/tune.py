@@ -180,7 +180,7 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
 
 def fields_of(plan: Plan) -> list[Any]:
     """A plan as it stands in the table."""
-    return [[*part] if isinstance(part, tuple) else part for part in astuple(plan)]
+    return [[*part] if isinstance(part, tuple) else part for part in astuple(plan)[:3]]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -97,7 +97,8 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -
 
 def _is_product(y: Node, x: Node) -> bool:
     """Whether y is x times a weight, and nothing more."""
-    return operator_name(y) == "linear" and y.args[0] is x and len(y.args) + len(y.kwargs) == 2
+    operands = [operand for operand in (*y.args, *y.kwargs.values()) if operand is not None]
+    return operator_name(y) == "linear" and operands[0] is x and len(operands) == 2
 
 
 def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:

@@ -69,6 +69,7 @@ def apply_(
         return
     overlap = can_overlap()
     early = plan.overlap and overlap
+    work = None if plan.by_token else work
     h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap, early=early)
     expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand, overlap=overlap)
 

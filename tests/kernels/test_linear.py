@@ -81,13 +81,25 @@ def test_operator_serves_any_device_and_shape() -> None:
 
 
 def test_plans_of_products() -> None:
-    """Few tokens and narrow ranks; enough programs, all at once; sizes that tiles divide."""
-    for in_features, outs in ((4096, (512, 128, 128)), (512, (4096,)), (8192, (3584, 3584)), (14336, (4096,))):
+    """Enough programs, all at once; sizes that tiles divide; few rows of B a program."""
+    for in_features, outs in ((4096, (512, 128, 128)), (512, (4096,)), (4096, (1792, 1792)), (8192, (1024, 128, 128))):
         plan = product_for(Call(16, in_features, outs, 8))
         assert plan is not None
         assert 100 < sum(outs) // plan.columns * plan.splits <= 512
         assert in_features % (plan.splits * plan.depth) == 0
-    assert product_for(Call(17, 4096, (4096,), 8)) is None
-    assert product_for(Call(16, 4096, (4096,), 9)) is None
-    assert product_for(Call(16, 4096, (4100,), 8)) is None
-    assert product_for(Call(16, 100, (4096,), 8)) is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(Call(17, 4096, (4096,), 8), id="tokens"),
+        pytest.param(Call(16, 4096, (4096,), 17), id="rank"),
+        pytest.param(Call(16, 512, (4096,), 9), id="rows of B of one program"),
+        pytest.param(Call(16, 4096, (4100,), 8), id="columns of y"),
+        pytest.param(Call(16, 100, (4096,), 8), id="columns of x"),
+        pytest.param(Call(16, 8192, (3584, 3584), 8), id="a large product"),
+        pytest.param(Call(16, 1024, (8192,), 2), id="measured"),
+    ],
+)
+def test_other_products_and_their_lora_are_two_launches(call: Call) -> None:
+    assert product_for(call) is None
