@@ -128,8 +128,8 @@ _PRODUCT_SIZE = 27_000_000
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
 
-_SEPARATE = {(1024, (8192,), 2)}
-"""(in_features, out_features, width) that were measured and cost less in two launches: o of 70B at N = 8."""
+_SEPARATE = {(1024, (8192,), 2), (2048, (4096,), 16)}
+"""(in_features, out_features, width) measured to cost less in two launches: o of 70B at N = 8, of 8B at N = 2."""
 
 
 @dataclass(frozen=True, slots=True)
