@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
+from bdlora_compile.attention import attention_text
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
@@ -139,6 +140,7 @@ def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
     report = _new_report(captured, deployment)
     context = PassContext(deployment.plan, deployment.strict)
     run_passes(PIPELINE, captured, context, report.stages)
+    report.attention = attention_text(captured, deployment.plan.device)
     base_only = captured.copy()
     run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)

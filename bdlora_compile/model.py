@@ -135,6 +135,7 @@ def load(
     choice = Choice.parse(strategy, workload, machine)
     folder = _folder_of(path_or_id)
     config = AutoConfig.from_pretrained(folder)
+    attention.require_plain_scores(config)
     dtype = dtype or config.dtype or torch.float32
     target = torch.device(device) if device is not None else _default_device()
     with torch.device("meta"):
@@ -183,6 +184,7 @@ def attach(
     attention.register()
     choice = Choice.parse(strategy, workload, machine)
     base, peft_adapters = _take_apart(model)
+    attention.require_plain_scores(base.config)
     base.set_attn_implementation(attention.NAME)
     base.eval()
     parameter = next(base.parameters())

@@ -64,6 +64,7 @@ class Report:
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
+        attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
     """
@@ -74,6 +75,7 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
+    attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
 
@@ -103,6 +105,8 @@ class Report:
         if self.rebuilt:
             size = sum(self.rebuilt.values())
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        if self.attention:
+            lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
         return "\n".join(lines)
