@@ -154,16 +154,15 @@ def attention_text(captured: Captured, device: torch.device) -> str:
         query = fake_tensor(by_rows[0].all_input_nodes[0])
         is_flash = has_flash(query.dtype, int(query.shape[3]), device)
         kernel = "FlashAttention-2" if is_flash else f"plain PyTorch for {query.dtype} on {device.type}"
-        parts.append(f"each row's own keys in {_num_layers(captured, by_rows)} layers ({kernel})")
+        parts.append(f"each row's own keys in {_layers(captured, by_rows)} ({kernel})")
     if by_mask:
-        count = _num_layers(captured, by_mask)
-        parts.append(f"all keys under a whole mask in {count} layers, which are not plain causal")
+        parts.append(f"all keys under a whole mask in {_layers(captured, by_mask)}: their masks are not plain causal")
     return "; ".join(parts) or "none"
 
 
-def _num_layers(captured: Captured, calls: Sequence[Node]) -> int:
-    """Layers that calls belong to, with those that a layer of the graph stands for."""
+def _layers(captured: Captured, calls: Sequence[Node]) -> str:
+    """How many layers calls belong to, those counted that a layer of the graph stands for."""
     found = {layer_of(module_path(node)) for node in calls}
-    if captured.layers is None:
-        return len(calls)
-    return sum(captured.layers.path(kept) in found for kept in captured.layers.stands_in)
+    layers = captured.layers
+    count = sum(layers.path(kept) in found for kept in layers.stands_in) if layers is not None else len(calls)
+    return f"{count} layer{'s' if count != 1 else ''}"
