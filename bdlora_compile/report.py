@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
+from bdlora_compile.runtime.step_graphs import StepGraphStats
 from bdlora_compile.strategy import Decision
 
 
@@ -67,6 +68,7 @@ class Report:
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
+        step_graphs: what became of its decode steps so far; None where they are not recorded.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Report:
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
+    step_graphs: StepGraphStats | None = None
 
     @property
     def pass_seconds(self) -> float:
@@ -109,6 +112,8 @@ class Report:
             lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
+        if self.step_graphs is not None:
+            lines.append(f"  {self.step_graphs.text()}")
         return "\n".join(lines)
 
 
