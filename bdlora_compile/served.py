@@ -51,15 +51,15 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         ours. Masks of other kinds pass as they are.
         """
         mask, cache, tokens = kwargs.get("attention_mask"), kwargs.get("past_key_values"), _tokens(args, kwargs)
-        is_padding = isinstance(mask, Tensor) and mask.ndim == 2
-        if tokens is None or not (mask is None or is_padding):
+        padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if tokens is None or mask is not padding:
             return kwargs
         if isinstance(cache, LocalCache):
-            if is_padding:
-                cache.pad_left(mask, tokens.shape[1])
+            if padding is not None:
+                cache.pad_left(padding, tokens.shape[1])
             return {**kwargs, "attention_mask": cache.starts}
-        if is_padding:
-            left_padding(mask, allows_right=True)
+        if padding is not None:
+            left_padding(padding, allows_right=True)
         elif cache is None and kwargs.get("position_ids") is None:
             # transformers would look for several prompts in a row, which only position_ids can tell.
             mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)

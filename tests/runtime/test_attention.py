@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -101,13 +102,19 @@ def test_the_operator_is_what_it_says_to_the_compiler() -> None:
 def test_plain_causal_layers_get_a_row_table_others_a_mask() -> None:
     """The mask of any function over rows of different length equals one made row by row."""
     starts, lengths = torch.tensor([0, 2]), torch.tensor([4, 6])
-    rows = {"batch_size": 2, "q_length": 2, "kv_length": ROOM, "q_offset": lengths, "attention_mask": starts}
+    rows: dict[str, Any] = {
+        "batch_size": 2,
+        "q_length": 2,
+        "kv_length": ROOM,
+        "q_offset": lengths,
+        "attention_mask": starts,
+    }
     assert torch.equal(
         mask(**rows, mask_function=causal_mask_function),
-        row_table(starts, lengths, 2, ROOM),  # type: ignore[arg-type]
+        row_table(starts, lengths, 2, ROOM),
     )
     window = sliding_window_causal_mask_function(3)
-    found = mask(**rows, mask_function=window)  # type: ignore[arg-type]
+    found = mask(**rows, mask_function=window)
     assert found.shape == (2, 1, 2, ROOM)
     for row in range(2):
         for query in range(2):
