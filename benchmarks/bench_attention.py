@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bdlora_compile.runtime.attention import attention, row_table
+from bdlora_compile.runtime.attention import attention, per_head, row_table
 
 HEAD_DIM, HEADS, KV_HEADS = 128, 32, 8
 MEMORY_BANDWIDTH, LAUNCH = 3.1e12, 1.6e-6
@@ -81,13 +81,14 @@ class Layers:
         groups, heads = KV_HEADS // case.ranks, HEADS // case.ranks
         size = 2 * case.batch * case.room * groups * HEAD_DIM * 2
         count = max(2, min(32, (200 << 20) // size))
-        shape = (count, 2, case.batch, case.room, groups, HEAD_DIM)
-        self.caches = torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(3, 4)
+        shape = (count, 2, case.batch, groups, case.room, HEAD_DIM)
+        self.caches = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
         self.queries = torch.randn(
             count, case.batch, case.seq, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16
         ).transpose(2, 3)
         lengths = torch.tensor(case.lengths, device="cuda")
-        self.rows = row_table(torch.zeros_like(lengths), lengths - case.seq, case.seq, case.room)
+        table = row_table(torch.zeros_like(lengths), lengths - case.seq, case.seq, case.room)
+        self.rows = per_head(table, groups)
         key, query = torch.arange(case.room, device="cuda"), torch.arange(case.seq, device="cuda")
         last = (lengths - case.seq)[:, None] + query
         self.mask = (key <= last[:, :, None])[:, None]

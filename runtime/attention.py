@@ -27,13 +27,22 @@ def row_table(starts: Tensor, lengths: Tensor | int, seq: int, room: int) -> Ten
 
     Returns:
         int32 [3, B + 1]: where a row's queries begin when all rows lie one behind the other (S apart); where its keys
-        begin (L apart); how many keys its last query sees (the last column has no meaning).
+        begin (L apart); how many keys its last query sees. The last column ends the first two, and has none of these.
     """
-    batch = starts.shape[0]
-    row = torch.arange(batch + 1, device=starts.device)
+    row = torch.arange(starts.shape[0] + 1, device=starts.device)
     num_keys = (lengths + seq - starts).clamp(min=0)
     first_key = row * room + F.pad(starts, (0, 1))
     return torch.stack([row * seq, first_key, F.pad(num_keys, (0, 1))]).to(torch.int32)
+
+
+def per_head(rows: Tensor, heads: int) -> Tensor:
+    """The table int32 [3, B G + 1] in which each of G kv heads of each row is a sequence with queries of its own."""
+    batch = rows.shape[1] - 1
+    size = rows[:2, -1:] // batch
+    number = torch.arange(batch * heads + 1, device=rows.device, dtype=torch.int32)
+    starts, num_keys = rows[1, :-1] % size[1], rows[2, :-1]
+    own = torch.stack([torch.zeros_like(starts), starts, num_keys])[:, :, None].expand(3, batch, heads).flatten(1)
+    return F.pad(own, (0, 1)) + F.pad(size * number, (0, 0, 0, 1))
 
 
 @torch.library.custom_op("bdlora::attention", mutates_args=())
@@ -43,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float) -> Te
     Args:
         q: [B, H, S, d].
         k, v: [B, G, L, d], H a multiple of G. What lies outside a row's keys may hold anything, NaN included.
-        rows: int32 [3, B + 1], see `row_table`.
+        rows: int32 [3, B + 1], see `row_table`; or [3, B G + 1], see `per_head`, which saves every layer that step.
         scale: of q k^T.
 
     Returns:
@@ -76,8 +85,12 @@ def has_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float) -> Tensor:
     batch, heads, seq, head_dim = q.shape
-    # Rows one behind the other; a view of a cache, whose tokens hold their heads together.
-    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    groups, room = k.shape[1:3]
+    if rows.shape[1] != batch * groups + 1:
+        rows = per_head(rows, groups)
+    # With one kv head each, sequences need no copies: a step's queries and a cache's keys are views.
+    queries = q.unflatten(1, (groups, -1)).transpose(2, 3).reshape(-1, heads // groups, head_dim)
+    keys, values = (x.reshape(-1, 1, head_dim) for x in (k, v))
     first_query, first_key, num_keys = rows.unbind()
     out, *_ = torch.ops.aten._flash_attention_forward(
         queries,
@@ -86,22 +99,25 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float) -> Tenso
         first_query,
         first_key,
         seq,
-        k.shape[2],
+        room,
         0.0,  # dropout
-        True,  # causal: the last query is the row's last key
+        True,  # causal: the last query is the sequence's last key
         False,  # no weights to look at
         scale=scale,
-        seqused_k=num_keys[:batch],
+        seqused_k=num_keys[:-1],
     )
-    return out.view(batch, seq, heads, head_dim)  # type: ignore[no-any-return]  # an operator's result
+    whole = out.view(batch, groups, seq, heads // groups, head_dim).transpose(1, 2)
+    return whole.reshape(batch, seq, heads, head_dim)  # type: ignore[no-any-return]  # an operator's result
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, scale: float) -> Tensor:
     batch, heads, seq, _ = q.shape
     groups, room = k.shape[1:3]
-    number = torch.arange(room, device=q.device) - (rows[1, :batch] % room)[:, None]
-    last = torch.arange(seq, device=q.device) + (rows[2, :batch] - seq)[:, None]
-    is_own = (number >= 0) & (number < rows[2, :batch, None])
+    # The first sequence of each row says it all.
+    _, first_key, num_keys = rows[:, :-1].unflatten(1, (batch, -1))[:, :, :1].unbind()
+    number = torch.arange(room, device=q.device) - first_key % room
+    last = torch.arange(seq, device=q.device) + num_keys - seq
+    is_own = (number >= 0) & (number < num_keys)
     sees = is_own[:, None, :] & (number[:, None, :] <= last[:, :, None])
     # What no query sees is replaced: weight zero times NaN would be NaN.
     keys, values = (x.masked_fill(~is_own[:, None, :, None], 0) for x in (k, v))

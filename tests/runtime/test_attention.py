@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 import bdlora_compile as bd
 from bdlora_compile.attention import mask
-from bdlora_compile.runtime.attention import attention, row_table
+from bdlora_compile.runtime.attention import attention, per_head, row_table
 from bdlora_compile.runtime.cache import left_padding
 
 TOLERANCE = 1e-13
@@ -40,12 +40,11 @@ class Rows:
         torch.manual_seed(0)
         batch = len(self.starts)
         q = torch.randn(batch, self.heads, self.seq, 4, dtype=torch.float64)
-        k, v = torch.full((2, batch, ROOM, self.groups, 4), float("nan"), dtype=torch.float64).unbind()
+        k, v = torch.full((2, batch, self.groups, ROOM, 4), float("nan"), dtype=torch.float64).unbind()
         for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             for x in (k, v):
-                x[row, start : length + self.seq] = torch.randn_like(x[row, start : length + self.seq])
-        # As a cache gives them: a token's heads lie together.
-        return q, k.transpose(1, 2), v.transpose(1, 2)
+                x[row, :, start : length + self.seq].normal_()
+        return q, k, v
 
     def expected(self, *, causal: bool = True) -> Tensor:
         """[B, S, H, d], by one softmax for each row, head and query."""
@@ -74,8 +73,18 @@ CASES = {
 def test_each_row_sees_its_own_keys(name: str) -> None:
     """Poison outside a row's keys must not matter; padding's own queries give zeros."""
     rows = CASES[name]
-    found = attention(*rows.operands(), rows.table(), SCALE)
-    assert (found - rows.expected()).abs().max() < TOLERANCE
+    table = rows.table()
+    for own in (table, per_head(table, rows.groups)):
+        found = attention(*rows.operands(), own, SCALE)
+        assert (found - rows.expected()).abs().max() < TOLERANCE
+
+
+def test_each_kv_head_of_a_row_is_a_sequence() -> None:
+    """Where the sequences begin that a kernel is given, and how many keys they have."""
+    table = row_table(torch.tensor([0, 2]), torch.tensor([5, 7]), 3, ROOM)
+    assert table.tolist() == [[0, 3, 6], [0, 13, 22], [8, 8, 0]]
+    assert per_head(table, 1).tolist() == table.tolist()
+    assert per_head(table, 2).tolist() == [[0, 3, 6, 9, 12], [0, 11, 24, 35, 44], [8, 8, 8, 8, 0]]
 
 
 def test_twins_are_seen() -> None:
