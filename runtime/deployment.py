@@ -8,6 +8,7 @@ from bdlora_compile.errors import ConfigError
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import Agreement
+from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
 from bdlora_compile.runtime.store import ShardStore
@@ -15,11 +16,12 @@ from bdlora_compile.runtime.store import ShardStore
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What one rank holds: its slices of the weights and its adapter bank."""
+    """What one rank holds: its slices of the weights, its adapter bank, and how it adds up with the others."""
 
     rank: int
     store: ShardStore
     bank: AdapterBank
+    all_reduce: AllReduce
 
 
 @dataclass(slots=True)

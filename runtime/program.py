@@ -19,6 +19,7 @@ from bdlora_compile.ir import (
     RebuiltSource,
     SharedSource,
     Source,
+    SymmetricSource,
     WeightSource,
 )
 from bdlora_compile.placement import Placement, Shard, shard_slice
@@ -161,13 +162,15 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
         case BankSource(field, layer):
             table: torch.Tensor = getattr(state.bank, field.value)
             return table if layer is None else table[plan.rows(layer)]
+        case SymmetricSource() if state.all_reduce.buffer is not None:
+            return state.all_reduce.buffer
         case RankIndices(length, pieces):
             part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
             return torch.arange(part.start, part.stop, device=plan.device)
-        case ArgumentWeight() | RebuiltSource() | None:
+        case ArgumentWeight() | RebuiltSource() | SymmetricSource() | None:
             raise PassError(
                 "placeholder",
                 found="no source, or one of a model that its owner sharded",
-                expected="a weight, a tensor of the bank, or an argument",
+                expected="a weight, a tensor of the bank, symmetric memory, or an argument",
                 remedy="report this: the tag pass has to run first",
             )
