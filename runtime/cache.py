@@ -38,18 +38,6 @@ def _(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple
     return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
 
 
-def write_rows(cache: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """``cache[rows, :, position] = new``, in place: what `cache_update` becomes on a rank.
-
-    Args:
-        cache: [batch, local heads, length, head_dim].
-        rows: int64 [batch, 1].
-        position: int64 [batch, seq].
-        new: [batch, seq, local heads, head_dim].
-    """
-    return cache.transpose(1, 2).index_put_((rows, position), new)
-
-
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """What a cache of a model must look like on one rank.
