@@ -144,9 +144,6 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         lengths: int64 [batch], tokens that each row holds.
     """
 
-    # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
-    _used = 0
-
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
         size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
         self.store = _hosted_zeros(size, shape)
@@ -155,6 +152,8 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         self.shape = shape
         self.batch = batch
         self.length = length
+        # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
+        self._used = [0] * batch
         _mark_sizes_dynamic(self)
 
     def update(
@@ -176,19 +175,35 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             raise _misfit(f"the cache of another model ({self.shape})", str(shape))
         if batch != self.batch:
             raise _misfit(f"{self.batch} rows", f"the {batch} rows of the batch")
-        if self._used + seq > self.length:
+        used = max(self._used)
+        if used + seq > self.length:
             raise _misfit(
-                f"{self._used} tokens of {self.length} in use",
-                f"room for {seq} more, a length of {self._used + seq} tokens",
+                f"{used} tokens of {self.length} in use",
+                f"room for {seq} more, a length of {used + seq} tokens",
             )
 
     def advance(self, seq: int) -> None:
         """Count the tokens that a forward has written to every row."""
-        self._used += seq
+        self._used = [used + seq for used in self._used]
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each row holds: those behind them are forgotten, and written next."""
+        if len(lengths) != self.batch or not all(0 <= length <= self.length for length in lengths):
+            raise _misfit(f"{self.batch} rows of up to {self.length} tokens", f"rows of {list(lengths)} tokens")
+        self._used = list(lengths)
+        self.lengths.copy_(torch.tensor(self._used))
+
+    def copy_tokens(self, row: int, source: "LocalCache", source_row: int, start: int, stop: int) -> None:
+        """Copy keys and values of the tokens ``start`` to ``stop`` from a row of another cache of the model.
+
+        Neither cache's lengths change, see `set_lengths`.
+        """
+        for target, tensor in zip(hosted(self.store), hosted(source.store), strict=True):
+            target[:, :, row, :, start:stop] = tensor[:, :, source_row, :, start:stop]
 
     def reset(self) -> None:
         """Forget all rows."""
-        self._used = 0
+        self._used = [0] * self.batch
         for tensor in hosted(self.store):
             tensor.zero_()
         self.lengths.zero_()
@@ -200,6 +215,8 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
                 # Layer by layer: a copy of one layer is all the memory that this takes.
                 layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
         self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+        if len(set(self._used)) > 1:
+            self._used = [self._used[row] for row in beam_idx.tolist()]
 
 
 def _misfit(found: str, expected: str) -> ConfigError:
