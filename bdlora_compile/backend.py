@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
+from bdlora_compile.mutation import argument_indices, mutated_arguments
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
 from bdlora_compile.printer import type_text
@@ -25,6 +26,7 @@ from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
+from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,10 +40,12 @@ class CompileOptions:
     Attributes:
         inner: what runs one rank's graph: "inductor" (the default on CUDA) or "eager" (the default elsewhere).
         on_report: called with the report of each graph once the passes have run.
+        cuda_graphs: record decode steps as CUDA graphs (on CUDA the default); also ``mode="reduce-overhead"``.
     """
 
     inner: Inner | None = None
     on_report: Callable[[Report], None] | None = None
+    cuda_graphs: bool | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None) -> "CompileOptions":
@@ -73,6 +77,8 @@ def _unlike(name: str, value: object) -> str:
         return ""
     if name == "on_report":
         return "" if callable(value) else "a function of a report"
+    if name == "cuda_graphs":
+        return "" if isinstance(value, bool) else "True or False"
     return "" if value in ("eager", "inductor") else "'eager' or 'inductor'"
 
 
@@ -95,8 +101,15 @@ def bdlora(
         AgreementError: ranks compiled different graphs.
     """
     chosen = CompileOptions.parse(options)
-    if mode not in (None, "default"):
-        raise ConfigError(f"mode={mode!r}", found="a mode", expected="none", remedy="use options={'inner': ...}")
+    if mode not in (None, "default", "reduce-overhead"):
+        raise ConfigError(
+            f"mode={mode!r}",
+            found="a mode that means nothing here",
+            expected="'default' or 'reduce-overhead'",
+            remedy="use options={'inner': ..., 'cuda_graphs': ...}",
+        )
+    if mode == "reduce-overhead":
+        chosen = replace(chosen, cuda_graphs=True)
     if is_foreign(module):
         return compile_foreign(module, example_inputs, chosen.inner, chosen.on_report)
     deployment = _deployment_of(module)
@@ -109,7 +122,7 @@ def bdlora(
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
     require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
     start = time.perf_counter()
-    program = _emit(captured, base_only, deployment, chosen)
+    program = _emit(captured, base_only, deployment, chosen, report)
     report.emit_seconds = time.perf_counter() - start
     return program
 
@@ -155,6 +168,7 @@ def _emit(
     base_only: Captured,
     deployment: Deployment,
     options: CompileOptions,
+    report: Report,
 ) -> Program | LockStepProgram:
     """Read this rank's slices, bind them, and compile what is left."""
     token_index = _token_index(captured)
@@ -164,7 +178,23 @@ def _emit(
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
     bound = (_bind_and_compile(regions, deployment, inner) for regions in variants)
-    return Program(deployment, Variants(*bound), token_index)
+    steps = _step_graphs(captured, deployment, options.cuda_graphs)
+    report.step_graphs = steps.stats if steps else None
+    return Program(deployment, Variants(*bound), token_index, steps)
+
+
+def _step_graphs(captured: Captured, deployment: Deployment, wanted: bool | None) -> StepGraphs | None:
+    is_cuda = deployment.plan.device.type == "cuda"
+    if wanted and not is_cuda:
+        raise ConfigError(
+            "options['cuda_graphs']",
+            found=f"a model on {deployment.plan.device.type}",
+            expected="a model on CUDA",
+            remedy="leave the option (or mode='reduce-overhead') out",
+        )
+    if not is_cuda or wanted is False:
+        return None
+    return StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder())
 
 
 def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRegion]:

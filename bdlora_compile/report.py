@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
+from bdlora_compile.runtime.step_graphs import StepGraphStats
 from bdlora_compile.strategy import Decision
 
 
@@ -66,6 +67,7 @@ class Report:
         decisions: why each group of LoRA sites has its layout.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
+        step_graphs: what became of its decode steps so far; None where they are not recorded.
     """
 
     model: str
@@ -76,6 +78,7 @@ class Report:
     decisions: Sequence[Decision] = ()
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
+    step_graphs: StepGraphStats | None = None
 
     @property
     def pass_seconds(self) -> float:
@@ -105,6 +108,8 @@ class Report:
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
+        if self.step_graphs is not None:
+            lines.append(f"  {self.step_graphs.text()}")
         return "\n".join(lines)
 
 

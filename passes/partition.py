@@ -9,7 +9,7 @@ Embedding (W cut on V):     Before:  e = embedding(ids, W)
                             After:   own = ids - start; e = embedding(own if inside else 0, W_k) * inside
                                      with LoRA a row site: h = all_reduce(lookup(own, A_k)); e = expand(e, h, B_k)
 Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
-                            After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
+                            After:   keys[row, lengths + i] = k, the same for v; k, v = keys, values
 
 Sources: Megatron-LM arXiv 1909.08053; S-LoRA arXiv 2311.03285 figure 4. Where no rule applies operands are gathered,
 which is always right: every such gather is reported, and an error in strict mode.
@@ -229,7 +229,9 @@ class _Partitioning:
         cut: Placement = Shard(1, pieces) if pieces > 1 else Replicate()
         self._require(node, [Replicate(), cut, cut, Replicate()], "it writes to the cache")
         _, k, v, lengths, layer = node.args
-        caches = [self.inputs.cache(store, layer, part, cut) for part in (0, 1)]
+        # A cache is [batch, length, heads, head_dim], keys and values are [batch, heads, length, head_dim].
+        own: Placement = Shard(2, pieces) if pieces > 1 else Replicate()
+        caches = [self.inputs.cache(store, layer, part, own) for part in (0, 1)]
         with self.graph.inserting_before(node):
             call, method = self.graph.call_function, self.graph.call_method
             batch, seq = method("size", (k, 0)), method("size", (k, 2))
@@ -242,7 +244,7 @@ class _Partitioning:
         for user in list(node.users):
             cache = caches[int(user.args[1])]  # type: ignore[arg-type]  # getitem of a pair
             # Uses of the whole cache stand for the value with all heads, which rules need to see.
-            view = self._alias(cache, user, cut)
+            view = self._as_heads(cache, user, cut)
             user.replace_all_uses_with(view)
             self.graph.erase_node(user)
         self.graph.erase_node(node)
@@ -318,7 +320,7 @@ class _Partitioning:
         """Pieces of the kv heads: all heads over the heads of the cache that a rank passes."""
         assert isinstance(store, Node), "a cache is an input of the graph"
         assert isinstance(k, Node), "new keys are a tensor of the graph"
-        all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(store).shape[3])
+        all_heads, own_heads = int(fake_tensor(k).shape[1]), int(fake_tensor(store).shape[4])
         placement = record(k).placement
         pieces = placement.pieces if isinstance(placement, Shard) else 1
         if own_heads * pieces != all_heads:
@@ -330,9 +332,9 @@ class _Partitioning:
             )
         return pieces
 
-    def _alias(self, cache: Node, stands_for: Node, cut: Placement) -> Node:
+    def _as_heads(self, cache: Node, stands_for: Node, cut: Placement) -> Node:
         with self.graph.inserting_before(stands_for):
-            view = self.graph.call_method("view_as", (cache, cache))
+            view = self.graph.call_function(torch.transpose, (cache, 1, 2))
         _stand_for(view, stands_for, "partition")
         set_record(view, placement=cut)
         return view

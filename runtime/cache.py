@@ -18,7 +18,7 @@ def cache_update(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: in
     partitioning replaces the operator by writes into this rank's heads. It has no other implementation.
 
     Args:
-        store: [layers, 2, batch, local kv heads, length, head_dim], written in place; 0 are keys, 1 values.
+        store: [layers, 2, batch, length, local kv heads, head_dim], written in place; 0 are keys, 1 values.
         k, v: [batch, kv heads, seq, head_dim].
         lengths: int64 [batch], tokens that each row holds already.
         layer: index into ``store``.
@@ -34,20 +34,21 @@ def cache_update(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: in
 @cache_update.register_fake
 def _(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = k.shape
-    length = store.shape[4]
-    return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
+    length = store.shape[3]
+    keys, values = k.new_empty(batch, length, heads, head_dim), v.new_empty(batch, length, heads, v.shape[3])
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def write_rows(cache: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """``cache[rows, :, position] = new``, in place: what `cache_update` becomes on a rank.
+    """``cache[rows, position] = new``, in place: what `cache_update` becomes on a rank.
 
     Args:
-        cache: [batch, local heads, length, head_dim].
+        cache: [batch, length, local heads, head_dim].
         rows: int64 [batch, 1].
         position: int64 [batch, seq].
         new: [batch, seq, local heads, head_dim].
     """
-    return cache.transpose(1, 2).index_put_((rows, position), new)
+    return cache.index_put_((rows, position), new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
     @property
     def keys(self) -> Tensor:
         """[batch, local kv heads, length, head_dim]."""
-        return self.store[self.index, 0]
+        return self.store[self.index, 0].transpose(1, 2)
 
     @keys.setter
     def keys(self, value: object) -> None: ...
@@ -94,7 +95,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
     @property
     def values(self) -> Tensor:
         """[batch, local kv heads, length, head_dim]."""
-        return self.store[self.index, 1]
+        return self.store[self.index, 1].transpose(1, 2)
 
     @values.setter
     def values(self, value: object) -> None: ...
@@ -111,7 +112,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys that a mask covers."""
-        return self.store.shape[4], 0
+        return self.store.shape[3], 0
 
     def get_seq_length(self) -> Tensor:
         """Tokens that the longest row holds, int64 []."""
@@ -119,7 +120,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
 
     def get_max_length(self) -> int:
         """Tokens that a row can hold."""
-        return self.store.shape[4]
+        return self.store.shape[3]
 
     def reset(self) -> None:
         """Nothing: the cache resets all layers at once."""
@@ -139,13 +140,14 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         length: tokens that a row can hold.
 
     Attributes:
-        store: [layers, 2, batch, local kv heads, length, head_dim]. One tensor for all layers, so that a compiled
-            graph guards one input and has one set of symbolic sizes, however many layers there are.
+        store: [layers, 2, batch, length, local kv heads, head_dim]. One tensor for all layers, so that a compiled
+            graph guards one input and has one set of symbolic sizes, however many layers there are. A token's heads
+            lie together, as kernels for rows of different length read them.
         lengths: int64 [batch], tokens that each row holds.
     """
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
-        size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
+        size = (shape.num_layers, 2, batch, length, shape.local_heads, shape.head_dim)
         self.store = _hosted_zeros(size, shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
         super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
@@ -239,5 +241,5 @@ def _hosted_zeros(size: Sequence[int], shape: CacheShape) -> Tensor:
 
 def _mark_sizes_dynamic(cache: LocalCache) -> None:
     """Batch and length vary from call to call: one graph serves them all (a batch of one is a graph of its own)."""
-    torch._dynamo.maybe_mark_dynamic(cache.store, [2, 4])
+    torch._dynamo.maybe_mark_dynamic(cache.store, [2, 3])
     torch._dynamo.maybe_mark_dynamic(cache.lengths, 0)

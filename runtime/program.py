@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from bdlora_compile.ir import (
 from bdlora_compile.placement import Placement, Shard, shard_slice
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.step_graphs import StepGraphs
 
 Callee = Callable[..., Any]
 CallSource = InputSource | CacheSource | CarriedSource | SharedSource
@@ -102,12 +104,16 @@ class Program:
         deployment: the model's state.
         variants: this rank's graphs.
         token_index: the argument whose first two dims are [batch, seq].
+        steps: records and replays forwards of one token a row; None launches every operator.
     """
 
-    def __init__(self, deployment: Deployment, variants: Variants, token_index: int) -> None:
+    def __init__(
+        self, deployment: Deployment, variants: Variants, token_index: int, steps: StepGraphs | None = None
+    ) -> None:
         self._deployment = deployment
         self._variants = variants
         self._token_index = token_index
+        self._steps = steps
 
     def __call__(self, *args: Any) -> Any:
         """Choose the adapters of the batch, then run."""
@@ -117,11 +123,19 @@ class Program:
     def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
-        *regions, last = self._variants.with_lora if has_adapters else self._variants.base_only
-        flow = Flow(args)
-        for region in regions:
-            flow.take(region.run(*flow.arguments(region.values)))
-        return last.run(*flow.arguments(last.values))
+        regions = self._variants.with_lora if has_adapters else self._variants.base_only
+        if self._steps is not None and seq == 1:
+            return self._steps.run(has_adapters, args, partial(launch, regions))
+        return launch(regions, args)
+
+
+def launch(regions: Sequence[BoundRegion], args: Sequence[Any]) -> Any:
+    """Run the regions of one forward, one after the other."""
+    *before, last = regions
+    flow = Flow(args)
+    for region in before:
+        flow.take(region.run(*flow.arguments(region.values)))
+    return last.run(*flow.arguments(last.values))
 
 
 def cache_views(store: torch.Tensor) -> Sequence[torch.Tensor]:
