@@ -201,7 +201,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         Neither cache's lengths change, see `set_lengths`.
         """
         for target, tensor in zip(hosted(self.store), hosted(source.store), strict=True):
-            target[:, :, row, :, start:stop] = tensor[:, :, source_row, :, start:stop]
+            target[:, :, row, start:stop] = tensor[:, :, source_row, start:stop]
 
     def reset(self) -> None:
         """Forget all rows."""

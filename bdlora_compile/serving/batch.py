@@ -1,6 +1,7 @@
 """The device's side of the engine: rows of one cache, and the two forwards that fill them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ class Batch:
         ).logits
         return logits[: self.num_rows, -1]
 
-    def _run(self, selection: Selection, **inputs: object) -> "object":
+    def _run(self, selection: Selection, **inputs: object) -> Any:
         with self._model.bdlora.chosen(selection):
             return self._model(use_cache=True, **inputs)
 

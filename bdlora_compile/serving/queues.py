@@ -7,8 +7,9 @@ cannot claim later. So among adapters that always have requests waiting, the tok
 their rows can hold, however many requests one of them sends.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from bdlora_compile.errors import QueueFullError
@@ -20,7 +21,7 @@ _T = TypeVar("_T")
 
 
 class FairQueues(Generic[_T]):
-    """One queue for each adapter.
+    """One queue for each adapter. Any thread may put; one thread takes.
 
     Args:
         limit: items in all queues.
@@ -28,6 +29,7 @@ class FairQueues(Generic[_T]):
     """
 
     def __init__(self, limit: int, limit_each: int) -> None:
+        self._lock = threading.RLock()
         self._limit = limit
         self._limit_each = limit_each
         self._queues: dict[Key, deque[_T]] = {}
@@ -36,16 +38,13 @@ class FairQueues(Generic[_T]):
         self._clock = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def __iter__(self) -> Iterator[_T]:
-        for queue in self._queues.values():
-            yield from queue
+        return sum(self.lengths.values())
 
     @property
     def lengths(self) -> Mapping[Key, int]:
         """Items that wait, by adapter."""
-        return {key: len(queue) for key, queue in self._queues.items()}
+        with self._lock:
+            return {key: len(queue) for key, queue in self._queues.items()}
 
     def put(self, key: Key, item: _T) -> None:
         """Add an item to the end of its queue.
@@ -53,21 +52,23 @@ class FairQueues(Generic[_T]):
         Raises:
             QueueFullError: a limit is reached.
         """
-        waiting = len(self._queues.get(key, ()))
-        if len(self) >= self._limit or waiting >= self._limit_each:
-            what = (
-                f"{waiting} requests of {'the base model' if key is None else f'adapter {key!r}'}, {len(self)} in all"
-            )
-            raise QueueFullError(
-                "queue",
-                found=f"{what} waiting",
-                expected=f"fewer than {self._limit_each} and {self._limit}",
-                remedy="send it again later, or start more replicas",
-            )
-        if key not in self._queues:
-            self._queues[key] = deque()
-            self._served[key] = max(self._served.get(key, 0), self._clock)
-        self._queues[key].append(item)
+        with self._lock:
+            waiting, total = len(self._queues.get(key, ())), len(self)
+            if total >= self._limit or waiting >= self._limit_each:
+                raise self._full(key, waiting, total)
+            if key not in self._queues:
+                self._queues[key] = deque()
+                self._served[key] = max(self._served.get(key, 0), self._clock)
+            self._queues[key].append(item)
+
+    def _full(self, key: Key, waiting: int, total: int) -> QueueFullError:
+        whose = "the base model" if key is None else f"adapter {key!r}"
+        return QueueFullError(
+            "queue",
+            found=f"{waiting} requests of {whose} waiting, {total} in all",
+            expected=f"fewer than {self._limit_each} of one, and than {self._limit} in all",
+            remedy="send it again later, or start more replicas",
+        )
 
     def next(self, can_run: Callable[[Key], bool], patience: int) -> tuple[Key] | None:
         """Whose turn it is, in a tuple since a key may be None; None if it is nobody's.
@@ -79,36 +80,43 @@ class FairQueues(Generic[_T]):
             patience: how often others may overtake one that cannot.
         """
         overtaken: list[Key] = []
-        for key in sorted(self._queues, key=lambda key: self._served[key]):
+        with self._lock:
+            order = sorted(self._queues, key=self._served.__getitem__)
+        for key in order:
+            # Asking may take long, and may empty a queue: not under the lock.
             if can_run(key):
                 for other in overtaken:
                     self._passed[other] = self._passed.get(other, 0) + 1
                 return (key,)
             if self._passed.get(key, 0) >= patience:
                 return None
-            overtaken.append(key)
+            if key in self._queues:
+                overtaken.append(key)
         return None
 
     def pop(self, key: Key) -> _T:
         """Take the oldest item of a queue."""
-        item = self._queues[key].popleft()
-        self._passed.pop(key, None)
-        self._clock = max(self._clock, self._served[key])
-        self._drop_if_empty(key)
-        return item
+        with self._lock:
+            item = self._queues[key].popleft()
+            self._passed.pop(key, None)
+            self._clock = max(self._clock, self._served[key])
+            self._drop_if_empty(key)
+            return item
 
     def charge(self, key: Key, tokens: int) -> None:
         """Count tokens that an adapter was served."""
-        self._served[key] = self._served.get(key, self._clock) + tokens
+        with self._lock:
+            self._served[key] = self._served.get(key, self._clock) + tokens
 
     def remove(self, leaves: Callable[[_T], bool]) -> list[_T]:
         """Take out all items for which ``leaves`` says so."""
         gone: list[_T] = []
-        for key, queue in list(self._queues.items()):
-            chosen = [item for item in queue if leaves(item)]
-            if chosen:
-                gone += chosen
-                self._queues[key] = deque(item for item in queue if item not in chosen)
+        with self._lock:
+            for key, queue in list(self._queues.items()):
+                stay: deque[_T] = deque()
+                for item in queue:
+                    (gone if leaves(item) else stay).append(item)
+                self._queues[key] = stay
                 self._drop_if_empty(key)
         return gone
 

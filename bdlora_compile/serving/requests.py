@@ -13,6 +13,11 @@ MAX_LOGPROBS = 20
 """Alternatives that can be asked for at each position."""
 
 
+def _check(name: str, value: object, is_good: bool, expected: str) -> None:
+    if not is_good:
+        raise RequestError(name, found=f"{value!r:.100}", expected=expected, remedy=f"correct {name} in the request")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen, in vLLM's names. Several completions of a prompt are several requests with own seeds.
@@ -140,8 +145,3 @@ class Completion:
     def text(self) -> str:
         """The whole completion."""
         return "".join(token.text for token in self.tokens)
-
-
-def _check(name: str, value: object, is_good: bool, expected: str) -> None:
-    if not is_good:
-        raise RequestError(name, found=f"{value!r:.100}", expected=expected, remedy=f"correct {name} in the request")
