@@ -1,8 +1,5 @@
 """Requests that join and leave a running batch get the tokens that PEFT gives them alone."""
 
-import torch
-
-import bdlora_compile as bd
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Request, SamplingParams
 from tests.serving.conftest import World
