@@ -97,13 +97,12 @@ class Cases:
         rows: list[list[str | None]] = [["a", "b"], ["b", None], [None, None], ["b", "a"]]
         errors: list[float] = []
 
-        def work(names: list[str | None]) -> None:
-            expected = self.reference.logits(IDS, names)
+        def work(names: list[str | None], expected: torch.Tensor) -> None:
             for _ in range(5):
                 with self.adapters.use(names), torch.no_grad():
                     errors.append(relative_error(self.model(IDS).logits, expected))
 
-        workers = [threading.Thread(target=work, args=(names,)) for names in rows]
+        workers = [threading.Thread(target=work, args=(names, self.reference.logits(IDS, names))) for names in rows]
         for worker in workers:
             worker.start()
         for worker in workers:
