@@ -3,10 +3,10 @@
     python benchmarks/bench_engine.py                          SmolLM2 with its two adapters, 16 rows, on CPU or one GPU
     python benchmarks/bench_engine.py --model FOLDER --adapter math=FOLDER --rows 32 --new-tokens 256 --dtype bfloat16
 
-The loop prefills all prompts in one forward, then feeds the likeliest tokens back; nothing leaves the device. The engine
-gets the same prompts as requests. Both are timed from the first prompt to the last token, in turns, in one process; the
-best run of each counts. Prompts have one length, so that the loop needs no padding and does no work that the engine
-spares.
+The loop prefills all prompts in one forward, then feeds the likeliest tokens back; nothing leaves the device. The
+engine gets the same prompts as requests. Both are timed from the first prompt to the last token, in turns, in one
+process; the best run of each counts. Prompts have one length, so that the loop needs no padding and does no work that
+the engine spares.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def main() -> int:
     ratio = rates["engine"] / rates["loop"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(
-        f"{device}, {options.rows} rows, prompts of {options.prompt_tokens}, {options.new_tokens} new tokens, {model.dtype}"
+        f"{device}, {model.dtype}, {options.rows} rows, prompts of {options.prompt_tokens} tokens, "
+        f"{options.new_tokens} new ones"
     )
     print(f"loop {rates['loop']:.0f} tokens/s, engine {rates['engine']:.0f} tokens/s, ratio {ratio:.3f}")
     return int(ratio < options.least)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -202,9 +203,9 @@ def test_logits_that_are_no_numbers_are_seen() -> None:
 class Nobody:
     """A leader that sends nothing."""
 
-    lost = None
+    lost: bd.LostRankError | None = None
 
-    def run(self, *args: object) -> object:
+    def run(self, *args: Any) -> Any:
         raise AssertionError
 
 
