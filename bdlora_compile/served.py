@@ -45,7 +45,7 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         return self.bdlora.leader
 
     @led
-    def _run(self, selection: Selection, **kwargs: Any) -> Any:
+    def _run(self, /, selection: Selection, **kwargs: Any) -> Any:
         # One forward at a time: Dynamo's tables, the slots of the tokens and the ranks' collectives are one each.
         with self.bdlora.step, self.bdlora.chosen(selection), self._room_in_cache(**kwargs):
             kwargs = self._with_padding(kwargs)
