@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -15,14 +16,19 @@ from bdlora_compile.serving.http.service import Service
 
 _LOG = logging.getLogger("bdlora_compile.http")
 
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **RESPONSES,
+    200: {"description": "Done, as a line of text.", "content": {"text/plain": {}, "application/json": {}}},
+}
+
 
 def router(service: Service) -> APIRouter:
     """The routes over a service. One change is made at a time."""
     routes = APIRouter()
     turn = asyncio.Lock()
 
-    @routes.post("/v1/load_lora_adapter", responses=RESPONSES, response_class=PlainTextResponse)
-    async def load(body: LoadRequest) -> str:
+    @routes.post("/v1/load_lora_adapter", responses=_ANSWERS, response_model=None)
+    async def load(body: LoadRequest) -> PlainTextResponse:
         """Make an adapter below the adapter roots known, on all ranks or on none."""
         name = body.lora_name
         if name == service.settings.base_name:
@@ -42,10 +48,10 @@ def router(service: Service) -> APIRouter:
                 raise _refusal(error, "lora_name", service) from None
             service.loaded[name] = int(time.time())
         _LOG.info("loaded adapter %s, version %.12s, rank %d", name, info.version, info.rank)
-        return f"Success: LoRA adapter '{name}' added successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @routes.post("/v1/unload_lora_adapter", responses=RESPONSES, response_class=PlainTextResponse)
-    async def unload(body: UnloadRequest) -> str:
+    @routes.post("/v1/unload_lora_adapter", responses=_ANSWERS, response_model=None)
+    async def unload(body: UnloadRequest) -> PlainTextResponse:
         """Forget an adapter; its rows finish, its waiting requests end with an error."""
         name = body.lora_name
         async with turn:
@@ -60,7 +66,7 @@ def router(service: Service) -> APIRouter:
             service.loaded.pop(name, None)
             service.metrics.forget(name)
         _LOG.info("unloaded adapter %s", name)
-        return f"Success: LoRA adapter '{name}' removed successfully."
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     return routes
 
