@@ -94,6 +94,11 @@ class AdapterSet:
         self._stall_seconds = 0.0
 
     @property
+    def deployment(self) -> Deployment:
+        """The model's state that this is a part of."""
+        return self._deployment
+
+    @property
     def leader(self) -> Leader | None:
         """See `runtime.leading`."""
         return self._deployment.leader

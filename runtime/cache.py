@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.runtime.leading import Leader, led
 
 
 @torch.library.custom_op("bdlora::cache_update", mutates_args=("store",))
@@ -144,6 +145,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             graph guards one input and has one set of symbolic sizes, however many layers there are. A token's heads
             lie together, as kernels for rows of different length read them.
         lengths: int64 [batch], tokens that each row holds.
+        leader: on rank 0, once other ranks that follow have one like it (see `runtime.leading`).
     """
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
@@ -156,7 +158,18 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         self.length = length
         # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
         self._used = [0] * batch
+        self.leader: Leader | None = None
         _mark_sizes_dynamic(self)
+
+    @property
+    def arguments(self) -> tuple[int, int]:
+        """What another rank makes its own from: batch and length."""
+        return self.batch, self.length
+
+    @property
+    def is_used(self) -> bool:
+        """Whether some row holds tokens."""
+        return any(self._used)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -188,6 +201,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         """Count the tokens that a forward has written to every row."""
         self._used = [used + seq for used in self._used]
 
+    @led
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Say how many tokens each row holds: those behind them are forgotten, and written next."""
         if len(lengths) != self.batch or not all(0 <= length <= self.length for length in lengths):
@@ -195,6 +209,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         self._used = list(lengths)
         self.lengths.copy_(torch.tensor(self._used))
 
+    @led
     def copy_tokens(self, row: int, source: "LocalCache", source_row: int, start: int, stop: int) -> None:
         """Copy keys and values of the tokens ``start`` to ``stop`` from a row of another cache of the model.
 
@@ -203,6 +218,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         for target, tensor in zip(hosted(self.store), hosted(source.store), strict=True):
             target[:, :, row, start:stop] = tensor[:, :, source_row, start:stop]
 
+    @led
     def reset(self) -> None:
         """Forget all rows."""
         self._used = [0] * self.batch
@@ -210,6 +226,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             tensor.zero_()
         self.lengths.zero_()
 
+    @led
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
         for tensor in hosted(self.store):

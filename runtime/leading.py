@@ -4,12 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from bdlora_compile.errors import LostRankError
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 class Leader(Protocol):
-    """What rank 0 has while others follow."""
+    """What rank 0 has while others follow.
+
+    Attributes:
+        lost: why the others cannot be reached any more, None while they can.
+    """
+
+    lost: LostRankError | None
 
     def run(self, method: Callable[..., _T], target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _T:
         """``method(target, *args, **kwargs)`` here, and on every other rank with its own target and tensors."""

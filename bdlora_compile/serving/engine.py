@@ -288,6 +288,11 @@ class Engine:
     def _watch(self) -> None:
         scheduler = self._running_scheduler()
         while not self._ended.wait(min(self._step_timeout / 4, 1.0)):
+            leader = self._model.leader
+            if leader is not None and leader.lost is not None:
+                # A rank died while this one waits for the device, or for requests.
+                self._fail(leader.lost)
+                return
             since = scheduler.stepping_since
             if since is not None and time.monotonic() - since > self._step_timeout:
                 self._fail(_hangs(self._step_timeout))
