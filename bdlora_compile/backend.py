@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
-from bdlora_compile.collectives import ordered_list
+from bdlora_compile.attention import attention_text
+from bdlora_compile.collectives import ordered_list, through_symmetric_memory
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
@@ -152,6 +153,8 @@ def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
     report = _new_report(captured, deployment)
     context = PassContext(deployment.plan, deployment.strict)
     run_passes(PIPELINE, captured, context, report.stages)
+    report.all_reduce = deployment.ranks[0].all_reduce.text if deployment.ranks else ""
+    report.attention = attention_text(captured, deployment.plan.device)
     base_only = captured.copy()
     run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)
@@ -172,6 +175,8 @@ def _emit(
 ) -> Program | LockStepProgram:
     """Read this rank's slices, bind them, and compile what is left."""
     token_index = _token_index(captured)
+    for variant in (captured, base_only):
+        through_symmetric_memory(variant, deployment.ranks[0].all_reduce)
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

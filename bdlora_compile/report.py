@@ -65,6 +65,8 @@ class Report:
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
+        all_reduce: which transport sums over the ranks, and why.
+        attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
         step_graphs: what became of its decode steps so far; None where they are not recorded.
@@ -76,6 +78,8 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
+    all_reduce: str = ""
+    attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
     step_graphs: StepGraphStats | None = None
@@ -106,6 +110,10 @@ class Report:
         if self.rebuilt:
             size = sum(self.rebuilt.values())
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        if self.all_reduce:
+            lines.append(f"  all-reduce: {self.all_reduce}")
+        if self.attention:
+            lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
         if self.step_graphs is not None:

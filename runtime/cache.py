@@ -19,7 +19,7 @@ def cache_update(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: in
     partitioning replaces the operator by writes into this rank's heads. It has no other implementation.
 
     Args:
-        store: [layers, 2, batch, length, local kv heads, head_dim], written in place; 0 are keys, 1 values.
+        store: [layers, 2, batch, local kv heads, length, head_dim], written in place; 0 are keys, 1 values.
         k, v: [batch, kv heads, seq, head_dim].
         lengths: int64 [batch], tokens that each row holds already.
         layer: index into ``store``.
@@ -35,21 +35,20 @@ def cache_update(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: in
 @cache_update.register_fake
 def _(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     batch, heads, _, head_dim = k.shape
-    length = store.shape[3]
-    keys, values = k.new_empty(batch, length, heads, head_dim), v.new_empty(batch, length, heads, v.shape[3])
-    return keys.transpose(1, 2), values.transpose(1, 2)
+    length = store.shape[4]
+    return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
 
 
 def write_rows(cache: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """``cache[rows, position] = new``, in place: what `cache_update` becomes on a rank.
+    """``cache[rows, :, position] = new``, in place: what `cache_update` becomes on a rank.
 
     Args:
-        cache: [batch, length, local heads, head_dim].
+        cache: [batch, local heads, length, head_dim].
         rows: int64 [batch, 1].
         position: int64 [batch, seq].
         new: [batch, seq, local heads, head_dim].
     """
-    return cache.index_put_((rows, position), new)
+    return cache.transpose(1, 2).index_put_((rows, position), new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,8 @@ class CacheShape:
 class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped for mypy
     """One layer's view of the cache: keys and values [batch, local kv heads, length, head_dim]."""
 
-    is_compileable = True
+    # Not what `generate` means by it: it would make whole masks before each forward.
+    is_compileable = False
     is_sliding = False
 
     def __init__(self, store: Tensor, lengths: Tensor, index: int) -> None:
@@ -88,7 +88,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
     @property
     def keys(self) -> Tensor:
         """[batch, local kv heads, length, head_dim]."""
-        return self.store[self.index, 0].transpose(1, 2)
+        return self.store[self.index, 0]
 
     @keys.setter
     def keys(self, value: object) -> None: ...
@@ -96,7 +96,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
     @property
     def values(self) -> Tensor:
         """[batch, local kv heads, length, head_dim]."""
-        return self.store[self.index, 1].transpose(1, 2)
+        return self.store[self.index, 1]
 
     @values.setter
     def values(self, value: object) -> None: ...
@@ -113,7 +113,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys that a mask covers."""
-        return self.store.shape[3], 0
+        return self.store.shape[4], 0
 
     def get_seq_length(self) -> Tensor:
         """Tokens that the longest row holds, int64 []."""
@@ -121,7 +121,7 @@ class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is
 
     def get_max_length(self) -> int:
         """Tokens that a row can hold."""
-        return self.store.shape[3]
+        return self.store.shape[4]
 
     def reset(self) -> None:
         """Nothing: the cache resets all layers at once."""
@@ -141,17 +141,19 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         length: tokens that a row can hold.
 
     Attributes:
-        store: [layers, 2, batch, length, local kv heads, head_dim]. One tensor for all layers, so that a compiled
-            graph guards one input and has one set of symbolic sizes, however many layers there are. A token's heads
-            lie together, as kernels for rows of different length read them.
-        lengths: int64 [batch], tokens that each row holds.
+        store: [layers, 2, batch, local kv heads, length, head_dim]. One tensor for all layers, so that a compiled
+            graph guards one input and has one set of symbolic sizes, however many layers there are. A head's tokens
+            lie together: to attention each head of each row is a sequence of its own.
+        lengths: int64 [batch], tokens that each row holds, left padding included.
+        starts: int64 [batch], tokens of left padding in each row: they are never seen.
         leader: on rank 0, once other ranks that follow have one like it (see `runtime.leading`).
     """
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
-        size = (shape.num_layers, 2, batch, length, shape.local_heads, shape.head_dim)
+        size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
         self.store = _hosted_zeros(size, shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
+        self.starts = torch.zeros(batch, dtype=torch.int64, device=shape.device)
         super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
         self.shape = shape
         self.batch = batch
@@ -179,6 +181,36 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         if layer_idx == len(self.layers) - 1:
             self.lengths.add_(key_states.shape[2])
         return keys, values
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+        """Where the new tokens of each row begin, int64 [batch]; transformers makes masks by it."""
+        return self.lengths
+
+    def pad_left(self, mask: Tensor, seq: int) -> None:
+        """Take each row's left padding from the mask that comes with ``seq`` new tokens.
+
+        A step of one token asks nothing of the GPU: the rows' padding is known since the prompt.
+
+        Args:
+            mask: [batch, tokens], of all tokens that the rows will then hold; zeros are padding.
+            seq: new tokens of a row.
+
+        Raises:
+            ConfigError: the mask has another size, or zeros that are not at the left.
+        """
+        used = max(self._used)
+        expected = (self.batch, used + seq)
+        if tuple(mask.shape) != expected:
+            raise ConfigError(
+                "attention_mask",
+                found=f"{list(mask.shape)}",
+                expected=f"{list(expected)}: the {used} tokens of the cache and {seq} new ones",
+                remedy="pass the mask of all tokens so far, or none",
+            )
+        if seq == 1 and used:
+            return
+        starts = left_padding(mask, allows_right=False)
+        self.starts.copy_(starts)
 
     def require_room(self, shape: CacheShape, batch: int, seq: int) -> None:
         """Check that a forward of [batch, seq] tokens of a model fits, before it writes anything.
@@ -216,7 +248,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         Neither cache's lengths change, see `set_lengths`.
         """
         for target, tensor in zip(hosted(self.store), hosted(source.store), strict=True):
-            target[:, :, row, start:stop] = tensor[:, :, source_row, start:stop]
+            target[:, :, row, :, start:stop] = tensor[:, :, source_row, :, start:stop]
 
     @led
     def reset(self) -> None:
@@ -225,6 +257,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         for tensor in hosted(self.store):
             tensor.zero_()
         self.lengths.zero_()
+        self.starts.zero_()
 
     @led
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -233,9 +266,36 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             for layer in tensor:
                 # Layer by layer: a copy of one layer is all the memory that this takes.
                 layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
-        self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+        for rows in (self.lengths, self.starts):
+            rows.copy_(rows.index_select(0, beam_idx.to(rows.device)))
         if len(set(self._used)) > 1:
             self._used = [self._used[row] for row in beam_idx.tolist()]
+
+
+def left_padding(mask: Tensor, *, allows_right: bool) -> Tensor:
+    """int64 [batch], the zeros that each row of a padding mask [batch, tokens] begins with; waits for the GPU.
+
+    Args:
+        mask: zeros are padding.
+        allows_right: whether a row may end with zeros, too: causal rows do not see what follows them.
+
+    Raises:
+        ConfigError: a row has zeros elsewhere.
+    """
+    is_token = mask != 0
+    starts = (is_token.cumsum(1) == 0).sum(1)
+    following = is_token.flip(1).cumsum(1).flip(1) if allows_right else torch.ones_like(mask)
+    number = torch.arange(mask.shape[1], device=mask.device)
+    holes = ~is_token & (number >= starts[:, None]) & (following != 0)
+    if bool(holes.any()):
+        row = int(holes.any(1).nonzero()[0])
+        raise ConfigError(
+            f"attention_mask, row {row}",
+            found="".join(str(int(token)) for token in is_token[row].tolist()[:64]),
+            expected="zeros at the left only" + (", or at the right" if allows_right else " (a cache has no holes)"),
+            remedy="pad at the left, or pass a mask [batch, 1, new tokens, keys] of your own",
+        )
+    return starts
 
 
 def _misfit(found: str, expected: str) -> ConfigError:
@@ -258,5 +318,6 @@ def _hosted_zeros(size: Sequence[int], shape: CacheShape) -> Tensor:
 
 def _mark_sizes_dynamic(cache: LocalCache) -> None:
     """Batch and length vary from call to call: one graph serves them all (a batch of one is a graph of its own)."""
-    torch._dynamo.maybe_mark_dynamic(cache.store, [2, 3])
+    torch._dynamo.maybe_mark_dynamic(cache.store, [2, 4])
     torch._dynamo.maybe_mark_dynamic(cache.lengths, 0)
+    torch._dynamo.maybe_mark_dynamic(cache.starts, 0)

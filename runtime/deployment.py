@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import Agreement
+from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.leading import Leader
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
@@ -18,11 +20,12 @@ from bdlora_compile.runtime.store import ShardStore
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What one rank holds: its slices of the weights and its adapter bank."""
+    """What one rank holds: its slices of the weights, its adapter bank, and how it adds up with the others."""
 
     rank: int
     store: ShardStore
     bank: AdapterBank
+    all_reduce: AllReduce
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Deployment:
         reports: one for each graph compiled, oldest first.
         step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
             two forwards.
+        last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
         leader: on rank 0, while the other ranks follow its calls.
     """
 
@@ -50,6 +54,7 @@ class Deployment:
     # Each thread, and each task of an event loop, has its own choice.
     _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))
     _num_choices: int = 0
+    last_step: Any = None
     _written: tuple[Selection, int, int] | None = None
     _used: frozenset[int] = frozenset()
 

@@ -19,6 +19,7 @@ from bdlora_compile.ir import (
     RebuiltSource,
     SharedSource,
     Source,
+    SymmetricSource,
     WeightSource,
 )
 from bdlora_compile.placement import Placement, Shard, shard_slice
@@ -97,6 +98,15 @@ class Flow:
                 return self._caches[index][2 * layer + part]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A call of a program that launches recorded steps: what it was given, and what it gave."""
+
+    program: "Program"
+    args: Sequence[Any]
+    results: Sequence[Any]
+
+
 class Program:
     """A graph ready to run on this rank.
 
@@ -124,9 +134,11 @@ class Program:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
         regions = self._variants.with_lora if has_adapters else self._variants.base_only
-        if self._steps is not None and seq == 1:
-            return self._steps.run(has_adapters, args, partial(launch, regions))
-        return launch(regions, args)
+        if self._steps is None or seq != 1:
+            return launch(regions, args)
+        results = self._steps.run(has_adapters, args, partial(launch, regions))
+        self._deployment.last_step = Launched(self, args, results)
+        return results
 
 
 def launch(regions: Sequence[BoundRegion], args: Sequence[Any]) -> Any:
@@ -161,13 +173,15 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
         case BankSource(field, layer):
             table: torch.Tensor = getattr(state.bank, field.value)
             return table if layer is None else table[plan.rows(layer)]
+        case SymmetricSource() if state.all_reduce.buffer is not None:
+            return state.all_reduce.buffer
         case RankIndices(length, pieces):
             part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
             return torch.arange(part.start, part.stop, device=plan.device)
-        case ArgumentWeight() | RebuiltSource() | None:
+        case ArgumentWeight() | RebuiltSource() | SymmetricSource() | None:
             raise PassError(
                 "placeholder",
                 found="no source, or one of a model that its owner sharded",
-                expected="a weight, a tensor of the bank, or an argument",
+                expected="a weight, a tensor of the bank, symmetric memory, or an argument",
                 remedy="report this: the tag pass has to run first",
             )

@@ -40,8 +40,6 @@ class Batch:
         self._prompt = make_cache(model, 1, _round_up(length + 1))
         device = self._cache.lengths.device
         self._tokens = torch.zeros(padded, 1, dtype=torch.int64, device=device)
-        self._places = torch.arange(self._cache.length, device=device)
-        self._visible = torch.zeros(padded, self._cache.length, dtype=torch.bool, device=device)
         self._selection = Selection(torch.full((padded,), NO_ADAPTER, dtype=torch.int32))
 
     @property
@@ -97,14 +95,11 @@ class Batch:
         chosen = torch.tensor([*slots, *[NO_ADAPTER] * missing], dtype=torch.int32)
         if not torch.equal(chosen, self._selection.slots):
             self._selection = Selection(chosen)
-        # Every row sees what it holds and its new token; what lies behind is of requests that left.
-        torch.le(self._places, self._cache.lengths[:, None], out=self._visible)
         logits: Tensor = self._run(
             self._selection,
             input_ids=self._tokens,
             # The cache adds to its lengths while the model runs.
             position_ids=self._cache.lengths[:, None].clone(),
-            attention_mask=self._visible,
             past_key_values=self._cache,
         ).logits
         return logits[: self.num_rows, -1]
