@@ -6,6 +6,7 @@ from bdlora_compile.commands import adapters
 from bdlora_compile.commands.calibrate import calibrate
 from bdlora_compile.commands.explain import explain
 from bdlora_compile.commands.run import run
+from bdlora_compile.commands.serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(adapters.app, name="adapters")
@@ -17,5 +18,6 @@ def _group() -> None:
 
 
 app.command()(run)
+app.command()(serve)
 app.command()(explain)
 app.command()(calibrate)
