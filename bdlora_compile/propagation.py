@@ -1,7 +1,8 @@
 """Fake propagation: the value of every node recomputed from the placeholders', without touching data.
 
 A decoder has many layers that are alike, so the same operator meets operands of the same metadata over and over.
-Each distinct call is computed once and its result shared: the cost grows with the distinct calls, not the layers.
+Each distinct call is computed once and its result shared, between layers and between passes: most of a graph is as the
+pass before left it. The cost grows with the distinct calls, not with layers times passes.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,16 +20,24 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import fake_value, operator_name
 
+Known = dict[Hashable, object]
+"""Results of the distinct calls that were computed so far, all of one fake mode."""
 
-def propagate(graph: Graph, after: str) -> None:
+
+def propagate(graph: Graph, after: str, known: Known | None = None) -> None:
     """Compute every node's fake value from the placeholders': shapes of one rank once the graph is partitioned.
+
+    Args:
+        graph: whose nodes' ``example_value`` is written.
+        after: the pass that changed it, for the error.
+        known: results of earlier propagations in the same fake mode; new ones join them.
 
     Raises:
         PassError: an operator rejects the shapes that it gets.
     """
     mode = find_fake_mode(graph)
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
-    known: dict[Hashable, object] = {}
+    known = {} if known is None else known
     # A result that a later node reshapes in place cannot stand for several nodes.
     is_sharing = not any(_reshapes_in_place(node) for node in calls)
     # Composite operators are decomposed in Python: their C++ decompositions ask symbolic sizes for numbers.
