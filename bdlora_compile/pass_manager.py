@@ -23,7 +23,7 @@ class PassContext:
     Attributes:
         plan: placements and layouts of the model.
         strict: whether a gather that nobody asked for is an error.
-        known: what propagation has computed for the graph so far: of one context all graphs have one fake mode.
+        known: what propagation has computed so far, for this graph and copies of it.
     """
 
     plan: ModelPlan

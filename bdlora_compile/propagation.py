@@ -21,7 +21,7 @@ from bdlora_compile.errors import PassError
 from bdlora_compile.ir import fake_value, operator_name
 
 Known = dict[Hashable, object]
-"""Results of the distinct calls that were computed so far, all of one fake mode."""
+"""Results of the distinct calls that were computed so far, each with the fake mode that it belongs to."""
 
 
 def propagate(graph: Graph, after: str, known: Known | None = None) -> None:
@@ -30,7 +30,7 @@ def propagate(graph: Graph, after: str, known: Known | None = None) -> None:
     Args:
         graph: whose nodes' ``example_value`` is written.
         after: the pass that changed it, for the error.
-        known: results of earlier propagations in the same fake mode; new ones join them.
+        known: results of earlier propagations; new ones join them.
 
     Raises:
         PassError: an operator rejects the shapes that it gets.
@@ -43,7 +43,7 @@ def propagate(graph: Graph, after: str, known: Known | None = None) -> None:
     # Composite operators are decomposed in Python: their C++ decompositions ask symbolic sizes for numbers.
     with mode, enable_python_dispatcher(), torch.no_grad():
         for node in calls:
-            key = _call_key(node) if is_sharing else None
+            key = _call_key(node, mode) if is_sharing else None
             if key is not None and key in known:
                 node.meta["example_value"] = known[key]
                 continue
@@ -71,11 +71,11 @@ def find_fake_mode(graph: Graph) -> FakeTensorMode:
     )
 
 
-def _call_key(node: Node) -> Hashable | None:
-    """What decides the metadata of the node's value; None if an operand cannot be compared."""
+def _call_key(node: Node, mode: FakeTensorMode) -> Hashable | None:
+    """What decides the node's value without its data; None if an operand cannot be compared."""
     leaves, structure = tree_flatten((_shaping_arguments(node), node.kwargs))
     keys = tuple(value_key(fake_value(leaf) if isinstance(leaf, Node) else leaf) for leaf in leaves)
-    return None if None in keys else (node.op, node.target, str(structure), keys)
+    return None if None in keys else (mode, node.op, node.target, str(structure), keys)
 
 
 def _shaping_arguments(node: Node) -> list[object]:
