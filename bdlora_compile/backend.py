@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,15 +17,18 @@ from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
+from bdlora_compile.nodes import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
-from bdlora_compile.printer import type_text
+from bdlora_compile.printer import dtype_text, type_text
 from bdlora_compile.regions import Regions, split
 from bdlora_compile.report import Report
+from bdlora_compile.run_report import trace_stages, write_report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
+from bdlora_compile.runtime.ranges import RangedModule, in_range
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,10 +42,14 @@ class CompileOptions:
     Attributes:
         inner: what runs one rank's graph: "inductor" (the default on CUDA) or "eager" (the default elsewhere).
         on_report: called with the report of each graph once the passes have run.
+        report: a folder into which every rank writes a record and a page of each graph.
+        nvtx: whether profilers see a range for each node (with "inductor": for each layer), named by its key.
     """
 
     inner: Inner | None = None
     on_report: Callable[[Report], None] | None = None
+    report: str | Path | None = None
+    nvtx: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None) -> "CompileOptions":
@@ -73,6 +81,10 @@ def _unlike(name: str, value: object) -> str:
         return ""
     if name == "on_report":
         return "" if callable(value) else "a function of a report"
+    if name == "report":
+        return "" if isinstance(value, (str, Path)) else "the path of a folder"
+    if name == "nvtx":
+        return "" if isinstance(value, bool) else "True or False"
     return "" if value in ("eager", "inductor") else "'eager' or 'inductor'"
 
 
@@ -98,12 +110,15 @@ def bdlora(
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r}", found="a mode", expected="none", remedy="use options={'inner': ...}")
     if is_foreign(module):
-        return compile_foreign(module, example_inputs, chosen.inner, chosen.on_report)
+        return compile_foreign(module, example_inputs, chosen)
     deployment = _deployment_of(module)
     analysed = analyse(module, deployment)
     captured, base_only, report = analysed.captured, analysed.base_only, analysed.report
     if chosen.on_report is not None:
         chosen.on_report(report)
+    trace_stages(report)
+    if chosen.report is not None:
+        _write_report(Path(chosen.report), captured, report, deployment)
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
@@ -112,6 +127,20 @@ def bdlora(
     program = _emit(captured, base_only, deployment, chosen)
     report.emit_seconds = time.perf_counter() - start
     return program
+
+
+def _write_report(folder: Path, captured: Captured, report: Report, deployment: Deployment) -> None:
+    tokens = fake_value(captured.token_input) if captured.token_input is not None else None
+    is_decode = isinstance(tokens, torch.Tensor) and isinstance(tokens.shape[1], int) and tokens.shape[1] == 1
+    write_report(
+        folder,
+        report,
+        deployment.agreement,
+        deployment.ranks[0].rank,
+        kind="run",
+        phase="decode" if is_decode else "prefill",
+        dtype=dtype_text(deployment.plan.dtype),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +168,7 @@ def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
     report = _new_report(captured, deployment)
     context = PassContext(deployment.plan, deployment.strict)
     run_passes(PIPELINE, captured, context, report.stages)
+    report.symbols = symbol_names(captured)
     base_only = captured.copy()
     run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)
@@ -163,7 +193,7 @@ def _emit(
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
-    bound = (_bind_and_compile(regions, deployment, inner) for regions in variants)
+    bound = (_bind_and_compile(regions, deployment, inner, options.nvtx) for regions in variants)
     return Program(deployment, Variants(*bound), token_index)
 
 
@@ -177,7 +207,7 @@ def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRe
     ]
 
 
-def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner) -> list[BoundRegion]:
+def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner, is_ranged: bool) -> list[BoundRegion]:
     """This rank's values for every step; each region is compiled once, with those of its first step."""
     (state,) = deployment.ranks
     compiled: dict[int, Callable[..., Any]] = {}
@@ -186,8 +216,10 @@ def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner) ->
         values = bind(regions.sources(step), regions.placements(step), state, deployment.plan)
         module = regions.modules[step.region]
         if step.region not in compiled:
-            compiled[step.region] = module.forward if inner == "eager" else compile_region(module, values)
-        bound.append(BoundRegion(compiled[step.region], values))
+            eager = RangedModule(module) if is_ranged else module.forward
+            compiled[step.region] = eager if inner == "eager" else compile_region(module, values)
+        run = compiled[step.region]
+        bound.append(BoundRegion(in_range(regions.label(step), run) if is_ranged else run, values))
     return bound
 
 

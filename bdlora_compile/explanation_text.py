@@ -28,9 +28,12 @@ def show(told: Explanation, console: Console) -> None:
         _show_stages(graph, console)
     for graph in told.graphs:
         _show_collectives(graph, console)
-    _show_sites(told, console)
-    _show_decisions(told, console)
-    _show_estimates(told, console)
+    if told.sites:
+        _show_sites(told, console)
+    if told.decisions:
+        _show_decisions(told, console)
+    if told.estimates:
+        _show_estimates(told, console)
 
 
 def _show_head(told: Explanation, console: Console) -> None:
@@ -39,7 +42,7 @@ def _show_head(told: Explanation, console: Console) -> None:
     )
     console.print(f"{told.tp_size} ranks, strategy {told.strategy}")
     console.print(f"{told.batch} rows, prompts and contexts of {told.prompt_length:,} tokens, ", end="")
-    console.print(f"{told.workload.adapters} distinct adapters in a step")
+    console.print(f"{told.workload.adapters if told.workload else told.batch} distinct adapters in a step")
     for line in told.adapters:
         console.print(f"adapter {line}", markup=False)
     console.print(f"a rank holds {_size(told.weight_bytes)} of weights and {_size(told.adapter_bytes)} of one adapter")
@@ -163,6 +166,8 @@ def _show_estimates(told: Explanation, console: Console) -> None:
         table.add_row(one.phase, one.strategy, *_estimate_cells(one), end_section=one.strategy == "auto")
     console.print(table)
     machine = told.machine
+    if machine is None:
+        return
     console.print(f"machine {machine.name}: {machine.source}", markup=False)
     constants = (
         f"memory {machine.memory_bandwidth / 1e9:,.1f} GB/s, products {machine.flops / 1e12:,.2f} TFLOP/s, "

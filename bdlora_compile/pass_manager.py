@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from bdlora_compile.census import take_census
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import Captured, Fact
+from bdlora_compile.nodes import view_graph
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import propagate
@@ -75,6 +76,8 @@ def _run_pass(
         propagate(captured.graph, graph_pass.name)
     graph_pass.verify(captured, context)
     captured.facts |= graph_pass.establishes
+    # First: it names the nodes that the census names.
+    view = view_graph(captured)
     return StageReport(
         name=graph_pass.name,
         seconds=time.perf_counter() - start,
@@ -83,6 +86,7 @@ def _run_pass(
         stats=stats,
         census=take_census(captured, context.plan.mesh),
         text=print_graph(captured.graph),
+        view=view,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
+from bdlora_compile.nodes import GraphView
 from bdlora_compile.strategy import Decision
 
 
@@ -42,6 +43,7 @@ class StageReport:
         stats: what it did.
         census: collectives after it.
         text: the graph after it.
+        view: its nodes as the inspector shows them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class StageReport:
     stats: PassStats
     census: Census
     text: str
+    view: GraphView
 
 
 @dataclass(slots=True)
@@ -64,6 +67,7 @@ class Report:
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
+        symbols: what symbolic sizes are called in reports, by this process's names.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
     """
@@ -74,6 +78,7 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
+    symbols: Mapping[str, str] = field(default_factory=dict)
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
 
