@@ -12,6 +12,7 @@ from bdlora_compile.explanation import (
     ExplainedGraph,
     ExplainedRefusal,
     ExplainedSite,
+    ExplainedStage,
     Explanation,
 )
 from bdlora_compile.ir import Origin
@@ -37,6 +38,9 @@ def show(told: Explanation, console: Console) -> None:
 
 
 def _show_head(told: Explanation, console: Console) -> None:
+    if told.kind != "explained":
+        _show_head_of_run(told, console)
+        return
     console.print(
         f"[bold]{escape(told.name)}[/bold]: {told.model}, {told.num_layers} layers, {told.dtype}, on ", end=""
     )
@@ -49,8 +53,16 @@ def _show_head(told: Explanation, console: Console) -> None:
     console.print(f"explained in {told.seconds:.0f} s without weights; times below the passes' own are estimates\n")
 
 
+def _show_head_of_run(told: Explanation, console: Console) -> None:
+    console.print(f"[bold]{escape(told.name)}[/bold] on {told.tp_size} ranks; numbers are of one token of one row")
+    if told.ranks is not None:
+        same = told.ranks.difference or f"all {told.ranks.size} ranks that compared have the same graph"
+        console.print(f"written by rank {told.ranks.rank}: {same}", markup=False)
+    console.print()
+
+
 def _show_stages(graph: ExplainedGraph, console: Console) -> None:
-    table = Table("pass", title=f"passes over {_PHASES[graph.phase]}", title_justify="left")
+    table = Table("pass", title=f"passes over {escape(_PHASES.get(graph.phase, graph.phase))}", title_justify="left")
     for name in ("nodes before", "after", "matches", "seconds", "base", "LoRA", "fallback"):
         table.add_column(name, justify="right")
     refusals: list[tuple[str, ExplainedRefusal]] = []
@@ -77,12 +89,13 @@ def _refusal_lines(refusals: Sequence[tuple[str, ExplainedRefusal]]) -> list[str
 
 
 def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
-    title = f"collectives of {_PHASES[graph.phase]}; bytes that a rank sends in a ring"
+    title = f"collectives of {escape(_PHASES.get(graph.phase, graph.phase))}; bytes that a rank sends in a ring"
     table = Table("stage", "where", "for", "operator", "operand", title=title, title_justify="left")
     for name in ("a token", "a step", "times"):
         table.add_column(name, justify="right")
-    for label, name in (("before localize", "partition"), ("at the end", graph.stages[-1].name)):
-        collectives = graph.stage(name).collectives
+    start, end = _first_placed(graph), graph.stages[-1]
+    for label, stage in (("before localize", start), ("at the end", end)):
+        collectives = stage.collectives
         for one in collectives:
             where = _layers_text(one.layers)
             what = f"LoRA {(one.site or '').rpartition('.')[2]}" if one.origin is Origin.LORA else one.origin.value
@@ -98,8 +111,14 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
         runs = sum(one.runs for one in collectives)
         table.add_row(label, "a forward", "", "", "", "", total, str(runs), end_section=True)
     console.print(table)
-    before, after = (_sent(graph.stage(name).collectives) for name in ("partition", graph.stages[-1].name))
+    before, after = (_sent(stage.collectives) for stage in (start, end))
     console.print(f"a step sends {_size(before)} a rank before localize and {_size(after)} at the end\n")
+
+
+def _first_placed(graph: ExplainedGraph) -> ExplainedStage:
+    """The stage in which LoRA lies as S-LoRA has it: partitioned, or as the model's owner sharded it."""
+    names = ("partition", "tag paths")
+    return next((stage for name in names for stage in graph.stages if stage.name == name), graph.stages[0])
 
 
 def _sent(collectives: Iterable[ExplainedCollective]) -> int:

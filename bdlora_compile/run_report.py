@@ -36,7 +36,7 @@ def write_report(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob(f"graph-*.rank-{rank}.json")))
-        told = _record(
+        told = record_of(
             report, f"{phase} (graph {number})", RankComparison(rank, len(texts), _difference(texts)), kind, dtype
         )
         stem = f"graph-{number}.rank-{rank}"
@@ -81,9 +81,10 @@ def _difference(texts: Sequence[str]) -> str | None:
     return None
 
 
-def _record(
+def record_of(
     report: Report, phase: str, ranks: RankComparison, kind: Literal["run", "foreign"], dtype: str
 ) -> Explanation:
+    """What a run knows, in the form that `explain` has; numbers are those of one token of one row."""
     layers = {layer for stage in report.stages for alike in stage.view.layers for layer in alike.layers}
     return Explanation(
         name=report.model,
