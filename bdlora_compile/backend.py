@@ -3,20 +3,22 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
 
-from bdlora_compile.collectives import ordered_list
+from bdlora_compile.attention import attention_text
+from bdlora_compile.collectives import ordered_list, through_symmetric_memory
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
+from bdlora_compile.mutation import argument_indices, mutated_arguments
 from bdlora_compile.nodes import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
@@ -29,6 +31,7 @@ from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
 from bdlora_compile.runtime.ranges import RangedModule, in_range
+from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,12 +47,14 @@ class CompileOptions:
         on_report: called with the report of each graph once the passes have run.
         report: a folder into which every rank writes a record and a page of each graph.
         nvtx: whether profilers see a range for each node (with "inductor": for each layer), named by its key.
+        cuda_graphs: record decode steps as CUDA graphs (on CUDA the default); also ``mode="reduce-overhead"``.
     """
 
     inner: Inner | None = None
     on_report: Callable[[Report], None] | None = None
     report: str | Path | None = None
     nvtx: bool = False
+    cuda_graphs: bool | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, object] | None) -> "CompileOptions":
@@ -83,7 +88,7 @@ def _unlike(name: str, value: object) -> str:
         return "" if callable(value) else "a function of a report"
     if name == "report":
         return "" if isinstance(value, (str, Path)) else "the path of a folder"
-    if name == "nvtx":
+    if name in ("cuda_graphs", "nvtx"):
         return "" if isinstance(value, bool) else "True or False"
     return "" if value in ("eager", "inductor") else "'eager' or 'inductor'"
 
@@ -107,12 +112,19 @@ def bdlora(
         AgreementError: ranks compiled different graphs.
     """
     chosen = CompileOptions.parse(options)
-    if mode not in (None, "default"):
-        raise ConfigError(f"mode={mode!r}", found="a mode", expected="none", remedy="use options={'inner': ...}")
+    if mode not in (None, "default", "reduce-overhead"):
+        raise ConfigError(
+            f"mode={mode!r}",
+            found="a mode that means nothing here",
+            expected="'default' or 'reduce-overhead'",
+            remedy="use options={'inner': ..., 'cuda_graphs': ...}",
+        )
+    if mode == "reduce-overhead":
+        chosen = replace(chosen, cuda_graphs=True)
     if is_foreign(module):
         return compile_foreign(module, example_inputs, chosen)
     deployment = _deployment_of(module)
-    analysed = analyse(module, deployment)
+    analysed = analyse(module, deployment, has_views=chosen.report is not None or chosen.nvtx)
     captured, base_only, report = analysed.captured, analysed.base_only, analysed.report
     if chosen.on_report is not None:
         chosen.on_report(report)
@@ -124,7 +136,7 @@ def bdlora(
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
     require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
     start = time.perf_counter()
-    program = _emit(captured, base_only, deployment, chosen)
+    program = _emit(captured, base_only, deployment, chosen, report)
     report.emit_seconds = time.perf_counter() - start
     return program
 
@@ -158,17 +170,22 @@ class Analysed:
     report: Report
 
 
-def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
+def analyse(module: GraphModule, deployment: Deployment, *, has_views: bool = False) -> Analysed:
     """Run all passes over a graph that Dynamo captured; the report joins those of the deployment.
+
+    Args:
+        has_views: whether the report keeps each stage's nodes for the inspector.
 
     Raises:
         PlacementError: strict mode, and a value cannot stay on its rank.
     """
     captured = _copy(module)
     report = _new_report(captured, deployment)
-    context = PassContext(deployment.plan, deployment.strict)
+    context = PassContext(deployment.plan, deployment.strict, has_views)
     run_passes(PIPELINE, captured, context, report.stages)
     report.symbols = symbol_names(captured)
+    report.all_reduce = deployment.ranks[0].all_reduce.text if deployment.ranks else ""
+    report.attention = attention_text(captured, deployment.plan.device)
     base_only = captured.copy()
     run_passes(BASE_ONLY, base_only, context, report.base_only)
     deployment.reports.append(report)
@@ -185,16 +202,37 @@ def _emit(
     base_only: Captured,
     deployment: Deployment,
     options: CompileOptions,
+    report: Report,
 ) -> Program | LockStepProgram:
     """Read this rank's slices, bind them, and compile what is left."""
     token_index = _token_index(captured)
+    for variant in (captured, base_only):
+        through_symmetric_memory(variant, deployment.ranks[0].all_reduce)
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
     bound = (_bind_and_compile(regions, deployment, inner, options.nvtx) for regions in variants)
-    return Program(deployment, Variants(*bound), token_index)
+    # A recorded step is replayed without the ranges.
+    is_recorded = False if options.nvtx and options.cuda_graphs is None else options.cuda_graphs
+    steps = _step_graphs(captured, deployment, is_recorded)
+    report.step_graphs = steps.stats if steps else None
+    return Program(deployment, Variants(*bound), token_index, steps)
+
+
+def _step_graphs(captured: Captured, deployment: Deployment, wanted: bool | None) -> StepGraphs | None:
+    is_cuda = deployment.plan.device.type == "cuda"
+    if wanted and not is_cuda:
+        raise ConfigError(
+            "options['cuda_graphs']",
+            found=f"a model on {deployment.plan.device.type}",
+            expected="a model on CUDA",
+            remedy="leave the option (or mode='reduce-overhead') out",
+        )
+    if not is_cuda or wanted is False:
+        return None
+    return StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder())
 
 
 def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRegion]:

@@ -52,8 +52,8 @@ def _explain_stage(
         stage.stats.notes,
         [_explain_collective(one, phase, rename, refusals) for one in stage.census.collectives],
         rename(stage.text),
-        [_rename_node(node, rename) for node in stage.view.nodes],
-        stage.view.layers,
+        [_rename_node(node, rename) for node in (stage.view.nodes if stage.view else ())],
+        stage.view.layers if stage.view else (),
     )
 
 

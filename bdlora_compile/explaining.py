@@ -247,7 +247,7 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
     model.requires_grad_(False)
 
     def look(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        analyse(module, deployment)
+        analyse(module, deployment, has_views=True)
         (results,) = module.graph.output_node().args
         count = len(results)  # type: ignore[arg-type]  # a graph of Dynamo returns a tuple
         # Nobody reads what the forward returns: the graph was what we wanted.

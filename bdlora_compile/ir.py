@@ -104,6 +104,11 @@ class BankSource:
 
 
 @dataclass(frozen=True, slots=True)
+class SymmetricSource:
+    """The value is the memory of this rank that its peers read, uint8; all-reduces go through it."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankIndices:
     """The value is the indices of the piece that this rank owns, int64 [length], of a dim cut into ``pieces``."""
 
@@ -160,6 +165,7 @@ Source = (
     | WeightSource
     | MergedSource
     | BankSource
+    | SymmetricSource
     | RankIndices
     | ArgumentWeight
     | RebuiltSource

@@ -8,8 +8,8 @@ number says that it is extrapolated.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,19 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class SymmetricLimits:
+    """Up to which size all-reduces through symmetric memory are the fastest (`runtime/all_reduce.py`).
+
+    Attributes:
+        one_shot: bytes of the largest message for which one-shot is.
+        two_shot: bytes of the largest for which two-shot is, beyond those; larger ones go through NCCL.
+    """
+
+    one_shot: pydantic.NonNegativeInt
+    two_shot: pydantic.NonNegativeInt
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """Constants of one kind of machine.
 
@@ -50,6 +63,7 @@ class Machine:
         flops: multiplications and additions of a large matrix product in a second.
         launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph, an operator on a CPU.
         all_reduce, all_gather: by number of ranks, those that were measured.
+        symmetric: the same for all-reduces through symmetric memory; empty where there is none.
     """
 
     name: str
@@ -59,13 +73,18 @@ class Machine:
     launch: pydantic.NonNegativeFloat
     all_reduce: Mapping[int, Link]
     all_gather: Mapping[int, Link]
+    symmetric: Mapping[int, SymmetricLimits] = field(default_factory=dict)
+
+    def symmetric_limits(self, ranks: int) -> SymmetricLimits | None:
+        """The limits for a number of ranks, or those of the nearest measured one; None if none was measured."""
+        return self.symmetric[_nearest(self.symmetric, ranks)] if self.symmetric else None
 
     def link(self, kind: CollectiveKind, ranks: int) -> Link:
         """The cost of a collective over ``ranks``, extrapolated where that number was not measured."""
         measured = self._links(kind)
         if ranks in measured:
             return measured[ranks]
-        nearest = min(measured, key=lambda known: (abs(math.log2(known / ranks)), known))
+        nearest = _nearest(measured, ranks)
         known = measured[nearest]
         return Link(known.latency * math.sqrt(ranks / nearest), known.bandwidth)
 
@@ -79,6 +98,10 @@ class Machine:
 
     def _links(self, kind: CollectiveKind) -> Mapping[int, Link]:
         return self.all_reduce if kind == "all_reduce" else self.all_gather
+
+
+def _nearest(measured: Iterable[int], ranks: int) -> int:
+    return min(measured, key=lambda known: (abs(math.log2(known / ranks)), known))
 
 
 def find_machine(machine: Machine | str | Path | None, device: torch.device | None = None) -> Machine:

@@ -25,6 +25,7 @@ from bdlora_compile.runtime.adapter_capacity import Capacity
 from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, Agreement, Alone, StoreAgreement
+from bdlora_compile.runtime.all_reduce import AllReduce, Wanted
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.copier import copier_for
@@ -93,6 +94,7 @@ def load(
     strict: bool = True,
     vocabulary_lora: bool | None = None,
     max_tokens: int = 65536,
+    all_reduce: Wanted = "auto",
     ranks: Ranks | None = None,
 ) -> tuple[PreTrainedModel, AdapterSet]:
     """Make an ordinary Hugging Face model whose weights stay on disk, and the set of its adapters.
@@ -120,6 +122,9 @@ def load(
         vocabulary_lora: whether adapters may change the embedding and the logits (embed_tokens, lm_head): the pool
             and the graphs then have room for it. None: if one of the given adapters does.
         max_tokens: tokens that one forward may have.
+        all_reduce: what sums over the ranks: "symmetric" (PyTorch's symmetric memory, for the sizes where ``machine``
+            says that it is the fastest), "nccl" (the process group's own), or "auto": symmetric memory where all ranks
+            can have it. ``reports(model)[0].all_reduce`` says which, and why.
         ranks: the mesh; by default the default process group, or this process alone.
 
     Returns:
@@ -135,6 +140,7 @@ def load(
     choice = Choice.parse(strategy, workload, machine)
     folder = _folder_of(path_or_id)
     config = AutoConfig.from_pretrained(folder)
+    attention.require_plain_scores(config)
     dtype = dtype or config.dtype or torch.float32
     target = torch.device(device) if device is not None else _default_device()
     with torch.device("meta"):
@@ -151,7 +157,7 @@ def load(
     found = read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
-    setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model)
+    setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
     return model, _attach(model, sites, source, found, setup)
 
 
@@ -169,6 +175,7 @@ def attach(
     strict: bool = True,
     vocabulary_lora: bool | None = None,
     max_tokens: int = 65536,
+    all_reduce: Wanted = "auto",
     ranks: Ranks | None = None,
 ) -> tuple[PreTrainedModel, AdapterSet]:
     """Make a model that is in memory ready for the backend; arguments as for `load`.
@@ -183,6 +190,7 @@ def attach(
     attention.register()
     choice = Choice.parse(strategy, workload, machine)
     base, peft_adapters = _take_apart(model)
+    attention.require_plain_scores(base.config)
     base.set_attn_implementation(attention.NAME)
     base.eval()
     parameter = next(base.parameters())
@@ -198,7 +206,7 @@ def attach(
     found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
     capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
-    setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model)
+    setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
     return base, _attach(base, sites, source, found, setup)
 
 
@@ -223,6 +231,7 @@ class _Setup:
     strict: bool
     capacity: Capacity
     base_model: str | None
+    all_reduce: Wanted
 
 
 def _attach(
@@ -233,10 +242,11 @@ def _attach(
     setup: _Setup,
 ) -> AdapterSet:
     ranks, capacity = setup.ranks, setup.capacity
+    machine = setup.choice.machine_for(setup.device)
     terms = Terms(
         ranks.mesh,
         setup.choice.workload,
-        setup.choice.machine_for(setup.device),
+        machine,
         capacity.max_rank,
         setup.dtype.itemsize,
     )
@@ -245,7 +255,8 @@ def _attach(
         model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
     )
     slots, pool = capacity.pool(plan)
-    states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens) for rank in ranks.hosted]
+    transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
+    states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
     deployment = Deployment(plan, states, ranks.agreement, setup.strict)
     hollow_out(model, deployment)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
@@ -291,10 +302,18 @@ def needed_sites(
     return offered if vocabulary_lora or is_needed else layers
 
 
-def _rank_state(plan: ModelPlan, source: WeightSource, rank: int, slots: int, pool: int, max_tokens: int) -> RankState:
+def _rank_state(
+    plan: ModelPlan,
+    source: WeightSource,
+    rank: int,
+    slots: int,
+    pool: int,
+    max_tokens: int,
+    transport: AllReduce,
+) -> RankState:
     store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
     bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
-    return RankState(rank, store, bank)
+    return RankState(rank, store, bank, transport)
 
 
 def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:

@@ -24,10 +24,12 @@ class PassContext:
     Attributes:
         plan: placements and layouts of the model.
         strict: whether a gather that nobody asked for is an error.
+        has_views: whether the nodes of each stage are kept for the inspector.
     """
 
     plan: ModelPlan
     strict: bool
+    has_views: bool = False
 
 
 class GraphPass(Protocol):
@@ -77,7 +79,7 @@ def _run_pass(
     graph_pass.verify(captured, context)
     captured.facts |= graph_pass.establishes
     # First: it names the nodes that the census names.
-    view = view_graph(captured)
+    view = view_graph(captured) if context.has_views else None
     return StageReport(
         name=graph_pass.name,
         seconds=time.perf_counter() - start,

@@ -15,6 +15,7 @@ from bdlora_compile.ir import (
     RankIndices,
     RebuiltSource,
     Source,
+    SymmetricSource,
     WeightSource,
     fake_value,
     operator_name,
@@ -95,6 +96,8 @@ def source_text(source: Source | None, node: Node) -> str:
             return f"weight {parameter} in input {index}" + (f", {declared}" if declared else "")
         case RebuiltSource(parameter, index):
             return f"own columns of {parameter} in input {index}, rebuilt"
+        case SymmetricSource():
+            return "symmetric memory"
         case RankIndices(length, pieces):
             return f"own indices {length} of {pieces}"
         case _:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
 from bdlora_compile.nodes import GraphView
+from bdlora_compile.runtime.step_graphs import StepGraphStats
 from bdlora_compile.strategy import Decision
 
 
@@ -43,7 +44,7 @@ class StageReport:
         stats: what it did.
         census: collectives after it.
         text: the graph after it.
-        view: its nodes as the inspector shows them.
+        view: its nodes as the inspector shows them, where somebody wants to see them.
     """
 
     name: str
@@ -53,7 +54,7 @@ class StageReport:
     stats: PassStats
     census: Census
     text: str
-    view: GraphView
+    view: GraphView | None
 
 
 @dataclass(slots=True)
@@ -68,8 +69,11 @@ class Report:
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
         symbols: what symbolic sizes are called in reports, by this process's names.
+        all_reduce: which transport sums over the ranks, and why.
+        attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
+        step_graphs: what became of its decode steps so far; None where they are not recorded.
     """
 
     model: str
@@ -79,8 +83,11 @@ class Report:
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
     symbols: Mapping[str, str] = field(default_factory=dict)
+    all_reduce: str = ""
+    attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
+    step_graphs: StepGraphStats | None = None
 
     @property
     def pass_seconds(self) -> float:
@@ -108,8 +115,14 @@ class Report:
         if self.rebuilt:
             size = sum(self.rebuilt.values())
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        if self.all_reduce:
+            lines.append(f"  all-reduce: {self.all_reduce}")
+        if self.attention:
+            lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]
         lines.append(f"  emit {self.emit_seconds:.2f} s")
+        if self.step_graphs is not None:
+            lines.append(f"  {self.step_graphs.text()}")
         return "\n".join(lines)
 
 

@@ -69,7 +69,7 @@ def _comparable(report: Report) -> str:
     return "\n".join(
         f"{stage.name}: {node.key} {rename(node.type)} {node.placement} {rename(node.arguments)}"
         for stage in stages
-        for node in stage.view.nodes
+        for node in (stage.view.nodes if stage.view else ())
     )
 
 
@@ -85,7 +85,12 @@ def record_of(
     report: Report, phase: str, ranks: RankComparison, kind: Literal["run", "foreign"], dtype: str
 ) -> Explanation:
     """What a run knows, in the form that `explain` has; numbers are those of one token of one row."""
-    layers = {layer for stage in report.stages for alike in stage.view.layers for layer in alike.layers}
+    layers = {
+        layer
+        for stage in report.stages
+        for alike in (stage.view.layers if stage.view else ())
+        for layer in alike.layers
+    }
     return Explanation(
         name=report.model,
         model=report.model,

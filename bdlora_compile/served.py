@@ -1,6 +1,7 @@
 """What a loaded model adds to its Hugging Face class: a cache of own heads, and errors where it cannot do a thing."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from bdlora_compile.errors import BdloraError, ConfigError, HollowError
-from bdlora_compile.runtime.cache import CacheShape, LocalCache
+from bdlora_compile.known_steps import KnownSteps
+from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding
 from bdlora_compile.runtime.deployment import Deployment
 
 _CACHE_STEP = 64
@@ -24,28 +26,64 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     bdlora: Deployment
     bdlora_cache_shape: CacheShape
+    bdlora_known_steps: KnownSteps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; sizes of inputs may vary from call to call without compiling again."""
         if torch.compiler.is_compiling():
             # Another compiler traces this call; inputs can be marked from outside a graph only.
             return super().__call__(*args, **kwargs)
-        # Models with several kinds of layers take their masks in a dictionary.
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value.ndim > 1:
-                # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
-                last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
-                torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
+        if args:
+            names = list(inspect.signature(self.forward).parameters)[: len(args)]
+            args, kwargs = (), {**dict(zip(names, args, strict=True)), **kwargs}
         with self._room_in_cache(*args, **kwargs):
-            return self._call_compiled(*args, **kwargs)
+            kwargs = self._with_padding(args, kwargs)
+            known = self.bdlora_known_steps.find(self, kwargs)
+            if known is not None:
+                return known.take(kwargs, kwargs["past_key_values"])
+            # Models with several kinds of layers take their masks in a dictionary.
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.ndim > 1:
+                    # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
+                    last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
+                    torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
+            output = self._call_compiled(*args, **kwargs)
+            launched, self.bdlora.last_step = self.bdlora.last_step, None
+            if launched is not None:
+                self.bdlora_known_steps.note(self, kwargs, launched, output)
+            return output
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.nn.Module.compile`; what was recorded by an earlier one is forgotten."""
+        self.bdlora_known_steps.forget()
+        super().compile(*args, **kwargs)
+
+    def _with_padding(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Check a padding mask, and let the cache remember it: a graph of rows of a cache reads no mask.
+
+        What a forward gets as its mask then: the cache's ``starts``, or the padding mask where there is no cache of
+        ours. Masks of other kinds pass as they are.
+        """
+        mask, cache, tokens = kwargs.get("attention_mask"), kwargs.get("past_key_values"), _tokens(args, kwargs)
+        padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if tokens is None or mask is not padding:
+            return kwargs
+        if isinstance(cache, LocalCache):
+            if padding is not None:
+                cache.pad_left(padding, tokens.shape[1])
+            return {**kwargs, "attention_mask": cache.starts}
+        if padding is not None:
+            left_padding(padding, allows_right=True)
+        elif cache is None and kwargs.get("position_ids") is None:
+            # transformers would look for several prompts in a row, which only position_ids can tell.
+            mask = torch.ones(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+        return {**kwargs, "attention_mask": mask}
 
     @contextmanager
     def _room_in_cache(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Check that the forward fits its cache before anything is written, and count its tokens after it ran."""
-        cache = kwargs.get("past_key_values")
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        tokens = ids if embeds is None else embeds
-        if not (isinstance(cache, LocalCache) and isinstance(tokens, Tensor)):
+        cache, tokens = kwargs.get("past_key_values"), _tokens(args, kwargs)
+        if not isinstance(cache, LocalCache) or tokens is None:
             yield
             return
         batch, seq = tokens.shape[:2]
@@ -159,6 +197,13 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         _refuse(self, "pickling", "load the model in the other process")
 
 
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The forward's ids [batch, seq] or embeddings [batch, seq, hidden]; None if it has neither."""
+    ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    tokens = ids if embeds is None else embeds
+    return tokens if isinstance(tokens, Tensor) else None
+
+
 def serve(model: PreTrainedModel, deployment: Deployment, cache_shape: CacheShape) -> None:
     """Mix `ServedModel` into the model's class, under the class's own name."""
     cls = type(model)
@@ -168,6 +213,7 @@ def serve(model: PreTrainedModel, deployment: Deployment, cache_shape: CacheShap
         model.generation_config.use_cache = True
     model.bdlora = deployment
     model.bdlora_cache_shape = cache_shape
+    model.bdlora_known_steps = KnownSteps()
     model.__class__ = type(cls.__name__, (ServedModel, cls), {"__module__": cls.__module__})
 
 

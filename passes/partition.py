@@ -8,6 +8,8 @@ Row site (W cut on D):      Before:  y = linear(x, W)
 Embedding (W cut on V):     Before:  e = embedding(ids, W)
                             After:   own = ids - start; e = embedding(own if inside else 0, W_k) * inside
                                      with LoRA a row site: h = all_reduce(lookup(own, A_k)); e = expand(e, h, B_k)
+Attention over rows:        Before:  o = attention(q, k, v, rows)
+                            After:   o_k = attention(q_k, k_k, v_k, per_head(rows, kv heads of a rank))
 Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
                             After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
 
@@ -49,6 +51,7 @@ from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.propagation import find_fake_mode
 from bdlora_compile.report import PassStats, Refusal
+from bdlora_compile.runtime.attention import per_head
 from bdlora_compile.runtime.cache import write_rows
 
 
@@ -92,6 +95,7 @@ class _Partitioning:
     num_placed: int = 0
     fallbacks: list[Refusal] = field(default_factory=list)
     converted: dict[tuple[Node, Placement], Node] = field(default_factory=dict)
+    tables: dict[tuple[Node, int], Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -110,6 +114,8 @@ class _Partitioning:
             self._require(node, [Replicate()] * len(tensor_operands(node)), "it is an output of the model")
         elif operator_name(node) == "bdlora::cache_update":
             self._place_cache_update(node)
+        elif operator_name(node) == "bdlora::attention":
+            self._place_attention(node)
         elif operator_name(node) == "embedding":
             self._place_embedding(node)
         elif operator_name(node) == "linear":
@@ -246,6 +252,23 @@ class _Partitioning:
             user.replace_all_uses_with(view)
             self.graph.erase_node(user)
         self.graph.erase_node(node)
+
+    def _place_attention(self, node: Node) -> None:
+        """Own heads over own kv heads, with a row table in which each of these is a sequence."""
+        self._place_by_rule(node)
+        _, k, _, rows, _ = node.args
+        assert isinstance(k, Node), "keys are a tensor"
+        assert isinstance(rows, Node), "a row table is a tensor"
+        cut = record(k).placement
+        own_heads = int(fake_tensor(k).shape[1]) // (cut.pieces if isinstance(cut, Shard) else 1)
+        if own_heads == 1:
+            return
+        if (rows, own_heads) not in self.tables:
+            # Before the layers, which share it.
+            with self.graph.inserting_after(_last_of(self.graph, rows)):
+                self.tables[rows, own_heads] = self.graph.call_function(per_head, (rows, own_heads))
+            set_record(self.tables[rows, own_heads], stage="partition")
+        node.update_arg(3, self.tables[rows, own_heads])
 
     # --- conversions ------------------------------------------------------------------------------------------------
 

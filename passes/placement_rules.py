@@ -117,13 +117,30 @@ def _linear(node: Node, placements: Sequence[Placement]) -> Ruling | str:
 
 
 def _attention(node: Node, placements: Sequence[Placement]) -> Ruling | str:
-    """Scaled dot-product attention on own heads: q [B, H, S, d], k and v [B, H_kv, L, d] cut on heads.
+    """Scaled dot-product attention on own heads: q and the result [B, H, S, d], k and v [B, H_kv, L, d]."""
+    heads = _head_placements(node, placements)
+    if isinstance(heads, str) or not heads:
+        return heads or replicated(node, placements)
+    mask = [_aligned(operand, heads[0], 4) for operand in tensor_operands(node)[3:]]
+    return Ruling([*heads, *mask], heads[0])
+
+
+def _row_attention(node: Node, placements: Sequence[Placement]) -> Ruling | str:
+    """Attention over each row's own keys: as above, with a whole row table; the result is [B, S, H, d]."""
+    heads = _head_placements(node, placements)
+    if isinstance(heads, str) or not heads:
+        return heads or replicated(node, placements)
+    return Ruling([*heads, Replicate()], Shard(2, heads[0].pieces))
+
+
+def _head_placements(node: Node, placements: Sequence[Placement]) -> tuple[Shard, Placement, Placement] | str | None:
+    """Placements of q, k and v, all cut on heads; None if queries are whole, else why they cannot be so.
 
     Grouped kv heads may have fewer pieces than query heads: the kv head of rank k's query heads is k's own piece.
     """
     query, key, value = placements[:3]
     if not (isinstance(query, Shard) and query.dim == 1):
-        return replicated(node, placements) if isinstance(query, Replicate) else f"its queries have placement {query}"
+        return None if isinstance(query, Replicate) else f"its queries have placement {query}"
     own = [_own_heads(operand, query) for operand in tensor_operands(node)[1:3]]
     key, value = (
         heads if isinstance(given, Replicate) and heads is not None else given
@@ -134,8 +151,7 @@ def _attention(node: Node, placements: Sequence[Placement]) -> Ruling | str:
             continue
         if not (isinstance(placement, Shard) and placement.dim == 1 and query.pieces % placement.pieces == 0):
             return f"its {name} have placement {placement} while its queries have {query}"
-    mask = [_aligned(operand, query, 4) for operand in tensor_operands(node)[3:]]
-    return Ruling([query, key, value, *mask], query)
+    return query, key, value
 
 
 def _own_heads(kv: Node, query: Shard) -> Placement | None:
@@ -345,6 +361,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("split", "chunk"), _split),
     "linear": _linear,
     "scaled_dot_product_attention": _attention,
+    "bdlora::attention": _row_attention,
     "expand": _expand,
     "transpose": _transpose,
     "unsqueeze": _unsqueeze,

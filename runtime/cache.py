@@ -72,7 +72,8 @@ class CacheShape:
 class LocalCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped for mypy
     """One layer's view of the cache: keys and values [batch, local kv heads, length, head_dim]."""
 
-    is_compileable = True
+    # Not what `generate` means by it: it would make whole masks before each forward.
+    is_compileable = False
     is_sliding = False
 
     def __init__(self, store: Tensor, lengths: Tensor, index: int) -> None:
@@ -140,8 +141,10 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
 
     Attributes:
         store: [layers, 2, batch, local kv heads, length, head_dim]. One tensor for all layers, so that a compiled
-            graph guards one input and has one set of symbolic sizes, however many layers there are.
-        lengths: int64 [batch], tokens that each row holds.
+            graph guards one input and has one set of symbolic sizes, however many layers there are. A head's tokens
+            lie together: to attention each head of each row is a sequence of its own.
+        lengths: int64 [batch], tokens that each row holds, left padding included.
+        starts: int64 [batch], tokens of left padding in each row: they are never seen.
     """
 
     # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
@@ -151,6 +154,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
         self.store = _hosted_zeros(size, shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
+        self.starts = torch.zeros(batch, dtype=torch.int64, device=shape.device)
         super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
         self.shape = shape
         self.batch = batch
@@ -165,6 +169,35 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         if layer_idx == len(self.layers) - 1:
             self.lengths.add_(key_states.shape[2])
         return keys, values
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+        """Where the new tokens of each row begin, int64 [batch]; transformers makes masks by it."""
+        return self.lengths
+
+    def pad_left(self, mask: Tensor, seq: int) -> None:
+        """Take each row's left padding from the mask that comes with ``seq`` new tokens.
+
+        A step of one token asks nothing of the GPU: the rows' padding is known since the prompt.
+
+        Args:
+            mask: [batch, tokens], of all tokens that the rows will then hold; zeros are padding.
+            seq: new tokens of a row.
+
+        Raises:
+            ConfigError: the mask has another size, or zeros that are not at the left.
+        """
+        expected = (self.batch, self._used + seq)
+        if tuple(mask.shape) != expected:
+            raise ConfigError(
+                "attention_mask",
+                found=f"{list(mask.shape)}",
+                expected=f"{list(expected)}: the {self._used} tokens of the cache and {seq} new ones",
+                remedy="pass the mask of all tokens so far, or none",
+            )
+        if seq == 1 and self._used:
+            return
+        starts = left_padding(mask, allows_right=False)
+        self.starts.copy_(starts)
 
     def require_room(self, shape: CacheShape, batch: int, seq: int) -> None:
         """Check that a forward of [batch, seq] tokens of a model fits, before it writes anything.
@@ -192,6 +225,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         for tensor in hosted(self.store):
             tensor.zero_()
         self.lengths.zero_()
+        self.starts.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -199,7 +233,34 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             for layer in tensor:
                 # Layer by layer: a copy of one layer is all the memory that this takes.
                 layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
-        self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+        for rows in (self.lengths, self.starts):
+            rows.copy_(rows.index_select(0, beam_idx.to(rows.device)))
+
+
+def left_padding(mask: Tensor, *, allows_right: bool) -> Tensor:
+    """int64 [batch], the zeros that each row of a padding mask [batch, tokens] begins with; waits for the GPU.
+
+    Args:
+        mask: zeros are padding.
+        allows_right: whether a row may end with zeros, too: causal rows do not see what follows them.
+
+    Raises:
+        ConfigError: a row has zeros elsewhere.
+    """
+    is_token = mask != 0
+    starts = (is_token.cumsum(1) == 0).sum(1)
+    following = is_token.flip(1).cumsum(1).flip(1) if allows_right else torch.ones_like(mask)
+    number = torch.arange(mask.shape[1], device=mask.device)
+    holes = ~is_token & (number >= starts[:, None]) & (following != 0)
+    if bool(holes.any()):
+        row = int(holes.any(1).nonzero()[0])
+        raise ConfigError(
+            f"attention_mask, row {row}",
+            found="".join(str(int(token)) for token in is_token[row].tolist()[:64]),
+            expected="zeros at the left only" + (", or at the right" if allows_right else " (a cache has no holes)"),
+            remedy="pad at the left, or pass a mask [batch, 1, new tokens, keys] of your own",
+        )
+    return starts
 
 
 def _misfit(found: str, expected: str) -> ConfigError:
@@ -224,3 +285,4 @@ def _mark_sizes_dynamic(cache: LocalCache) -> None:
     """Batch and length vary from call to call: one graph serves them all (a batch of one is a graph of its own)."""
     torch._dynamo.maybe_mark_dynamic(cache.store, [2, 4])
     torch._dynamo.maybe_mark_dynamic(cache.lengths, 0)
+    torch._dynamo.maybe_mark_dynamic(cache.starts, 0)

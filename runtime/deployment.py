@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import Agreement
+from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
 from bdlora_compile.runtime.store import ShardStore
@@ -15,11 +17,12 @@ from bdlora_compile.runtime.store import ShardStore
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """What one rank holds: its slices of the weights and its adapter bank."""
+    """What one rank holds: its slices of the weights, its adapter bank, and how it adds up with the others."""
 
     rank: int
     store: ShardStore
     bank: AdapterBank
+    all_reduce: AllReduce
 
 
 @dataclass(slots=True)
@@ -35,6 +38,7 @@ class Deployment:
         reports: one for each graph compiled, oldest first.
         step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
             two forwards.
+        last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
     """
 
     plan: ModelPlan
@@ -44,6 +48,7 @@ class Deployment:
     selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
     step: threading.RLock = field(default_factory=threading.RLock)
+    last_step: Any = None
     _written: tuple[Selection, int, int] | None = None
     _used: frozenset[int] = frozenset()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from bdlora_compile.ir import (
     RebuiltSource,
     SharedSource,
     Source,
+    SymmetricSource,
     WeightSource,
 )
 from bdlora_compile.placement import Placement, Shard, shard_slice
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.step_graphs import StepGraphs
 
 Callee = Callable[..., Any]
 CallSource = InputSource | CacheSource | CarriedSource | SharedSource
@@ -95,6 +98,15 @@ class Flow:
                 return self._caches[index][2 * layer + part]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A call of a program that launches recorded steps: what it was given, and what it gave."""
+
+    program: "Program"
+    args: Sequence[Any]
+    results: Sequence[Any]
+
+
 class Program:
     """A graph ready to run on this rank.
 
@@ -102,12 +114,16 @@ class Program:
         deployment: the model's state.
         variants: this rank's graphs.
         token_index: the argument whose first two dims are [batch, seq].
+        steps: records and replays forwards of one token a row; None launches every operator.
     """
 
-    def __init__(self, deployment: Deployment, variants: Variants, token_index: int) -> None:
+    def __init__(
+        self, deployment: Deployment, variants: Variants, token_index: int, steps: StepGraphs | None = None
+    ) -> None:
         self._deployment = deployment
         self._variants = variants
         self._token_index = token_index
+        self._steps = steps
 
     def __call__(self, *args: Any) -> Any:
         """Choose the adapters of the batch, then run."""
@@ -117,11 +133,21 @@ class Program:
     def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
-        *regions, last = self._variants.with_lora if has_adapters else self._variants.base_only
-        flow = Flow(args)
-        for region in regions:
-            flow.take(region.run(*flow.arguments(region.values)))
-        return last.run(*flow.arguments(last.values))
+        regions = self._variants.with_lora if has_adapters else self._variants.base_only
+        if self._steps is None or seq != 1:
+            return launch(regions, args)
+        results = self._steps.run(has_adapters, args, partial(launch, regions))
+        self._deployment.last_step = Launched(self, args, results)
+        return results
+
+
+def launch(regions: Sequence[BoundRegion], args: Sequence[Any]) -> Any:
+    """Run the regions of one forward, one after the other."""
+    *before, last = regions
+    flow = Flow(args)
+    for region in before:
+        flow.take(region.run(*flow.arguments(region.values)))
+    return last.run(*flow.arguments(last.values))
 
 
 def cache_views(store: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -147,13 +173,15 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
         case BankSource(field, layer):
             table: torch.Tensor = getattr(state.bank, field.value)
             return table if layer is None else table[plan.rows(layer)]
+        case SymmetricSource() if state.all_reduce.buffer is not None:
+            return state.all_reduce.buffer
         case RankIndices(length, pieces):
             part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
             return torch.arange(part.start, part.stop, device=plan.device)
-        case ArgumentWeight() | RebuiltSource() | None:
+        case ArgumentWeight() | RebuiltSource() | SymmetricSource() | None:
             raise PassError(
                 "placeholder",
                 found="no source, or one of a model that its owner sharded",
-                expected="a weight, a tensor of the bank, or an argument",
+                expected="a weight, a tensor of the bank, symmetric memory, or an argument",
                 remedy="report this: the tag pass has to run first",
             )

@@ -17,7 +17,7 @@ GoldenCheck = Callable[[str, str], None]
 
 
 # The same examples in each run; the nightly one draws new ones. Tests that say how many they want keep that number.
-hypothesis.settings.register_profile("bdlora", max_examples=50, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("bdlora", max_examples=30, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("bdlora-nightly", max_examples=500, deadline=None, print_blob=True)
 
 

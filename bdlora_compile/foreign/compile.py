@@ -55,7 +55,7 @@ def compile_foreign(module: GraphModule, example_inputs: Sequence[Any], options:
 
     def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
         agreement = agreement_of([group_named(name) for name in foreign.groups])
-        report = localize(foreign, agreement)
+        report = localize(foreign, agreement, has_views=options.report is not None or options.nvtx)
         if options.on_report is not None:
             options.on_report(report)
         trace_stages(report)
@@ -71,11 +71,17 @@ def compile_foreign(module: GraphModule, example_inputs: Sequence[Any], options:
     return capture_through_aot(module, example_inputs, compile_graph)
 
 
-def localize(foreign: ForeignGraph, agreement: Agreement) -> Report:
-    """Run the passes in place, and say what they did; ``agreement`` is that of the ranks that share the graph."""
+def localize(foreign: ForeignGraph, agreement: Agreement, *, has_views: bool = False) -> Report:
+    """Run the passes in place, and say what they did.
+
+    Args:
+        foreign: the graph.
+        agreement: of the ranks that share it.
+        has_views: whether the report keeps each stage's nodes for the inspector.
+    """
     captured = foreign.captured
     sizes = [member.size for member in foreign.groups.values()]
-    context = PassContext(_plan(max(sizes, default=1)), strict=False)
+    context = PassContext(_plan(max(sizes, default=1)), strict=False, has_views=has_views)
     report = Report("a model sharded by its owner", context.plan.mesh.size, _inputs(foreign))
     found: list[Path] = []
     run_passes((Simplify(), SplitProducts(), TagPaths(foreign.groups, found)), captured, context, report.stages)

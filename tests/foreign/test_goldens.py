@@ -80,7 +80,7 @@ def test_stages(name: str, golden: GoldenCheck) -> None:
 @pytest.mark.parametrize("name", ["modules", "modules_undeclared"])
 def test_texts(name: str, golden: GoldenCheck) -> None:
     """The report of hand-written S-LoRA: what localize removes, and why not where its factors are not declared."""
-    report = capture(CASES[name], 1, 2, X).report
+    report = capture(CASES[name], 1, 2, X, has_views=True).report
     told = timeless(record_of(report, "forward", RankComparison(1, 2, None), "foreign", ""))
     golden(f"{name}_report", told.text(width=150))
     page = told.html()

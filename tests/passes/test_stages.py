@@ -19,6 +19,7 @@ from bdlora_compile.printer import print_graph
 from bdlora_compile.report import PassStats
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor
+from bdlora_compile.runtime.attention import attention as attend_rows
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.ops import SlotField
 from bdlora_compile.sites import Role, Site
@@ -65,7 +66,7 @@ def gated_mlp() -> Captured:
 def attention() -> Captured:
     """Four query heads and two key/value heads of four features."""
     build = GraphBuilder()
-    x = build.input("x", 2, 3, 8)
+    x, rows = build.input("x", 2, 3, 8), build.input("rows", 3, 3, dtype=torch.int32)
     weights = [build.weight(f"{site.name}.weight", site.out_features, 8) for site in (QUERY, KEY, VALUE)]
     out = build.weight(f"{OUT.name}.weight", 8, 16)
     build.layer = f"{LAYER}.self_attn"
@@ -74,11 +75,8 @@ def attention() -> Captured:
         return build.call("transpose", build.call("view", build.linear(x, weight), 2, 3, count, 4), 1, 2)
 
     query, key, value = (heads(weight, count) for weight, count in zip(weights, (4, 2, 2), strict=True))
-    attended = build.graph.call_function(
-        torch.nn.functional.scaled_dot_product_attention, (query, key, value), {"enable_gqa": True}
-    )
-    attended.meta["nn_module_stack"] = query.meta["nn_module_stack"]
-    joined = build.call("reshape", build.call("transpose", attended, 1, 2), 2, 3, -1)
+    attended = build.call(attend_rows._opoverload, query, key, value, rows, 0.5)
+    joined = build.call("reshape", attended, 2, 3, -1)
     return build.finish(build.linear(joined, out), facts=frozenset())
 
 

@@ -1,0 +1,293 @@
+"""What LoRA costs in a tensor-parallel decode step: block-diagonal, S-LoRA's collectives, replicated, and none.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_decode --out results.jsonl
+    python -m benchmarks.bench_decode --fake-tp 8                rank 0 of 8 alone: compute without the collectives
+    python -m benchmarks.bench_decode --tiny                     only to see it run, on a CPU
+
+Random weights in the shapes of Llama-3.1-8B (or a checkpoint: --model FOLDER), bf16. Every column's logits are compared
+with float32 of transformers and PEFT first. "step" is a user's loop that reads each token, guards and host included;
+"gpu" the same steps launched without waiting; "floor" the bytes that a rank has to read, at memory's measured speed.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PretrainedConfig
+
+from bdlora_compile.machine import find_machine
+from bdlora_compile.strategy import Strategy
+from benchmarks.decode.files import CONTENTS, AdapterKind, model_config, roomy_folder, write_adapters, write_model
+from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
+from benchmarks.decode.pricing import priced
+from benchmarks.decode.reference import Expected, prompts, references
+from benchmarks.decode.timing import PARTS, Times, measure, prefill_time
+
+KINDS = {
+    "bd32": AdapterKind(32, 8),
+    "bd24": AdapterKind(24, 2),
+    "bd32attn": AdapterKind(32, 8, only_attention=True),
+    "plain16": AdapterKind(16),
+    "plain16attn": AdapterKind(16, only_attention=True),
+}
+"""The paper's pairs: r=32 in 8 blocks has 0.86 of the parameters of an ordinary r=16 on an 8B model."""
+
+LOADS: dict[Strategy, Sequence[str]] = {
+    "local": ("bd32", "bd24", "plain16", "bd32attn"),
+    "slora": ("plain16", "plain16attn"),
+}
+"""What each strategy is measured with; "local" with ordinary adapters holds one factor whole on every rank."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: rows, distinct adapters, tokens that each row holds."""
+
+    batch: int
+    adapters: int
+    context: int
+
+
+class Bench:
+    """One process's part of the benchmark; rank 0 prints and writes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if not _has_gpu():
+            self.device = torch.device("cpu")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.is_fake = dist.is_initialized() and dist.get_backend() == "fake"
+        self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
+        self.machine = find_machine(None, self.device)
+        self.base_step: dict[int, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append a line to the results, at once: a run that is cut off keeps what it found."""
+        if self.rank == 0 and self.options.out is not None:
+            with Path(self.options.out).open("a") as file:
+                file.write(json.dumps({"kind": kind, **fields}) + "\n")
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def prepare(self, folder: Path, config: PretrainedConfig) -> Path:
+        """Write what is missing on rank 0; returns the model's folder."""
+        own = Path(self.options.model)
+        model = own if own.is_dir() else folder / "model"
+        if self.rank == 0:
+            start = time.perf_counter()
+            if not own.is_dir():
+                model.mkdir()
+                write_model(config, model, self.dtype, self.device)
+            wanted = {kind: KINDS[kind] for kind in self.kinds()}
+            write_adapters(wanted, config, folder / "adapters", self.dtype, self.device)
+            self.say(f"files in {folder}: {time.perf_counter() - start:.0f} s")
+        self.wait()
+        return model
+
+    def kinds(self) -> Sequence[str]:
+        """Kinds of adapters that some column needs."""
+        return [kind for kind in KINDS if any(kind in LOADS[strategy] for strategy in self.options.strategy)]
+
+    def wait(self) -> None:
+        """All ranks are here."""
+        if self.size > 1 and not self.is_fake:
+            dist.barrier()
+
+    def expected(self, model: Path, folder: Path) -> dict[str, Expected]:
+        """References, on rank 0 alone; one rank of a fake group has no right logits to compare."""
+        if self.is_fake or self.options.no_check:
+            return {}
+        found = {}
+        if self.rank == 0:
+            start = time.perf_counter()
+            found = dict(references(model, folder / "adapters", self.kinds(), self.dtype, self.device))
+            self.say(f"references: {time.perf_counter() - start:.0f} s")
+        free()
+        self.wait()
+        return found
+
+    # --- columns ----------------------------------------------------------------------------------------------------
+
+    def run(self, folder: Path, config: PretrainedConfig) -> None:
+        """All columns."""
+        model = self.prepare(folder, config)
+        expected = self.expected(model, folder)
+        for strategy in self.options.strategy:
+            self.run_ours(model, folder / "adapters", strategy, expected)
+            free()
+        if self.options.baseline and not self.is_fake:
+            self.run_baseline(model)
+
+    def run_ours(self, model: Path, adapters: Path, strategy: Strategy, expected: dict[str, Expected]) -> None:
+        """Columns of one strategy, all from one load of the model."""
+        slots = max(case.adapters for case in self.cases())
+        start = time.perf_counter()
+        loop = OurLoop(model, strategy, self.dtype, self.device, max(slots, CONTENTS), self.options.inner)
+        self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
+        for kind in LOADS[strategy]:
+            names = [f"{kind}-{number}" for number in range(max(slots, CONTENTS))]
+            seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
+            self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
+            start = time.perf_counter()
+            logits = loop.logits(prompts().to(self.device), [names[0], names[1], None, names[2]])
+            self.say(f"  first forwards {time.perf_counter() - start:.0f} s")
+            if kind in expected:
+                line = expected[kind].check(logits)
+                self.say(f"  {line}")
+                self.write("check", strategy=strategy, adapters=KINDS[kind].text, result=line)
+            if strategy == "local" and kind == LOADS[strategy][0]:
+                for case in self.cases(only_base=True):
+                    loop.choose([])
+                    self.row("base", "none", case, loop, 0)
+            for case in self.cases():
+                loop.choose([names[row % case.adapters] for row in range(case.batch)])
+                self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
+            if self.options.prefill:
+                loop.choose([])
+                with loop.adapters.use([names[0], names[1]]):
+                    milliseconds = prefill_time(loop, 2, self.options.prefill // 2)
+                self.say(f"  prefill of {self.options.prefill} tokens in two rows: {milliseconds:.2f} ms")
+                self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, ms=milliseconds)
+        self.write("report", strategy=strategy, text=loop.report_text())
+
+    def run_baseline(self, model: Path) -> None:
+        """transformers' tensor parallelism with ``mode="reduce-overhead"``."""
+        try:
+            loop = TransformersLoop(model, self.dtype, self.device)
+            for case in self.cases(only_base=True):
+                self.row("transformers", "none", case, loop, 0)
+        except Exception as error:  # another project's code: its failure is a result, not ours to raise
+            self.say(f"transformers' tensor parallelism failed: {str(error)[:300]}")
+            self.write("failed", column="transformers", error=str(error)[:2000])
+
+    def cases(self, *, only_base: bool = False) -> Iterator[Case]:
+        """Batches of a column."""
+        for batch in self.options.batch:
+            for adapters in [1] if only_base else self.options.adapters:
+                if adapters <= batch:
+                    yield Case(batch, adapters, self.options.context)
+
+    def row(self, strategy: str, adapters: str, case: Case, loop: DecodeLoop, adapter_bytes: int) -> None:
+        """Measure a batch, print a line, keep it."""
+        times = measure(loop, case.batch, case.context)
+        floor, estimate = None, 0.0
+        if isinstance(loop, OurLoop):
+            num_bytes = loop.weight_bytes() + loop.cache_bytes() + adapter_bytes * case.adapters
+            floor = num_bytes / self.machine.memory_bandwidth * 1e3
+            per_layer = loop.collectives()
+            if self.is_fake:
+                estimate = priced(loop.model, case.batch, self.machine, with_lora=strategy != "base")
+        else:
+            per_layer = (2, 0)
+        if strategy == "base":
+            self.base_step[case.batch] = times.step
+        self.say(self.line(strategy, adapters, case, times, floor, estimate))
+        shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
+        fields = {"strategy": strategy, "adapters": adapters, **asdict(case), **asdict(times), "floor": floor, **shape}
+        self.write("row", **fields)
+
+    def line(self, strategy: str, adapters: str, case: Case, times: Times, floor: float | None, estimate: float) -> str:
+        """A row of the printed table."""
+        ratio = times.step / self.base_step[case.batch] if case.batch in self.base_step else float("nan")
+        parts = " ".join(f"{times.parts.get(part, 0.0):6.2f}" for part in PARTS)
+        above = f"{times.gpu / floor:5.2f}" if floor else "     "
+        extra = f" +{estimate:.2f} priced" if estimate else ""
+        return (
+            f"{strategy:<12} {adapters:<24} {case.batch:>3} {case.adapters:>3}  {times.step:7.3f} {ratio:6.3f}"
+            f" {times.gpu:7.3f} {times.host:6.3f} {above}  {parts}{extra}"
+        )
+
+
+def free() -> None:
+    """Give memory back before the next model."""
+    gc.collect()
+    torch._dynamo.reset()
+    if _has_gpu():
+        torch.cuda.empty_cache()
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def start_group(fake: int) -> None:
+    """The process group of torchrun, or one rank's of a fake one."""
+    if fake:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=fake)
+        return
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if _has_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if _has_gpu() else "gloo", timeout=timedelta(seconds=300))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", help="a known configuration, or a folder with weights")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 1], help="rows")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64], help="distinct adapters")
+    parser.add_argument("--context", type=int, default=512, help="tokens that each row holds")
+    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill; 0 leaves it out")
+    parser.add_argument("--strategy", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--inner", choices=["eager", "inductor"], default="inductor")
+    parser.add_argument("--fake-tp", type=int, default=0, help="be rank 0 of so many, on one GPU")
+    parser.add_argument("--no-check", action="store_true", help="do not compare logits")
+    parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave transformers' own out")
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers")
+    parser.add_argument("--out", help="results, a JSON line each")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parse()
+    start_group(options.fake_tp)
+    bench = Bench(options)
+    config = model_config(options.model, options.layers)
+    if options.tiny:
+        config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024})
+        config.update({"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "initializer_range": 0.1})
+    shared = [roomy_folder(60 << 30) if bench.rank == 0 and _has_gpu() else roomy_folder(1 << 20)]
+    if bench.size > 1 and not bench.is_fake:
+        dist.broadcast_object_list(shared, src=0)
+    name = torch.cuda.get_device_name() if _has_gpu() else platform.processor() or "CPU"
+    bench.say(f"{date.today()} {name}, torch {torch.__version__}, {bench.size} ranks{' (fake)' * bench.is_fake}")
+    bench.write(
+        "run", date=str(date.today()), device=name, torch=torch.__version__, tp=bench.size, options=vars(options)
+    )
+    bench.say(f"{'strategy':<12} {'adapters':<24} row  ad     step  ratio     gpu   host floor  {' '.join(PARTS)}")
+    try:
+        with torch.no_grad():
+            bench.run(shared[0], config)
+        bench.wait()
+    finally:
+        if bench.rank == 0:
+            shutil.rmtree(shared[0], ignore_errors=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts of `bench_decode.py`: files, columns, timing."""

@@ -1,0 +1,195 @@
+"""Decode loops as a user writes them: this compiler's model, and transformers' tensor parallelism as the baseline."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.distributed import DistributedConfig
+
+import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
+from bdlora_compile.ir import Origin
+from bdlora_compile.placement import local_shape
+from bdlora_compile.strategy import Strategy
+
+ROOM = 128
+"""Tokens that a cache holds beyond the context: steps are measured inside it."""
+
+
+class DecodeLoop(ABC):
+    """A model and a batch of rows that hold a context and go on from there, one token a step."""
+
+    model: Any
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cache: Any = None
+        self.tokens = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.positions = self.tokens
+        self.context = 0
+
+    @abstractmethod
+    def new_cache(self, batch: int, length: int) -> Any:
+        """A cache for ``batch`` rows of up to ``length`` tokens."""
+
+    @abstractmethod
+    def fill_cache(self, context: int) -> None:
+        """Make every row hold ``context`` tokens with random keys and values."""
+
+    def prepare(self, batch: int, context: int) -> None:
+        """Rows that hold a context; the next step adds a token to each."""
+        self.cache = None
+        self.cache = self.new_cache(batch, context + ROOM)
+        self.context = context
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the context."""
+        batch = self.tokens.shape[0] if self.cache is None else self.batch_of(self.cache)
+        self.fill_cache(self.context)
+        self.tokens = torch.full((batch, 1), 7, dtype=torch.int64, device=self.device)
+        self.positions = torch.full((batch, 1), self.context, dtype=torch.int64, device=self.device)
+
+    @abstractmethod
+    def batch_of(self, cache: Any) -> int:
+        """Rows of a cache."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits [batch, seq, vocabulary]."""
+        logits: Tensor = self.model(input_ids=tokens, position_ids=positions, past_key_values=self.cache).logits
+        return logits
+
+    def run(self, steps: int, *, read: bool) -> None:
+        """Greedy steps; with ``read`` the tokens are read after each, as who streams them does."""
+        for _ in range(steps):
+            logits = self.forward(self.tokens, self.positions)
+            self.tokens = logits[:, -1:].argmax(-1)
+            self.positions = self.positions + 1
+            if read:
+                self.tokens.tolist()
+
+
+class OurLoop(DecodeLoop):
+    """A model of this compiler."""
+
+    def __init__(
+        self, folder: Path, strategy: Strategy, dtype: torch.dtype, device: torch.device, slots: int, inner: str
+    ) -> None:
+        super().__init__(device)
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "strategy": strategy}
+        self.model, self.adapters = bd.load(
+            folder, max_adapters=slots, max_rank=32, host_bytes=2 << 30, max_tokens=8192, **options
+        )
+        # The function, not its name: a checkout that was not installed has no entry point.
+        self.model.compile(backend=bdlora, options={"inner": inner})
+        self._names: Sequence[str | None] = []
+
+    def load(self, paths: Mapping[str, Path]) -> float:
+        """Make exactly these adapters resident; returns the seconds that it took."""
+        start = time.perf_counter()
+        for name in self.adapters.names:
+            self.adapters.unload(name)
+        for name, path in paths.items():
+            self.adapters.load(name, path)
+        return time.perf_counter() - start
+
+    def choose(self, names: Sequence[str | None]) -> None:
+        """The adapters of the rows of coming steps."""
+        self._names = names
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        return bd.make_cache(self.model, batch, length)
+
+    def fill_cache(self, context: int) -> None:
+        self.cache.reset()
+        self.cache.store.normal_()
+        self.cache.lengths.fill_(context)
+        self.cache.advance(context)
+
+    def batch_of(self, cache: Any) -> int:
+        return int(cache.batch)
+
+    def run(self, steps: int, *, read: bool) -> None:
+        with self.adapters.use(self._names) if any(self._names) else nullcontext():
+            super().run(steps, read=read)
+
+    def logits(self, ids: Tensor, names: Sequence[str | None]) -> Tensor:
+        """Logits of a prompt, all but its last token at once, the last by a decode step; adapters by row."""
+        self.cache = self.new_cache(ids.shape[0], ids.shape[1] + ROOM)
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        with self.adapters.use(names):
+            first = self.forward(ids[:, :-1].contiguous(), positions[:, :-1].contiguous())
+            # Twice, so that the second is a replayed one.
+            for _ in range(3):
+                self.cache.lengths.fill_(ids.shape[1] - 1)
+                last = self.forward(ids[:, -1:].contiguous(), positions[:, -1:].contiguous())
+        return torch.cat([first, last], dim=1)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads on this rank: all but the embedding's."""
+        plan = self.model.bdlora.plan
+        sizes = {
+            name: torch.Size(local_shape(tuple(parameter.shape), plan.placement_of(name))).numel()
+            for name, parameter in self.model.named_parameters()
+        }
+        unread = 0 if self.model.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+        return (sum(sizes.values()) - unread) * int(plan.dtype.itemsize)
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that a step reads on this rank at the context."""
+        return int(self.cache.store.nbytes * self.context / self.cache.length)
+
+    def collectives(self) -> tuple[int, int]:
+        """Of the last graph: base and LoRA collectives of a layer."""
+        census = bd.reports(self.model)[-1].stages[-1].census
+        return max(census.per_layer(Origin.BASE), default=0), max(census.per_layer(Origin.LORA), default=0)
+
+    def report_text(self) -> str:
+        """What the compiler did to the last graph, and what became of its steps."""
+        return bd.reports(self.model)[-1].summary()
+
+
+class TransformersLoop(DecodeLoop):
+    """transformers' own tensor parallelism under ``torch.compile(mode="reduce-overhead")``, without LoRA."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(device)
+        torch._dynamo.reset()
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        parallel: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=size)} if size > 1 else {}
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **parallel).to(device).eval()
+        self.model.config.use_cache = True
+        self._eager = self.model.forward
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self._compiled = torch.compile(self.model.forward, mode=mode)
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        return StaticCache(config=self.model.config, max_cache_len=length)
+
+    def fill_cache(self, context: int) -> None:
+        batch = self.tokens.shape[0]
+        ids = torch.full((batch, context), 7, dtype=torch.int64, device=self.device)
+        self.cache.reset()
+        self._eager(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def prepare(self, batch: int, context: int) -> None:
+        self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        super().prepare(batch, context)
+
+    def batch_of(self, cache: Any) -> int:
+        return self.tokens.shape[0]
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        out = self._compiled(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        logits = out.logits
+        return logits.full_tensor() if hasattr(logits, "full_tensor") else logits  # type: ignore[no-any-return]

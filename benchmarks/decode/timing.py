@@ -1,0 +1,132 @@
+"""Times of decode steps: on a user's clock, on the GPU's, and by kind of kernel."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.decode.loops import ROOM, DecodeLoop
+
+STEPS = 24
+ROUNDS = 4
+PARTS = ("GEMM", "LoRA", "attention", "collectives", "rest", "idle")
+
+_KINDS: Mapping[str, tuple[str, ...]] = {
+    "collectives": ("nccl", "one_shot", "two_shot", "all_reduce", "allreduce", "multimem"),
+    "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
+    "LoRA": ("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel"),
+}
+"""Parts by what names of kernels have in them, in this order."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a step.
+
+    Attributes:
+        step: by the clock, a loop that reads its tokens after every step: the median of rounds, guards and all.
+        gpu: of steps launched one behind the other without reading, by the GPU's clock.
+        host: that the host needs for a step when it waits for nothing.
+        parts: of ``gpu`` by kind of kernel, from a profile; "idle" is what is left.
+    """
+
+    step: float
+    gpu: float
+    host: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
+    """Time a loop's steps; all ranks call it together."""
+    assert 2 * STEPS + 8 <= ROOM, "the cache has room for the steps of a round"
+    loop.prepare(batch, context)
+    loop.run(6, read=True)
+    walls, gpus, hosts = [], [], []
+    for _ in range(ROUNDS):
+        loop.rewind()
+        loop.run(3, read=True)
+        _align(loop.device)
+        start = time.perf_counter()
+        loop.run(STEPS, read=True)
+        walls.append((time.perf_counter() - start) / STEPS)
+        _align(loop.device)
+        gpu, host = _pipelined(loop)
+        gpus.append(gpu)
+        hosts.append(host)
+    parts = _parts(loop) if loop.device.type == "cuda" else {}
+    gpu = statistics.median(gpus) * 1e3
+    if parts:
+        parts["idle"] = max(gpu - sum(parts.values()), 0.0)
+    return Times(statistics.median(walls) * 1e3, gpu, statistics.median(hosts) * 1e3, parts)
+
+
+def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
+    """Seconds of a step by the GPU's clock and by the host's, launched without waiting."""
+    if loop.device.type != "cuda":
+        start = time.perf_counter()
+        loop.run(STEPS, read=False)
+        seconds = (time.perf_counter() - start) / STEPS
+        return seconds, seconds
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    start = time.perf_counter()
+    loop.run(2, read=False)
+    host = (time.perf_counter() - start) / 2
+    loop.run(STEPS - 2, read=False)
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / STEPS / 1e3, host
+
+
+def _parts(loop: DecodeLoop) -> dict[str, float]:
+    """Milliseconds of kernels in a step, by kind."""
+    loop.rewind()
+    loop.run(3, read=True)
+    _align(loop.device)
+    steps = 4
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        loop.run(steps, read=False)
+        torch.cuda.synchronize()
+    parts = dict.fromkeys(PARTS[:-1], 0.0)
+    for event in found.key_averages():
+        parts[kind_of(event.key)] += event.self_device_time_total / steps / 1e3
+    return parts
+
+
+def kind_of(kernel: str) -> str:
+    """The part that a kernel belongs to."""
+    name = kernel.lower()
+    for kind, words in _KINDS.items():
+        if any(word.lower() in name for word in words):
+            return kind
+    return "rest"
+
+
+def prefill_time(loop: DecodeLoop, batch: int, length: int) -> float:
+    """Milliseconds of a forward over prompts of ``length`` tokens: the median."""
+    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(3)).to(loop.device)
+    positions = torch.arange(length, device=loop.device).expand(batch, length).contiguous()
+    loop.prepare(batch, length)
+    walls = []
+    for _ in range(5):
+        loop.cache.reset()
+        _align(loop.device)
+        start = time.perf_counter()
+        loop.forward(ids, positions)[:, -1, 0].tolist()
+        walls.append(time.perf_counter() - start)
+    return statistics.median(walls[1:]) * 1e3
+
+
+def _align(device: torch.device) -> None:
+    """All ranks are here, and their GPUs have nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if dist.is_initialized() and dist.get_backend() != "fake":
+        dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize()

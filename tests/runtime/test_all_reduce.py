@@ -1,0 +1,111 @@
+"""Which transport sums over the ranks: agreed by all of them, by size, and told; and the graph that calls it."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+import bdlora_compile as bd
+from bdlora_compile.collectives import through_symmetric_memory
+from bdlora_compile.ir import stage_nodes
+from bdlora_compile.machine import SymmetricLimits, find_machine
+from bdlora_compile.placement import Mesh
+from bdlora_compile.printer import print_graph
+from bdlora_compile.runtime import all_reduce
+from bdlora_compile.runtime.agreement import Agreement, Alone
+from bdlora_compile.runtime.all_reduce import AllReduce, Wanted, way
+from tests.conftest import GoldenCheck
+from tests.passes.graphs import plan_of
+from tests.passes.test_fuse import merged
+from tests.passes.test_lora_passes import DOWN, UP, column_and_row
+
+H100 = find_machine("h100-nvlink")
+LIMITS = SymmetricLimits(one_shot=1024, two_shot=4096)
+
+
+class Others:
+    """An agreement in which a second rank gives each of ``texts`` in turn."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+
+    def exchange(self, topic: str, text: str) -> Sequence[str]:
+        return [text, self.texts.pop(0).replace("HOST", text.split("\n")[0]).replace("LIMITS", text.split("\n")[1])]
+
+
+def choose(wanted: Wanted, agreement: Agreement | None = None, ranks: int = 2) -> AllReduce:
+    """The choice of a CPU process, or of one that takes itself for a GPU's (see `gpu`)."""
+    mesh = Mesh(ranks, "group")
+    return AllReduce.choose(wanted, mesh, H100, torch.bfloat16, torch.device("cpu"), agreement or Alone())
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in this rank's way, and its buffer is ordinary memory."""
+    monkeypatch.setattr(all_reduce, "_obstacle", lambda *_: "")
+    monkeypatch.setattr(all_reduce, "_symmetric_buffer", lambda size, *_: torch.zeros(size, dtype=torch.uint8))
+
+
+def test_where_it_cannot_be_had_the_reason_is_told() -> None:
+    """ "auto" falls back, "symmetric" refuses, "nccl" was asked for."""
+    assert choose("auto").text == "lock-step: the ranks are in one process"
+    assert choose("nccl").text == "lock-step: asked for"
+    assert choose("auto", ranks=1).text == "none: one rank"
+    assert choose("auto").buffer is None
+    with pytest.raises(bd.ConfigError, match=r"all_reduce='symmetric'.*in one process.*'auto'"):
+        choose("symmetric")
+    with pytest.raises(bd.ConfigError, match=r"all_reduce='ring'.*auto, nccl, symmetric"):
+        choose("ring")  # type: ignore[arg-type]  # what a user may write
+
+
+@pytest.mark.usefixtures("gpu")
+def test_all_ranks_take_it_or_none() -> None:
+    """Another host, other limits, or a failure on either rank keeps all from it."""
+    fine = "HOST\nLIMITS\n"
+    found = choose("auto", Others(fine, fine))
+    assert found.text.startswith("symmetric memory, one-shot to 1048576 bytes, two-shot to 16777216, nccl above")
+    assert found.text.endswith("(h100-nvlink, measured)")
+    assert found.buffer is not None
+    assert found.buffer.numel() == 16777216
+    for first, second, reason in (
+        ("elsewhere\nLIMITS\n", fine, "the ranks are on several machines"),
+        ("HOST\nother\n", fine, "rank 1 was given another machine's limits than rank 0"),
+        ("HOST\nLIMITS\nno link", fine, "rank 1: no link"),
+        (fine, "HOST\nLIMITS\nRuntimeError: rendezvous", "rank 1: RuntimeError: rendezvous"),
+    ):
+        found = choose("auto", Others(first, second))
+        assert (found.text, found.buffer) == (f"lock-step: {reason}", None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_failed_rendezvous_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA driver error\nmore")
+
+    monkeypatch.setattr(all_reduce, "_symmetric_buffer", fail)
+    assert choose("auto", ranks=4).text == "lock-step: RuntimeError: CUDA driver error"
+
+
+def test_the_way_follows_the_size() -> None:
+    """Sizes that are no multiple of what the kernels move go through the group."""
+    sizes = {16: "one-shot", 1024: "one-shot", 1040: "group", 1056: "two-shot", 4096: "two-shot", 4128: "group"}
+    assert {size: way(size, 1024, 4096, 2) for size in sizes} == sizes
+    assert way(24, 1024, 4096, 2) == way(0, 1024, 4096, 2) == "group"
+
+
+def test_limits_of_the_nearest_measured_number_of_ranks() -> None:
+    assert H100.symmetric_limits(8) == H100.symmetric_limits(2) == SymmetricLimits(1048576, 16777216)
+    assert find_machine("cpu-gloo").symmetric_limits(2) is None
+
+
+def test_the_graph_calls_it(golden: GoldenCheck) -> None:
+    """Each all-reduce and its wait become one call that reads the buffer; without one nothing changes."""
+    plan = plan_of(2, (UP, DOWN))
+    captured = merged(column_and_row(), plan)
+    before = print_graph(captured.graph)
+    through_symmetric_memory(captured, AllReduce("gloo: asked for"))
+    assert print_graph(captured.graph) == before
+    through_symmetric_memory(captured, AllReduce("", torch.zeros(4096, dtype=torch.uint8), LIMITS))
+    captured.graph.lint()
+    golden("symmetric_memory", print_graph(captured.graph))
+    assert not [*stage_nodes(captured.graph, "_c10d_functional::all_reduce")]

@@ -1,0 +1,203 @@
+"""Recorded decode steps: equal to plain ones, whatever of their inputs changes; a stand-in records on the CPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import bdlora_compile as bd
+from bdlora_compile import backend
+from bdlora_compile.ir import Captured
+from bdlora_compile.mutation import argument_indices, mutated_arguments
+from bdlora_compile.runtime.step_graphs import StepGraphs
+from tests.api.conftest import Files, files  # noqa: F401  # a fixture
+
+STEPS = 4
+
+
+class StandIn:
+    """Records as CUDA does: nothing is computed when it records, and a replay reads and writes the same tensors."""
+
+    def __init__(self) -> None:
+        self.written: list[torch.Tensor] = []
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        before = [tensor.clone() for tensor in self.written]
+        results = run()
+        for tensor, value in zip(self.written, before, strict=True):
+            tensor.copy_(value)
+
+        def replay() -> None:
+            for own, value in zip(tree_leaves(results), tree_leaves(run()), strict=True):
+                if isinstance(own, torch.Tensor):
+                    own.copy_(value)
+
+        return replay, results
+
+
+def add_up(args: Sequence[Any]) -> Any:
+    """Adds x to the total in place; the argument in the middle is never read."""
+    x, _, total = args
+    return (total.add_(x) * 2,)
+
+
+@pytest.fixture
+def steps() -> StepGraphs:
+    return StepGraphs(frozenset({0, 2}), frozenset({2}), StandIn(), limit=2)
+
+
+def run(steps: StepGraphs, x: float, total: torch.Tensor, variant: bool = True) -> float:
+    steps._recorder.written = [total]  # type: ignore[attr-defined]  # the stand-in's
+    (result,) = steps.run(variant, (torch.tensor([x]), object(), total), add_up)
+    return float(result.item())
+
+
+def test_replays_read_new_arguments(steps: StepGraphs) -> None:
+    total = torch.zeros(1)
+    assert [run(steps, x, total) for x in (1.0, 2.0, 3.0, 4.0)] == [2.0, 6.0, 12.0, 20.0]
+    assert (steps.stats.plain, steps.stats.recorded, steps.stats.replayed) == (1, 1, 3)
+
+
+def test_another_tensor_written_to_is_another_step(steps: StepGraphs) -> None:
+    first, second = torch.zeros(1), torch.full((1,), 10.0)
+    for _ in range(3):
+        run(steps, 1.0, first)
+    assert run(steps, 1.0, second) == 22.0
+    assert run(steps, 1.0, first) == 8.0
+    assert steps.stats.recorded == 1, "the second tensor was seen once"
+
+
+def test_results_outlive_the_next_step(steps: StepGraphs) -> None:
+    total = torch.zeros(1)
+    run(steps, 1.0, total)
+    kept = steps.run(True, (torch.ones(1), None, total), add_up)[0]
+    before = kept.clone()
+    steps.run(True, (torch.ones(1), None, total), add_up)
+    assert torch.equal(kept, before)
+
+
+def test_variants_are_apart(steps: StepGraphs) -> None:
+    total = torch.zeros(1)
+    for variant in (True, False, True, False):
+        run(steps, 1.0, total, variant)
+    assert steps.stats.recorded == 2
+    assert steps.stats.plain == 2
+
+
+def test_the_oldest_of_too_many_goes(steps: StepGraphs) -> None:
+    totals = [torch.zeros(1) for _ in range(3)]
+    for total in totals:
+        run(steps, 1.0, total)
+        run(steps, 1.0, total)
+    run(steps, 1.0, totals[0])
+    assert steps.stats.plain == 4, "the first was forgotten, hence seen anew"
+
+
+def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    steps = StepGraphs(frozenset({0, 2}), frozenset({2}), refuse)
+    total = torch.zeros(1)
+    found = [float(steps.run(True, (torch.ones(1), None, total), add_up)[0]) for _ in range(3)]
+    assert found == [2.0, 4.0, 6.0], "every step ran once"
+    assert steps.stats.refusals == ("operation not permitted when stream is capturing",), "and was tried once"
+    assert "cannot be recorded" in caplog.text
+    assert "refused: operation not permitted" in steps.stats.text()
+
+
+@pytest.fixture
+def with_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StepGraphs]:
+    """Every program gets step graphs with a stand-in; the list takes them in the order of compilation."""
+    made: list[StepGraphs] = []
+
+    def step_graphs(captured: Captured, *_: object) -> StepGraphs:
+        made.append(StepGraphs(argument_indices(captured), mutated_arguments(captured), StandIn()))
+        return made[-1]
+
+    monkeypatch.setattr(backend, "_step_graphs", step_graphs)
+    torch._dynamo.reset()
+    return made
+
+
+def decode(model: Any, adapters: Any, graphs: list[StepGraphs]) -> torch.Tensor:
+    """Logits of a prompt and of some tokens after it; the rows' adapters change on the way."""
+    cache = bd.make_cache(model, 2, 16)
+    prompt = torch.tensor([[5, 9, 33], [8, 8, 100]])
+    with torch.no_grad():
+        logits = [model(prompt, past_key_values=cache).logits[:, -1:]]
+        for step in range(STEPS):
+            for steps in graphs:
+                steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
+            with adapters.use(["blocks", "plain"] if step % 2 else [None, "blocks"]):
+                logits.append(model(logits[-1].argmax(-1), past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+def test_a_model_decodes_alike(files: Files, with_stand_in: list[StepGraphs]) -> None:  # noqa: F811
+    """Replayed with other tokens and other adapters; a cache's place, forgotten, would show in the second row."""
+    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
+    model, adapters = bd.load(files.model, **options)
+    model.compile(backend="bdlora")
+    found = decode(model, adapters, with_stand_in)
+    decoding = with_stand_in[-1].stats
+    assert (decoding.recorded, decoding.replayed) == (1, STEPS - 1)
+    assert "CUDA graphs: 1 recorded" in bd.reports(model)[-1].summary()
+
+    for steps in with_stand_in:
+        steps._steps.clear()
+        steps._limit = 0
+    assert torch.equal(found, decode(model, adapters, with_stand_in)), "the same graph, operator by operator"
+
+    # Sabotage: an address left out of what a step is known by.
+    for steps in with_stand_in:
+        steps._limit, steps._mutated = 64, frozenset()
+    assert not torch.equal(found, decode(model, adapters, with_stand_in))
+
+
+def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs], monkeypatch: Any) -> None:  # noqa: F811
+    """From the second step on the program is called directly; what a graph depends on, changed, asks Dynamo."""
+    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
+    model, adapters = bd.load(files.model, **options)
+    model.compile(backend="bdlora")
+    asked: list[int] = []
+    compiled = type(model)._call_compiled
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return compiled(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "_call_compiled", spy)
+    found = decode(model, adapters, with_stand_in)
+    assert len(asked) == 2, "the prompt and the first step"
+    assert torch.equal(found, decode(model, adapters, with_stand_in)), "another cache"
+    assert len(asked) == 3, "another prompt, no new step"
+
+    cache, token = bd.make_cache(model, 2, 16), torch.tensor([[5], [6]])
+    for steps in with_stand_in:
+        steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        output = model(input_ids=token, past_key_values=cache)
+        assert len(asked) == 3
+        assert cache.lengths.tolist() == [1, 1]
+        assert output.logits.shape == (2, 1, 128)
+        monkeypatch.setattr(model.config, "output_hidden_states", True)
+        assert model(input_ids=token, past_key_values=cache).hidden_states is not None, "the configuration changed"
+        assert len(asked) == 4
+        monkeypatch.undo()
+    model.compile(backend="bdlora")
+    assert not model.bdlora_known_steps._steps
+
+
+def test_options_that_need_a_gpu_say_so(files: Files) -> None:  # noqa: F811
+    torch._dynamo.reset()
+    model, _ = bd.load(files.model)
+    for options in ({"mode": "reduce-overhead"}, {"options": {"cuda_graphs": True}}):
+        model.compile(backend="bdlora", **options)
+        with pytest.raises(bd.ConfigError, match="a model on CUDA"):
+            model(torch.tensor([[1, 2]]))
+    model.compile(backend="bdlora", mode="max-autotune")
+    with pytest.raises(bd.ConfigError, match="reduce-overhead"):
+        model(torch.tensor([[1, 2]]))
