@@ -56,7 +56,8 @@ def _show_head(told: Explanation, console: Console) -> None:
 def _show_head_of_run(told: Explanation, console: Console) -> None:
     console.print(f"[bold]{escape(told.name)}[/bold] on {told.tp_size} ranks; numbers are of one token of one row")
     if told.ranks is not None:
-        same = told.ranks.difference or f"all {told.ranks.size} ranks that compared have the same graph"
+        alone = "nobody to compare with" if told.ranks.size == 1 else f"all {told.ranks.size} ranks have the same graph"
+        same = told.ranks.difference or alone
         console.print(f"written by rank {told.ranks.rank}: {same}", markup=False)
     console.print()
 

@@ -6,23 +6,27 @@ function headline(app) {
   const [from, to] = app.ends();
   const before = totals(from);
   const after = totals(to);
-  const layers = [perLayer(from, "lora"), perLayer(to, "lora")];
-  const base = perLayer(to, "base");
+  // A block without layers is counted as a whole.
+  const isLayered = [...from.collectives, ...to.collectives].some((one) => one.layers.length);
+  const count = (stage, origin) => (isLayered ? perLayer(stage, origin) : totals(stage, origin).count);
+  const place = isLayered ? "a layer" : "a forward";
+  const layers = [count(from, "lora"), count(to, "lora")];
+  const base = count(to, "base");
   const item = (label, value, more) => h("div.fact", {}, h("span.label", {}, label), h("strong", {}, value), h("small", {}, more));
   const items = [
-    item("LoRA collectives in a layer", [h("span.was", { id: "lora-before" }, layers[0]), " → ", h("span", { id: "lora-after" }, layers[1])],
+    item(`LoRA collectives in ${place}`, [h("span.was", { id: "lora-before" }, layers[0]), " → ", h("span", { id: "lora-after" }, layers[1])],
       `${number(totals(from, "lora").count)} → ${number(totals(to, "lora").count)} in a forward`),
-    item("base collectives in a layer", h("span", { id: "base-after" }, base), `${number(totals(to, "base").count)} in a forward`),
+    item(`base collectives in ${place}`, h("span", { id: "base-after" }, base), `${number(totals(to, "base").count)} in a forward`),
     item("a rank sends for a token", [h("span.was", {}, bytes(before.token)), " → ", bytes(after.token)], `LoRA ${bytes(totals(from, "lora").token)} → ${bytes(totals(to, "lora").token)}`),
     item(`a rank sends in a ${graph.phase} step`, [h("span.was", {}, bytes(before.wire)), " → ", h("span", { id: "wire-after", "data-bytes": after.wire }, bytes(after.wire))], `${number(graph.batch)} row${graph.batch > 1 ? "s" : ""} of ${number(graph.seq)} token${graph.seq > 1 ? "s" : ""}`),
   ];
   const estimate = record.estimates.find((one) => one.phase === graph.phase && one.strategy === record.strategy);
   if (estimate) items.push(item(`estimated ${graph.phase} step`, seconds(estimate.seconds), `${record.machine.name}${record.is_extrapolated ? ", extrapolated" : ""}`));
   const verdict = layers[1] === 0
-    ? `LoRA adds no collective to a layer${layers[0] ? `: S-LoRA placement had ${layers[0]}, ${bytes(totals(from, "lora").token)} for each token` : ""}.`
-    : `LoRA keeps ${layers[1]} collective${layers[1] > 1 ? "s" : ""} in a layer, ${bytes(totals(to, "lora").token)} for each token; the collectives' table says why.`;
+    ? `LoRA adds no collective to ${place}${layers[0] ? `: S-LoRA placement had ${layers[0]}, ${bytes(totals(from, "lora").token)} for each token` : ""}.`
+    : `LoRA keeps ${layers[1]} collective${layers[1] > 1 ? "s" : ""} in ${place}, ${bytes(totals(to, "lora").token)} for each token; the collectives' table says why.`;
   const ranks = record.ranks && h("p.verdict.ranks", {}, record.ranks.difference
-    ? `Ranks differ: ${record.ranks.difference}` : `All ${record.ranks.size} ranks have this graph; written by rank ${record.ranks.rank}.`);
+    ? `Ranks differ: ${record.ranks.difference}` : `${record.ranks.size > 1 ? `All ${record.ranks.size} ranks have this graph; written` : "Written"} by rank ${record.ranks.rank}.`);
   return [h("p.verdict", {}, verdict), ranks, h("div.facts-grid", {}, items)];
 }
 
