@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from bdlora_compile.estimate import Phase
 from bdlora_compile.explained_graph import explain_graph

@@ -165,7 +165,7 @@ def lora_members(
     group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms
 ) -> list[tuple[Formula, Numbers]]:
     """Formula and numbers of the LoRA of each site of a group."""
-    members = []
+    members: list[tuple[Formula, Numbers]] = []
     for position, site in enumerate(group.sites):
         a, b = _mean_elements(group, position, layout, profiles, terms)
         formula = cost.lookup(layout) if site.is_lookup else cost.lora(site.role, layout)
