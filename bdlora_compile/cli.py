@@ -4,6 +4,7 @@ import typer
 
 from bdlora_compile.commands import adapters
 from bdlora_compile.commands.calibrate import calibrate
+from bdlora_compile.commands.diff import diff
 from bdlora_compile.commands.explain import explain
 from bdlora_compile.commands.run import run
 from bdlora_compile.commands.serve import serve
@@ -20,4 +21,5 @@ def _group() -> None:
 app.command()(run)
 app.command()(serve)
 app.command()(explain)
+app.command()(diff)
 app.command()(calibrate)

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from bdlora_compile.census import take_census
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import Captured, Fact
+from bdlora_compile.nodes import view_graph
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import Known, propagate
@@ -24,11 +25,13 @@ class PassContext:
         plan: placements and layouts of the model.
         strict: whether a gather that nobody asked for is an error.
         known: what propagation has computed so far, for this graph and copies of it.
+        has_views: whether the nodes of each stage are kept for the inspector.
     """
 
     plan: ModelPlan
     strict: bool
     known: Known = field(default_factory=dict, compare=False, repr=False)
+    has_views: bool = False
 
 
 class GraphPass(Protocol):
@@ -77,6 +80,8 @@ def _run_pass(
         propagate(captured.graph, graph_pass.name, context.known)
     graph_pass.verify(captured, context)
     captured.facts |= graph_pass.establishes
+    # First: it names the nodes that the census names.
+    view = view_graph(captured) if context.has_views else None
     return StageReport(
         name=graph_pass.name,
         seconds=time.perf_counter() - start,
@@ -85,6 +90,7 @@ def _run_pass(
         stats=stats,
         census=take_census(captured, context.plan.mesh),
         text=print_graph(captured.graph),
+        view=view,
     )
 
 

@@ -96,7 +96,8 @@ def start(model: Path, adapter_root: Path, replicas: int, port: int) -> None:
     """Serve on this machine's Ray, or on the cluster that it is part of."""
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0}}
-    serve.run(Replica.options(**options).bind(str(model), str(adapter_root)))
+    deployment: Any = Replica  # the decorator's type is that of the class it replaces
+    serve.run(deployment.options(**options).bind(str(model), str(adapter_root)))
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def test_text_and_json(files: tuple[Path, dict[str, Path]]) -> None:
     assert again.to_json() == told.to_json()
     assert again.text() == text
     assert ("collectives over 8 ranks were not measured" in text) == told.is_extrapolated
-    assert json.loads(told.to_json())["version"] == 1
+    assert json.loads(told.to_json())["version"] == 2
     assert set(bd.Explanation.json_schema()["properties"]) == set(json.loads(told.to_json()))
 
 

@@ -119,7 +119,7 @@ class Tokens(BaseSettings):
             ConfigError: one is too short, or both are the same. The message does not hold them.
         """
         try:
-            return cls()
+            return cls()  # type: ignore[call-arg]  # fields come from the environment
         except ValidationError as error:
             raise _config_error("BDLORA_", error) from None
 

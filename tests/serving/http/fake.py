@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -99,7 +99,7 @@ class FakeEngine:
                 return
             top = () if sampling.logprobs is None else ((token, -0.5), (3, -1.5))[: sampling.logprobs]
             yield Token(token, f"<{token}>", None if sampling.logprobs is None else -0.5, top)
-        reason = "length" if self.ending is None else "error"
+        reason: Literal["length", "error"] = "length" if self.ending is None else "error"
         yield Finished(reason, Usage(len(request.prompt), count), self.ending)
 
     def check(self, timeout: float | None = None) -> float:

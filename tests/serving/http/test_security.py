@@ -68,7 +68,7 @@ class _Direct(httpx.BaseTransport):
 
 def test_admin_routes_are_not_there_by_default() -> None:
     _, service = fake_service()
-    service.tokens = Tokens()
+    service.tokens = Tokens.of_environment()
     assert not [path for path in routes(service) if "lora" in path]
 
 
