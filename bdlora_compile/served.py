@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from bdlora_compile.errors import BdloraError, ConfigError, HollowError
+from bdlora_compile.known_steps import KnownSteps
 from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding
 from bdlora_compile.runtime.deployment import Deployment
 
@@ -25,24 +26,37 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     bdlora: Deployment
     bdlora_cache_shape: CacheShape
+    bdlora_known_steps: KnownSteps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; sizes of inputs may vary from call to call without compiling again."""
         if torch.compiler.is_compiling():
             # Another compiler traces this call; inputs can be marked from outside a graph only.
             return super().__call__(*args, **kwargs)
-        if len(args) > 1:
+        if args:
             names = list(inspect.signature(self.forward).parameters)[: len(args)]
             args, kwargs = (), {**dict(zip(names, args, strict=True)), **kwargs}
         with self._room_in_cache(*args, **kwargs):
             kwargs = self._with_padding(args, kwargs)
+            known = self.bdlora_known_steps.find(self, kwargs)
+            if known is not None:
+                return known.take(kwargs, kwargs["past_key_values"])
             # Models with several kinds of layers take their masks in a dictionary.
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor) and value.ndim > 1:
                     # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                     last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                     torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
-            return self._call_compiled(*args, **kwargs)
+            output = self._call_compiled(*args, **kwargs)
+            launched, self.bdlora.last_step = self.bdlora.last_step, None
+            if launched is not None:
+                self.bdlora_known_steps.note(self, kwargs, launched, output)
+            return output
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.nn.Module.compile`; what was recorded by an earlier one is forgotten."""
+        self.bdlora_known_steps.forget()
+        super().compile(*args, **kwargs)
 
     def _with_padding(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Check a padding mask, and let the cache remember it: a graph of rows of a cache reads no mask.
@@ -199,6 +213,7 @@ def serve(model: PreTrainedModel, deployment: Deployment, cache_shape: CacheShap
         model.generation_config.use_cache = True
     model.bdlora = deployment
     model.bdlora_cache_shape = cache_shape
+    model.bdlora_known_steps = KnownSteps()
     model.__class__ = type(cls.__name__, (ServedModel, cls), {"__module__": cls.__module__})
 
 

@@ -6,6 +6,7 @@ many tensors opens the file once around them (``WeightsFile.opened``); a lone re
 adapters may lie around.
 """
 
+import math
 import os
 import stat
 import threading
@@ -86,15 +87,21 @@ def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     Raises:
         AdapterError: it holds NaN or infinity, which would spread to all tokens of its rows.
     """
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
+    if not is_finite(tensor):
         raise AdapterError(
             f"tensor {name}",
-            found=f"{int((~finite).sum())} values that are NaN or infinite",
+            found=f"{int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite",
             expected="finite numbers",
             remedy="train the adapter again from a checkpoint before it diverged",
         )
     return tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; a sum tells it in a fraction of the time that looking at each takes."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    # Large finite values may overflow the sum.
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 from bdlora_compile.errors import AdapterError
 from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime.adapter_pool import Move
+from bdlora_compile.runtime.adapter_tensors import is_finite
 from bdlora_compile.runtime.copier import Copier, PlainCopier, Ticket
 from bdlora_compile.runtime.ops import SlotField
 
@@ -189,7 +190,7 @@ def _fill(room: torch.Tensor, factor: torch.Tensor, site: str) -> None:
     own = room[: factor.numel()]
     own.view(factor.shape).copy_(factor)
     room[factor.numel() :].zero_()
-    if not torch.isfinite(own).all():
+    if not is_finite(own):
         raise AdapterError(
             f"factor of {site}",
             found="a value that overflows",

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.plan import ModelPlan
@@ -37,6 +38,7 @@ class Deployment:
         reports: one for each graph compiled, oldest first.
         step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
             two forwards.
+        last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
     """
 
     plan: ModelPlan
@@ -46,6 +48,7 @@ class Deployment:
     selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
     step: threading.RLock = field(default_factory=threading.RLock)
+    last_step: Any = None
     _written: tuple[Selection, int, int] | None = None
     _used: frozenset[int] = frozenset()
 

@@ -99,6 +99,15 @@ class Flow:
                 return self._caches[index][2 * layer + part]
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A call of a program that launches recorded steps: what it was given, and what it gave."""
+
+    program: "Program"
+    args: Sequence[Any]
+    results: Sequence[Any]
+
+
 class Program:
     """A graph ready to run on this rank.
 
@@ -135,9 +144,11 @@ class Program:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
         regions = self._variants.with_lora if has_adapters else self._variants.base_only
-        if self._steps is not None and seq == 1:
-            return self._steps.run(has_adapters, args, partial(launch, regions))
-        return launch(regions, args)
+        if self._steps is None or seq != 1:
+            return launch(regions, args)
+        results = self._steps.run(has_adapters, args, partial(launch, regions))
+        self._deployment.last_step = Launched(self, args, results)
+        return results
 
 
 def launch(regions: Sequence[BoundRegion], args: Sequence[Any]) -> Any:

@@ -93,6 +93,9 @@ def test_logits_and_tokens_equal_peft(tmp_path: Path, name: str) -> None:
         census = report.stages[-1].census
         assert census.per_layer(Origin.BASE) == [2, 2, 2]
         assert census.total(Origin.LORA) == 0
+        num_masked = {"mistral": 3, "qwen2 with two kinds of layers": 2}.get(name, 0)
+        assert (f"all keys under a whole mask in {num_masked} layers" in report.attention) == (num_masked > 0)
+        assert (f"each row's own keys in {3 - num_masked} layer" in report.attention) == (num_masked < 3)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Gemma2Config, LlamaConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 import bdlora_compile as bd
-from bdlora_compile.attention import mask
+from bdlora_compile.attention import mask, require_plain_scores
 from bdlora_compile.runtime.attention import attention, per_head, row_table
 from bdlora_compile.runtime.cache import left_padding
 
@@ -130,6 +131,13 @@ def test_plain_causal_layers_get_a_row_table_others_a_mask() -> None:
             at = int(lengths[row]) + query
             seen = [key for key in range(ROOM) if int(starts[row]) <= key <= at and key > at - 3]
             assert found[row, 0, query].nonzero().flatten().tolist() == seen
+
+
+def test_models_that_cap_scores_are_refused() -> None:
+    """No path here computes their attention; transformers' own SDPA would drop the cap."""
+    with pytest.raises(bd.ConfigError, match=r"Gemma2Config\.attn_logit_softcapping: found 50"):
+        require_plain_scores(Gemma2Config())
+    require_plain_scores(LlamaConfig())
 
 
 def test_padding_at_the_left_is_counted_and_holes_are_refused() -> None:

@@ -157,6 +157,40 @@ def test_a_model_decodes_alike(files: Files, with_stand_in: list[StepGraphs]) ->
     assert not torch.equal(found, decode(model, adapters, with_stand_in))
 
 
+def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs], monkeypatch: Any) -> None:  # noqa: F811
+    """From the second step on the program is called directly; what a graph depends on, changed, asks Dynamo."""
+    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
+    model, adapters = bd.load(files.model, **options)
+    model.compile(backend="bdlora")
+    asked: list[int] = []
+    compiled = type(model)._call_compiled
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return compiled(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "_call_compiled", spy)
+    found = decode(model, adapters, with_stand_in)
+    assert len(asked) == 2, "the prompt and the first step"
+    assert torch.equal(found, decode(model, adapters, with_stand_in)), "another cache"
+    assert len(asked) == 3, "another prompt, no new step"
+
+    cache, token = bd.make_cache(model, 2, 16), torch.tensor([[5], [6]])
+    for steps in with_stand_in:
+        steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        output = model(input_ids=token, past_key_values=cache)
+        assert len(asked) == 3
+        assert cache.lengths.tolist() == [1, 1]
+        assert output.logits.shape == (2, 1, 128)
+        monkeypatch.setattr(model.config, "output_hidden_states", True)
+        assert model(input_ids=token, past_key_values=cache).hidden_states is not None, "the configuration changed"
+        assert len(asked) == 4
+        monkeypatch.undo()
+    model.compile(backend="bdlora")
+    assert not model.bdlora_known_steps._steps
+
+
 def test_options_that_need_a_gpu_say_so(files: Files) -> None:  # noqa: F811
     torch._dynamo.reset()
     model, _ = bd.load(files.model)
