@@ -44,7 +44,7 @@ class PassError(BdloraError):
 
 
 class AgreementError(BdloraError):
-    """The ranks of the process group differ in something they must have in common."""
+    """The ranks of the process group differ in something they must have in common, or one is lost."""
 
 
 class UnknownAdapterError(AdapterError):
