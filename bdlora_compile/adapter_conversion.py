@@ -112,7 +112,7 @@ def convert_adapter(
 
     Raises:
         ConfigError: G does not divide ``rank`` or a site's features.
-        AdapterError: a site's error is above ``max_error``.
+        AdapterError: the adapter changes an embedding, or a site's error is above ``max_error``.
     """
     new_rank = rank or -(-adapter.max_rank // nblocks) * nblocks
     _check_divides(adapter, sites, nblocks, new_rank)
@@ -200,6 +200,13 @@ def _check_divides(adapter: Adapter, sites: Mapping[str, Site], nblocks: int, ra
         )
     for name in adapter.factors:
         site = sites[name]
+        if site.is_lookup:
+            raise AdapterError(
+                f"{adapter.source}: {name}",
+                found="LoRA on an embedding",
+                expected="linear layers alone: PEFT has no block-diagonal LoRA for embeddings",
+                remedy="serve it as the ordinary adapter that it is",
+            )
         features = site.out_features if site.role is Role.COLUMN else site.in_features
         if features % nblocks:
             raise ConfigError(

@@ -13,7 +13,7 @@ from bdlora_compile.factors import Layout, LocalShape, local_shape
 from bdlora_compile.placement import Mesh, site_pieces
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.roles import sites_of
-from bdlora_compile.runtime.adapter_agreement import BaseName, check_pair, pair_factors
+from bdlora_compile.runtime.adapter_agreement import BaseName, check_pair, factor_names, pair_factors
 from bdlora_compile.runtime.adapter_config import AdapterConfig, check_config, parse_config, read_config
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_targets import SitePlan, plan_sites
@@ -130,12 +130,8 @@ def _pairs(
     except AdapterError as error:
         found.problems.append(error)
         # What can be paired all the same may have problems of its own.
-        names = {name: f"base_model.model.{name}.lora_" for name in plans}
-        return {
-            name: (tensors[f"{start}A.weight"], tensors[f"{start}B.weight"])
-            for name, start in names.items()
-            if f"{start}A.weight" in tensors and f"{start}B.weight" in tensors
-        }
+        names = {name: factor_names(sites[name]) for name in plans}
+        return {name: (tensors[a], tensors[b]) for name, (a, b) in names.items() if a in tensors and b in tensors}
     found.notes += notes
     return pairs
 

@@ -44,7 +44,8 @@ def merge_adapter(
 
     Raises:
         ConfigError: something is at ``out`` already, or the model has no safetensors weights.
-        AdapterError: a site's weight is not in the checkpoint, or has a type that cannot carry the sum.
+        AdapterError: a site's weight is not in the checkpoint, is another layer's too, or has a type that cannot carry
+            the sum.
     """
     files = sorted(model.glob("*.safetensors"))
     if not files:
@@ -63,7 +64,7 @@ def merge_adapter(
                 shutil.copyfile(entry, beside / entry.name)
         with adapter.opened():
             for file in files:
-                _merge_file(file, headers[file], adapter, beside / file.name, progress)
+                _merge_file(file, headers[file], adapter, sites, beside / file.name, progress)
         os.chmod(beside, 0o755)  # what mkdtemp made is for its owner alone
         beside.rename(out)
     except BaseException:
@@ -88,8 +89,11 @@ def _header(file: Path) -> Header:
 def _check_weights(adapter: Adapter, sites: Mapping[str, Site], headers: Mapping[Path, Header]) -> None:
     stored = {name: entry for header in headers.values() for name, entry in header.items()}
     for name in adapter.factors:
+        _refuse_tied(sites[name], sites)
         entry = stored.get(f"{name}.weight")
         shape = [sites[name].out_features, sites[name].in_features]
+        if sites[name].is_lookup:
+            shape.reverse()
         if entry is None or entry["dtype"] not in _TYPES or entry["shape"] != shape:
             raise AdapterError(
                 f"{name}.weight",
@@ -99,7 +103,21 @@ def _check_weights(adapter: Adapter, sites: Mapping[str, Site], headers: Mapping
             )
 
 
-def _merge_file(file: Path, header: Header, adapter: Adapter, target: Path, progress: Progress) -> None:
+def _refuse_tied(site: Site, sites: Mapping[str, Site]) -> None:
+    """A weight that two layers share would change both of them, where the adapter changes one."""
+    sharing = [other.name for other in sites.values() if other.weight == site.weight and other.name != site.name]
+    if sharing:
+        raise AdapterError(
+            f"{site.name}.weight",
+            found=f"the weight of {', '.join(sharing)} too (tied)",
+            expected="a weight that no other layer shares",
+            remedy="serve the adapter as it is, or untie the model (tie_word_embeddings=False) and save it first",
+        )
+
+
+def _merge_file(
+    file: Path, header: Header, adapter: Adapter, sites: Mapping[str, Site], target: Path, progress: Progress
+) -> None:
     with safe_open(file, framework="pt") as weights, file.open("rb") as source, target.open("wb") as into:
         length = int.from_bytes(source.read(8), "little")
         source.seek(0)
@@ -109,7 +127,7 @@ def _merge_file(file: Path, header: Header, adapter: Adapter, target: Path, prog
             if factors is None:
                 _copy(source, into, 8 + length, entry)
             else:
-                _write_merged(weights.get_slice(name), factors, into)
+                _write_merged(weights.get_slice(name), factors, sites[factors.site], into)
             progress(name)
 
 
@@ -123,16 +141,15 @@ def _copy(source: BinaryIO, into: BinaryIO, start: int, entry: Mapping[str, Any]
         left -= len(piece)
 
 
-def _write_merged(weight: Any, factors: LoraFactors, into: BinaryIO) -> None:
+def _write_merged(weight: Any, factors: LoraFactors, site: Site, into: BinaryIO) -> None:
     rows, columns = weight.get_shape()
-    a = dense_a(factors, slice(0, columns), columns)
+    change_of = _change_of_rows(factors, site)
     step = max(_PIECE_BYTES // (8 * columns), 1)
     for start in range(0, rows, step):
         own = slice(start, min(start + step, rows))
         part = weight[own]
         wide = torch.float64 if part.dtype is torch.float64 else torch.float32
-        change = factors.scaling * (dense_b(factors, own, rows).to(wide) @ a.to(wide))
-        merged = (part.to(wide) + change).to(part.dtype)
+        merged = (part.to(wide) + change_of(own, wide)).to(part.dtype)
         if not torch.isfinite(merged).all():
             raise AdapterError(
                 f"{factors.site}.weight",
@@ -141,6 +158,22 @@ def _write_merged(weight: Any, factors: LoraFactors, into: BinaryIO) -> None:
                 remedy="merge into a checkpoint of a wider type",
             )
         into.write(_bytes(merged))
+
+
+def _change_of_rows(factors: LoraFactors, site: Site) -> Callable[[slice, torch.dtype], Tensor]:
+    """The change of some rows of the stored weight: of s B A, or of its transpose at an embedding."""
+    if site.is_lookup:
+        whole = dense_b(factors, slice(0, site.out_features), site.out_features).t()
+
+        def left(own: slice) -> Tensor:
+            return dense_a(factors, own, site.in_features).t()
+    else:
+        whole = dense_a(factors, slice(0, site.in_features), site.in_features)
+
+        def left(own: slice) -> Tensor:
+            return dense_b(factors, own, site.out_features)
+
+    return lambda own, wide: factors.scaling * (left(own).to(wide) @ whole.to(wide))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

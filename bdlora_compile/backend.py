@@ -181,7 +181,7 @@ def analyse(module: GraphModule, deployment: Deployment, *, has_views: bool = Fa
     """
     captured = _copy(module)
     report = _new_report(captured, deployment)
-    context = PassContext(deployment.plan, deployment.strict, has_views)
+    context = PassContext(deployment.plan, deployment.strict, has_views=has_views)
     run_passes(PIPELINE, captured, context, report.stages)
     report.symbols = symbol_names(captured)
     report.all_reduce = deployment.ranks[0].all_reduce.text if deployment.ranks else ""

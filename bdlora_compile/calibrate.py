@@ -1,5 +1,7 @@
 """Measure the constants of the cost model (`machine.py`) on this machine; run by ``bdlora calibrate`` on every rank.
 
+A single rank has no collectives: its machine knows memory, products and the cost of a kernel.
+
 On GPUs a measurement is the replay of a CUDA graph of many dependent calls, as in serving; on CPUs it is a loop of
 calls. All ranks measure at once, since they share memory and links when they serve. Times are medians of groups of
 calls, on the slowest rank.
@@ -131,9 +133,9 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
 
 
 def _group_sizes() -> list[int]:
-    """2, 4, 8, ... and the number of all ranks."""
+    """2, 4, 8, ... and the number of all ranks; none for a single rank."""
     size = dist.get_world_size()
-    return sorted({*(2**power for power in range(1, size.bit_length()) if 2**power <= size), size})
+    return sorted({*(2**power for power in range(1, size.bit_length())), size} - {1})
 
 
 def _collectives(timer: Timer, device: torch.device, settings: Settings, ranks: int) -> list[Point]:
@@ -198,6 +200,8 @@ def show(machine: Machine, points: Sequence[Point], console: Console) -> None:
             row = f"{link.latency * 1e6:,.1f} us + bytes / {link.bandwidth / 1e9:,.2f} GB/s"
             table.add_row(f"{kind}, {ranks} ranks", row)
     console.print(table)
+    if not points:
+        return
     measured = Table("collective", "ranks", "wire bytes", "measured us", "fitted us")
     for one in points:
         fitted = machine.link(one.kind, one.ranks).seconds(one.wire_bytes)

@@ -80,8 +80,19 @@ class Machine:
         return self.symmetric[_nearest(self.symmetric, ranks)] if self.symmetric else None
 
     def link(self, kind: CollectiveKind, ranks: int) -> Link:
-        """The cost of a collective over ``ranks``, extrapolated where that number was not measured."""
+        """The cost of a collective over ``ranks``, extrapolated where that number was not measured.
+
+        Raises:
+            ConfigError: none was measured.
+        """
         measured = self._links(kind)
+        if not measured:
+            raise ConfigError(
+                f"machine {self.name!r}",
+                found="one rank's constants, measured without collectives",
+                expected=f"{kind} over some ranks",
+                remedy="run `bdlora calibrate --tp N` on the ranks that serve",
+            )
         if ranks in measured:
             return measured[ranks]
         nearest = _nearest(measured, ranks)
@@ -180,11 +191,12 @@ def _parse(text: str, where: str) -> Machine:
             expected="the JSON of a machine",
             remedy="write it with `bdlora calibrate --out`",
         ) from None
-    if not machine.all_reduce or not machine.all_gather or min((*machine.all_reduce, *machine.all_gather)) < 2:
+    measured = [*machine.all_reduce, *machine.all_gather]
+    if bool(machine.all_reduce) != bool(machine.all_gather) or min(measured, default=2) < 2:
         raise ConfigError(
             where,
-            found="no collective measured, or one of fewer than 2 ranks",
-            expected="all_reduce and all_gather over 2 or more ranks",
+            found="one kind of collective without the other, or one of fewer than 2 ranks",
+            expected="all_reduce and all_gather over 2 or more ranks, or neither",
             remedy="write it with `bdlora calibrate --tp 2 --out`",
         )
     return machine

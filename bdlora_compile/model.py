@@ -24,7 +24,7 @@ from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_capacity import Capacity
 from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors
 from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, Agreement, Alone, StoreAgreement
+from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, SETUP_TIMEOUT, Agreement, Alone, StoreAgreement
 from bdlora_compile.runtime.all_reduce import AllReduce, Wanted
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
@@ -53,12 +53,15 @@ class Ranks:
     agreement: Agreement
 
     @classmethod
-    def of_process_group(cls, timeout: timedelta = DEFAULT_TIMEOUT) -> "Ranks":
+    def of_process_group(
+        cls, timeout: timedelta = DEFAULT_TIMEOUT, setup_timeout: timedelta = SETUP_TIMEOUT
+    ) -> "Ranks":
         """The default process group, or this process alone if there is none.
 
         Args:
-            timeout: how long ranks wait for one another when they compare notes: after a compilation, at the start of
-                `generate`, and when adapters change. A rank that died is noticed after that time.
+            timeout: how long ranks wait for one another when adapters change and at the start of `generate`. A rank
+                that died is noticed after that time, 25 s by default, plus at most 5 s.
+            setup_timeout: the same while the model is loaded and after a compilation, 120 s by default.
         """
         if not dist.is_available() or not dist.is_initialized():
             return cls(Mesh(1), [0], Alone())
@@ -70,7 +73,7 @@ class Ranks:
         # Every rank makes its models in the same order: the count names this one on all of them.
         number = store.add(f"bdlora/models/{rank}", 1)
         store = PrefixStore(f"bdlora/{number}", store)
-        return cls(mesh, [rank], StoreAgreement(store, rank, size, timeout))
+        return cls(mesh, [rank], StoreAgreement(store, rank, size, timeout, setup_timeout))
 
     @classmethod
     def lockstep(cls, size: int) -> "Ranks":

@@ -44,6 +44,10 @@ def step_formulas(
     return [_told(name, shared + _lora(groups, profiles, chosen, terms)) for name, chosen in layouts.items()]
 
 
+NAMES = frozenset({"T", "K", "L", "W_mem", "F_peak", "t_launch", "t_ar", "W_ar", "t_ag", "W_ag"})
+"""All names that `constants` may give, and the expressions may hold."""
+
+
 def constants(terms: Terms, batch: int, context: int) -> dict[str, float]:
     """Values of the expressions' symbols for the explained load and machine."""
     machine, ranks = terms.machine, terms.mesh.size

@@ -181,10 +181,11 @@ def serve(folder: Path, options: argparse.Namespace) -> None:
         tally.worst = max(tally.worst, float((logits - expected[rows]).abs().max() / scale))
         others = [(row + 4) % options.adapters for row in rows]
         tally.nearest = min(tally.nearest, float((logits - expected[others]).abs().amax(1).min() / scale))
+        assert tally.worst < TOLERANCE, f"relative error {tally.worst:.2e} in step {len(tally.seconds)}"
+        if first and len(tally.seconds) in {options.steps, *range(0, options.steps, 250)}:
+            show(options, before, adapters.stats(), tally)
     if first:
-        show(options, before, adapters.stats(), tally)
         print(f"loaded and checked in {seconds_to_load:.1f} s; recompiles {len(bd.reports(model)) - graphs}")
-    assert tally.worst < TOLERANCE, f"relative error {tally.worst:.2e}"
     assert tally.nearest > 10 * TOLERANCE, f"adapters are too alike to be told apart: {tally.nearest:.2e}"
     assert len(bd.reports(model)) == graphs, "something was compiled again"
     dist.destroy_process_group()
@@ -198,11 +199,13 @@ def show(options: argparse.Namespace, before: bd.AdapterStats, after: bd.Adapter
     median = sorted(tally.seconds)[len(tally.seconds) // 2]
     print(f"{date.today()}, N = {options.tp}, {after.known} adapters, {after.slots} slots")
     print(f"of a rank: {after.pool_bytes / 1e6:.1f} MB of pool, {after.host_bytes / 1e6:.1f} MB of host memory")
-    print(f"{options.steps} steps of {options.rows} rows, {1e3 * median:.1f} ms in the median")
+    print(f"{len(tally.seconds)} steps of {options.rows} rows, {1e3 * median:.1f} ms in the median")
     print(f"{tally.requests} requests, hit rate {tally.hits / tally.requests:.3f}")
     print(f"{misses} adapters brought in, {evictions} evicted, {reads} read from disk, {moves} compactions")
     print(f"stalled {stall:.2f} s of {sum(tally.seconds):.1f} s, {1e3 * stall / max(misses, 1):.2f} ms an adapter")
-    print(f"worst relative error against PEFT {tally.worst:.1e}; another adapter is {tally.nearest:.1e} away")
+    print(
+        f"worst relative error against PEFT {tally.worst:.1e}; another adapter is {tally.nearest:.1e} away", flush=True
+    )
 
 
 def main() -> int:

@@ -90,14 +90,14 @@ def pair_factors(
     _refuse_extra(extra, sites, source, base)
     _refuse_other_kind([name for name in tensors if name not in idle], sites, source)
     _refuse_untargeted([name for name in sites if name in present and name not in plans], source)
-    needed = {name: _factor_names(sites[name]) for name in sites if name in plans}
+    needed = {name: factor_names(sites[name]) for name in sites if name in plans}
     missing = [name for pair in zip(*needed.values(), strict=True) for name in pair if name not in tensors]
     _refuse_missing(missing, len(tensors), source, base)
     notes = [f"{len(idle)} tensors that VeLoRA uses while training are ignored"] if idle else []
     return {name: (tensors[a], tensors[b]) for name, (a, b) in needed.items()}, notes
 
 
-def _factor_names(site: Site) -> tuple[str, str]:
+def factor_names(site: Site) -> tuple[str, str]:
     """Names of A and B of a site, as PEFT saves them."""
     end_a, end_b = _LOOKUP_ENDS if site.is_lookup else _LINEAR_ENDS
     return f"{_PREFIX}{site.name}{end_a}", f"{_PREFIX}{site.name}{end_b}"
@@ -111,7 +111,7 @@ def _site_name(name: str) -> str:
 
 def _refuse_other_kind(names: list[str], sites: Mapping[str, Site], source: str) -> None:
     """Factors of an embedding at a linear layer, or the other way round."""
-    found = [name for name in names if name not in _factor_names(sites[_site_name(name)])]
+    found = [name for name in names if name not in factor_names(sites[_site_name(name)])]
     if found:
         raise AdapterError(
             f"{source}: {len(found)} tensors",

@@ -32,7 +32,8 @@ class AdapterStats:
         disk_reads: adapters that were read again since their copy in host memory had been given up.
         stall_seconds: time that `use` spent bringing adapters in.
         block_diagonal_fit, ordinary_fit: adapters of rank ``max_rank`` on all sites that the pool's bytes hold: with
-            one block for each rank, and without blocks. None where blocks do not divide the model or the rank.
+            one block for each rank, and without blocks. None where blocks do not divide the model or the rank. At an
+            embedding only ordinary adapters have factors: PEFT has no blocks there.
     """
 
     known: int
@@ -66,12 +67,11 @@ def adapter_elements(plan: ModelPlan, max_rank: int, nblocks: int = 1) -> int:
     Raises:
         ConfigError: G does not divide the rank or a site.
     """
-    kinds = {site.name: _factors(site, max_rank, nblocks) for site in plan.sites.values()}
+    targeted = [site for site in plan.sites.values() if nblocks == 1 or not site.is_lookup]
+    kinds = [(site, _factors(site, max_rank, nblocks)) for site in targeted]
 
     def elements(rank: int) -> int:
-        shapes = [
-            local_shape(kinds[name], site, plan.layouts[name], rank, plan.mesh) for name, site in plan.sites.items()
-        ]
+        shapes = [local_shape(kind, site, plan.layouts[site.name], rank, plan.mesh) for site, kind in kinds]
         return chunk_elements(shapes)
 
     return max(elements(rank) for rank in range(plan.mesh.size))

@@ -128,7 +128,9 @@ class MemoryTensor:
 class WeightsFile:
     """One checked safetensors file, open only while it is read.
 
-    Threads may share it: a handle of safetensors only maps the file, and is counted under a lock.
+    It is opened once for a reading: what is compared with the file that was checked, and what safetensors maps, is one
+    descriptor, whatever comes to lie at the path meanwhile. Threads may share it: a handle of safetensors only maps the
+    file, and is counted under a lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,26 +143,32 @@ class WeightsFile:
         self._lock = threading.Lock()
         self._users = 0
         self._handle: _Handle | None = None
-        self._identity = _identity(path)
-        _check_head(path)
+        self._descriptor = -1
+        with _descriptor_of(path) as descriptor:
+            self._identity = _identity(descriptor)
+            _check_head(descriptor, path)
 
     @contextmanager
     def opened(self) -> Iterator[_Handle]:
         """Keep the file open for all reads inside; may be nested.
 
         Raises:
-            AdapterError: the file was replaced or written to after it was checked.
+            AdapterError: the file was replaced or written to after it was checked, or is written to while it is read.
         """
         handle = self._acquire()
         try:
             yield handle
+            self._require_unchanged(self._descriptor)
         finally:
             self._release()
 
     def _acquire(self) -> _Handle:
         with self._lock:
             if self._handle is None:
-                self._handle = self._open()
+                with _descriptor_of(self.path) as descriptor:
+                    self._require_unchanged(descriptor)
+                    self._handle = self._map(descriptor)
+                    self._descriptor = os.dup(descriptor)
             self._users += 1
             return self._handle
 
@@ -169,18 +177,21 @@ class WeightsFile:
             self._users -= 1
             if self._users == 0:
                 self._handle = None  # safetensors unmaps the file when its last reference goes
+                os.close(self._descriptor)
 
-    def _open(self) -> _Handle:
+    def _require_unchanged(self, descriptor: int) -> None:
         # A file that shrinks below its mapping kills the process when it is read; a changed one holds other weights.
-        if _identity(self.path) != self._identity:
+        if _identity(descriptor) != self._identity:
             raise AdapterError(
                 str(self.path),
                 found="another file than the one that was checked",
                 expected="an unchanged file",
-                remedy="load the adapter again",
+                remedy="load the adapter again; put a new one in its place by renaming, not by writing over it",
             )
+
+    def _map(self, descriptor: int) -> _Handle:
         try:
-            return cast(_Handle, safe_open(self.path, framework="pt"))
+            return cast(_Handle, safe_open(_name_of(descriptor, self.path), framework="pt"))
         except (SafetensorError, OSError) as error:
             raise AdapterError(
                 str(self.path),
@@ -268,28 +279,43 @@ def _dtype_error(source: str, name: str, dtype: str) -> AdapterError:
     )
 
 
-def _identity(path: Path) -> tuple[int, int, int, int]:
-    """What tells a file from a later one at the same path.
+@contextmanager
+def _descriptor_of(path: Path) -> Iterator[int]:
+    """A plain file, open for reading.
 
     Raises:
-        AdapterError: the file is missing, or no plain file.
+        AdapterError: it is missing, or no plain file.
     """
     try:
-        status = os.stat(path)
+        # A pipe that nobody writes to must not hold up the reader.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise AdapterError(str(path), found="a pipe, a device or a folder", expected="a plain file", remedy=_SAVE_AGAIN)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise AdapterError(
+                str(path), found="a pipe, a device or a folder", expected="a plain file", remedy=_SAVE_AGAIN
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    """What tells a file from another one, and from itself after it was written to."""
+    status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_head(path: Path) -> None:
+def _name_of(descriptor: int, path: Path) -> Path:
+    """A name that opens the file of a descriptor; ``path`` where the system has none."""
+    own = Path("/proc/self/fd") / str(descriptor)
+    return own if own.exists() else path
+
+
+def _check_head(descriptor: int, path: Path) -> None:
     """What the first bytes tell, before a reader takes them at their word."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    head = os.pread(descriptor, len(LFS_POINTER), 0)
     if head == LFS_POINTER:
         raise AdapterError(
             str(path),

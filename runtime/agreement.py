@@ -18,23 +18,40 @@ from torch.distributed import ProcessGroup
 
 from bdlora_compile.errors import AgreementError
 
-DEFAULT_TIMEOUT = timedelta(seconds=120)
+DEFAULT_TIMEOUT = timedelta(seconds=25)
+"""How long ranks wait for one another while they serve. With `_GRACE`, a lost rank is an error after at most 30 s."""
+SETUP_TIMEOUT = timedelta(seconds=120)
+"""The same while a model is loaded or compiled, when ranks may be far apart."""
 
 _T = TypeVar("_T")
 
 _COMPLETE = "complete"
 _GRACE = timedelta(seconds=5)
 """How much longer than the ranks' time limit an exchange may take before the store itself is given up."""
+_ROLL_CALL = timedelta(seconds=5)
+"""How long a rank whose forward failed waits for the others to say that theirs did: who says nothing is named."""
 
 
 class Agreement(Protocol):
     """Exchange of short texts between the ranks."""
 
-    def exchange(self, topic: str, text: str) -> Sequence[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         """Publish ``text`` and return every rank's text, in rank order; it succeeds on all ranks or on none.
+
+        Args:
+            topic: what is compared; the same on all ranks.
+            text: this rank's.
+            is_setup: the model is being loaded or compiled: other ranks may need longer.
 
         Raises:
             AgreementError: a rank did not publish within the time limit, or is at another topic.
+        """
+        ...
+
+    def give_up(self, reason: str) -> AgreementError:
+        """The error of a forward whose collective failed, which names the ranks of which nothing is heard.
+
+        Exchanges raise it from then on. It takes some seconds: ranks fail one after the other.
         """
         ...
 
@@ -42,8 +59,11 @@ class Agreement(Protocol):
 class Alone:
     """Agreement of a process that has no peers (one rank, the fake process group, all ranks in one process)."""
 
-    def exchange(self, topic: str, text: str) -> Sequence[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         return [text]
+
+    def give_up(self, reason: str) -> AgreementError:
+        return _lost_in_forward(reason, "")
 
 
 class StoreAgreement:
@@ -56,24 +76,34 @@ class StoreAgreement:
         store: the group's store; each model uses a prefix of its own.
         rank, size: this rank and the number of ranks.
         timeout: how long a rank waits for all others together.
+        setup_timeout: the same while the model is loaded or compiled; ``timeout`` by default.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        setup_timeout: timedelta | None = None,
+    ) -> None:
         self._store = store
         self._rank = rank
         self._size = size
         self._timeout = timeout
+        self._setup_timeout = setup_timeout or timeout
         self._round = 0
         self._mine: list[list[str]] = []
         self._lost: AgreementError | None = None
 
-    def exchange(self, topic: str, text: str) -> Sequence[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         if self._lost is not None:
             # An exchange that was given up may still have come to an end on the other ranks.
             raise self._lost
         number, self._round = self._round, self._round + 1
+        limit = self._setup_timeout if is_setup else self._timeout
         try:
-            return _within(self._timeout + _GRACE, lambda: self._exchange(number, topic, text))
+            return _within(limit + _GRACE, lambda: self._exchange(number, topic, text, limit))
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             self._lost = AgreementError(
                 f"store of the process group, at exchange {number}",
@@ -83,38 +113,60 @@ class StoreAgreement:
             )
             raise self._lost from error
 
-    def _exchange(self, number: int, topic: str, text: str) -> Sequence[str]:
+    def give_up(self, reason: str) -> AgreementError:
+        if self._lost is None:
+            try:
+                silent = _within(_ROLL_CALL + _GRACE, self._silent_ranks)
+                names = ", ".join(map(str, silent))
+                who = f"; nothing is heard of rank {names}" if silent else ""
+            except (dist.DistError, RuntimeError, TimeoutError):
+                who = "; nothing is heard of the process that holds the store (rank 0, or the launcher)"
+            self._lost = _lost_in_forward(reason, who)
+        return self._lost
+
+    def _silent_ranks(self) -> list[int]:
+        """The ranks whose forward did not fail too within some seconds."""
+        self._store.set(f"failed/{self._rank}", "1")
+        deadline = time.monotonic() + _ROLL_CALL.total_seconds()
+        silent = []
+        for rank in range(self._size):
+            try:
+                self._store.wait([f"failed/{rank}"], _until(deadline))
+            except dist.DistStoreError:
+                silent.append(rank)
+        return silent
+
+    def _exchange(self, number: int, topic: str, text: str, limit: timedelta) -> Sequence[str]:
         keys = [f"{number}/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], f"{topic}\n{text}")
-        found, silent = self._read_all(keys)
+        found, silent = self._read_all(keys, limit)
         proposal = _COMPLETE if silent is None else str(silent)
         verdict = bytes(self._store.compare_set(f"{number}/verdict", "", proposal)).decode()
         if verdict != _COMPLETE:
-            raise self._silence(number, topic, int(verdict))
-        found = found if silent is None else self._read_all(keys)[0]
+            raise self._silence(number, topic, int(verdict), limit)
+        found = found if silent is None else self._read_all(keys, limit)[0]
         self._forget(number)
         for rank, text_of_rank in enumerate(found):
             _require_topic(number, topic, rank, text_of_rank.partition("\n")[0])
         return [text_of_rank.partition("\n")[2] for text_of_rank in found]
 
-    def _read_all(self, keys: Sequence[str]) -> tuple[list[str], int | None]:
+    def _read_all(self, keys: Sequence[str], limit: timedelta) -> tuple[list[str], int | None]:
         """The texts, or the first rank that said nothing in time."""
-        deadline = time.monotonic() + self._timeout.total_seconds()
+        deadline = time.monotonic() + limit.total_seconds()
         texts = []
         for rank, key in enumerate(keys):
-            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
             try:
-                self._store.wait([key], left)
+                self._store.wait([key], _until(deadline))
             except dist.DistStoreError:
                 return [], rank
             texts.append(bytes(self._store.get(key)).decode())
         return texts, None
 
-    def _silence(self, number: int, topic: str, rank: int) -> AgreementError:
+    def _silence(self, number: int, topic: str, rank: int, limit: timedelta) -> AgreementError:
         who = "this rank" if rank == self._rank else f"rank {rank}"
         return AgreementError(
             f"{who}, at exchange {number}",
-            found=f"nothing after {self._timeout.total_seconds():g} s",
+            found=f"nothing after {limit.total_seconds():g} s",
             expected=f"its {topic}",
             remedy="look at that rank's log: it died, hangs, or took another path through the program",
         )
@@ -126,6 +178,24 @@ class StoreAgreement:
         if len(self._mine) > 2:
             for key in self._mine.pop(0):
                 self._store.delete_key(key)
+
+
+def _until(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
+def _lost_in_forward(reason: str, who: str) -> AgreementError:
+    return AgreementError(
+        "forward",
+        found=f"a collective that failed ({(reason or 'no details').splitlines()[0]:.300}){who}",
+        expected="all ranks in every collective",
+        remedy="look at the log of the rank that died, hangs or left the program, and start all ranks again",
+    )
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error of a forward is that of a collective: torch has no class for those of gloo."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def _within(limit: timedelta, work: Callable[[], _T]) -> _T:
@@ -156,7 +226,7 @@ def _require_topic(number: int, topic: str, rank: int, other: str) -> None:
         )
 
 
-def agreement_of(groups: Sequence[ProcessGroup], timeout: timedelta = DEFAULT_TIMEOUT) -> Agreement:
+def agreement_of(groups: Sequence[ProcessGroup], timeout: timedelta = SETUP_TIMEOUT) -> Agreement:
     """How the ranks that run a graph compare notes: those of its largest process group.
 
     All of them must ask in the same order: each call names a new series of exchanges.
@@ -170,12 +240,12 @@ def agreement_of(groups: Sequence[ProcessGroup], timeout: timedelta = DEFAULT_TI
 
 
 def require_equal(agreement: Agreement, topic: str, text: str) -> None:
-    """Check that all ranks have the same text.
+    """Check that all ranks have the same text, while a model is loaded or compiled.
 
     Raises:
         AgreementError: naming the first rank that differs from rank 0 and the first line where it does.
     """
-    texts = agreement.exchange(topic, text)
+    texts = agreement.exchange(topic, text, is_setup=True)
     for rank, other in enumerate(texts):
         if other != texts[0]:
             line, first, second = first_difference(texts[0], other)

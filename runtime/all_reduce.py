@@ -156,7 +156,8 @@ def _obstacle(mesh: Mesh, limits: SymmetricLimits | None, dtype: torch.dtype, de
 
 def _agreed(agreement: Agreement, own: str, limits: str) -> str:
     """What is in the way on any rank, the same text on all."""
-    told = [text.split("\n") for text in agreement.exchange("all-reduce", f"{socket.gethostname()}\n{limits}\n{own}")]
+    note = f"{socket.gethostname()}\n{limits}\n{own}"
+    told = [text.split("\n") for text in agreement.exchange("all-reduce", note, is_setup=True)]
     for rank, (host, other, obstacle) in enumerate(told):
         if obstacle:
             return f"rank {rank}: {obstacle}" if len(told) > 1 else obstacle

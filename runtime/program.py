@@ -24,6 +24,7 @@ from bdlora_compile.ir import (
 )
 from bdlora_compile.placement import Placement, Shard, shard_slice
 from bdlora_compile.plan import ModelPlan
+from bdlora_compile.runtime.agreement import is_lost_rank
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.step_graphs import StepGraphs
 
@@ -126,9 +127,18 @@ class Program:
         self._steps = steps
 
     def __call__(self, *args: Any) -> Any:
-        """Choose the adapters of the batch, then run."""
+        """Choose the adapters of the batch, then run.
+
+        Raises:
+            AgreementError: a collective failed, since another rank died or hangs.
+        """
         with self._deployment.step:
-            return self._run(args)
+            try:
+                return self._run(args)
+            except RuntimeError as error:
+                if not is_lost_rank(error):
+                    raise
+                raise self._deployment.agreement.give_up(str(error)) from error
 
     def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]

@@ -139,7 +139,7 @@ def read_together(
     except BdloraError as error:
         problem = error
     if paths:
-        agree(agreement, "adapters to begin with", problem, {})
+        agree(agreement, "adapters to begin with", problem, {}, is_setup=True)
     return found
 
 
@@ -149,6 +149,7 @@ def agree(
     problem: BdloraError | None,
     facts: Mapping[str, object],
     equal: Collection[str] = (),
+    is_setup: bool = False,
 ) -> Sequence[Mapping[str, object]]:
     """All ranks can do it or none does: raise this rank's problem, or the first of another rank.
 
@@ -158,12 +159,13 @@ def agree(
         problem: why this rank cannot do it.
         facts: what the other ranks are told.
         equal: facts that must be the same on every rank.
+        is_setup: the model is being loaded: other ranks may need longer.
 
     Returns:
         The facts of every rank, in rank order.
     """
     told = {"problem": str(problem)[:_MAX_REPORTED] if problem else "", **facts}
-    answers = [json.loads(text) for text in agreement.exchange(topic, json.dumps(told))]
+    answers = [json.loads(text) for text in agreement.exchange(topic, json.dumps(told), is_setup=is_setup)]
     if problem is not None:
         raise problem
     for rank, answer in enumerate(answers):

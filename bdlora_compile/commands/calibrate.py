@@ -9,12 +9,12 @@ from bdlora_compile.commands.common import launch
 
 
 def calibrate(
-    tp: Annotated[int, typer.Option(min=2, help="Ranks: processes that are started, one a GPU.")] = 2,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks: processes that are started, one a GPU.")] = 2,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write, for --machine and machine=.")] = None,
     name: Annotated[str | None, typer.Option(help="What reports call the machine; by default its processor.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer sizes and repetitions: seconds, and rougher.")] = False,
 ) -> None:
-    """Measure memory, products, the cost of a kernel, and collectives over 2, 4, ... TP ranks.
+    """Measure memory, products, the cost of a kernel, and collectives over 2, 4, ... TP ranks (--tp 1 has none).
 
     Each collective is fitted as latency + bytes / bandwidth. On GPUs everything is measured inside CUDA graphs, on CPUs
     call by call. Let nothing else run meanwhile.

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.explanation import Explanation
+from bdlora_compile.step_formula import NAMES
 
 _SCRIPTS = ("model.js", "dom.js", "compare.js", "graph.js", "tables.js", "chart.js", "app.js")
 """In this order: a file uses what those before it define."""
@@ -69,9 +70,10 @@ def _functions(told: Explanation) -> list[tuple[str, Markup]]:
 
 def _checked(javascript: str, told: Explanation) -> str:
     names = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\d[\d.]*e[+-]?\d+", "", javascript)))
-    allowed = {"Math", "max", "min", "ceil", "floor", *told.constants}
-    is_plain = all(re.fullmatch(r"[A-Za-z_]{1,8}", name) for name in told.constants)
-    if not _ARITHMETIC.fullmatch(javascript) or not names <= allowed or not is_plain or "=>" in javascript:
+    # The names are ours, not the file's: a record may come from anywhere.
+    is_known = names <= {"Math", "max", "min", "ceil", "floor", *NAMES} and told.constants.keys() <= NAMES
+    is_markup = "=>" in javascript or "</" in javascript
+    if not _ARITHMETIC.fullmatch(javascript) or not is_known or is_markup:
         raise ConfigError(
             f"formula of {told.name}",
             found=f"{javascript:.60}",

@@ -84,7 +84,8 @@ def pair(files: Files, masters: dict[str, Path], tmp_path: Path) -> Iterator[Pai
     sets, paths = [], []
     for rank in range(2):
         ranks = bd.Ranks(Mesh(2, "threads"), [rank], StoreAgreement(store, rank, 2, LIMIT))
-        _, adapters = bd.load(files.model, max_adapters=2, max_rank=4, ranks=ranks)
+        # One after the other: they must not compare notes while they are loaded, as they do on how to add up.
+        _, adapters = bd.load(files.model, max_adapters=2, max_rank=4, all_reduce="nccl", ranks=ranks)
         sets.append(adapters)
         paths.append({name: shutil.copytree(path, tmp_path / f"{rank}" / name) for name, path in masters.items()})
     with ThreadPoolExecutor(2) as pool:
@@ -136,6 +137,27 @@ def test_a_load_that_one_rank_cannot_do_is_done_by_none(
     assert others.format(rank) in errors[1 - rank]
     assert pair.state() == before
     pair.paths[rank]["a1"] = pair.paths[1 - rank]["a1"]
+    pair.load("a1")
+    assert pair.known_and_resident() == [("a0", True), ("a1", True)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_host_memory_that_one_rank_lacks_is_an_error_on_both(
+    pair: Pair, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pinned memory runs out on one machine."""
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    pair.load("a0")
+    before = pair.state()
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.sets[rank]._deployment.ranks[0].bank._copier, "host_memory", fail)
+        errors = pair.both(lambda adapters, at: adapters.load("a1", pair.paths[at]["a1"]))
+        assert "RuntimeError: CUDA error: out of memory" in errors[rank]
+        assert f"load of adapter 'a1' on rank {rank}: found" in errors[1 - rank]
+        assert pair.state() == before
     pair.load("a1")
     assert pair.known_and_resident() == [("a0", True), ("a1", True)]
 

@@ -22,6 +22,7 @@ from bdlora_compile.explanation import VERSION, StepFormula
 from bdlora_compile.ir import Origin
 from bdlora_compile.nodes import source_line
 from bdlora_compile.run_report import write_report
+from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.strategy import Strategy
 from tests.conftest import GoldenCheck
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
@@ -147,6 +148,10 @@ def test_the_page_takes_nothing_over_unescaped(records: _Records) -> None:
             replace(records["local"], formulas=[formula]).html()
     with pytest.raises(bd.ConfigError, match="arithmetic"):
         replace(records["local"], constants={"T=alert(1)": 1.0}).html()
+    words = dict.fromkeys(("script", "img", "src", "x", "onerror", "alert"), 1.0)
+    injected = StepFormula("local", "T", "1</script><img src=x onerror=alert(1) >")
+    with pytest.raises(bd.ConfigError, match="arithmetic"):
+        replace(records["local"], constants=words, formulas=[injected]).html()
 
 
 def test_comparison(records: _Records) -> None:
@@ -241,8 +246,8 @@ def test_a_run_writes_reports_names_ranges_and_traces(tmp_path: Path) -> None:
 def write_and_differ(report: bd.Report, folder: Path) -> None:
     """A rank whose graph differs is named, with the line; a folder that cannot be written ends nothing."""
 
-    class Unlike:
-        def exchange(self, topic: str, text: str) -> Sequence[str]:
+    class Unlike(Alone):
+        def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
             return [text, text.replace("linear", "bilinear", 1)]
 
     write_report(folder, report, Unlike(), 1, kind="run", phase="decode")

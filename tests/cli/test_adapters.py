@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import bdlora_compile as bd
-from bdlora_compile import adapter_merging
+from bdlora_compile import adapter_conversion, adapter_merging
 from bdlora_compile.cli import app
-from tests.models import COLUMN, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
+from tests.models import COLUMN, VOCABULARY, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
 runner = CliRunner()
 IDS = torch.tensor([[5, 9, 33, 71]])
@@ -245,14 +245,103 @@ def test_a_checkpoint_without_the_weight_is_refused(folder: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_merge_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the disk is full."""
+@pytest.mark.parametrize("command", ["convert", "merge"])
+@pytest.mark.parametrize("where", ["first file", "second file"])
+def test_a_full_disk_leaves_nothing(
+    folder: Path, tmp_path: Path, command: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is written when it happens: the weights, or the configuration."""
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter_merging, "_write_merged", full)
-    status, said = run("merge", folder / "model", folder / "dense", tmp_path / "out")
+    calls = {
+        ("convert", "first file"): (adapter_conversion, "save_file"),
+        ("convert", "second file"): (Path, "write_text"),
+        ("merge", "first file"): (shutil, "copyfile"),
+        ("merge", "second file"): (adapter_merging, "_write_merged"),
+    }
+    monkeypatch.setattr(*calls[command, where], full)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    if command == "convert":
+        arguments: tuple[object, ...] = (folder / "dense", tmp_path / "out", "--nblocks", 2, "--rank", 8)
+        status, said = run(command, *arguments, "--model", folder / "model")
+    else:
+        status, said = run(command, folder / "model", folder / "dense", tmp_path / "out")
     assert status == 2
     assert "No space left on device" in said
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+# --- the vocabulary -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models whose embedding is as high as wide, so that no shape tells a transposed weight; adapters on both ends."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    for tied in (False, True):
+        name = "tied" if tied else "untied"
+        model = save_model(ModelSpec(layers=1, vocabulary=64, tied=tied), folder / name)
+        save_adapter(AdapterSpec(rank=4, targets=(*VOCABULARY, "q_proj")), model, folder / f"{name}-both")
+    save_adapter(AdapterSpec(rank=4, targets=("lm_head", "q_proj")), folder / "untied", folder / "head")
+    return folder
+
+
+def test_an_embedding_is_merged_transposed(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_merging, "_PIECE_BYTES", 3000)
+    status, said = run("merge", vocabulary / "untied", vocabulary / "untied-both", tmp_path / "out")
+    assert status == 0, said
+    merged = Reference(tmp_path / "out", {}, torch.float64).logits(IDS % 64, [None])
+    reference = Reference(vocabulary / "untied", {"x": vocabulary / "untied-both"}, torch.float64)
+    assert relative_error(merged, reference.logits(IDS % 64, ["x"])) < 1e-4, "the sum is rounded to float32"
+    assert relative_error(merged, reference.logits(IDS % 64, [None])) > 1e-2
+
+
+def test_a_tied_weight_is_not_merged(vocabulary: Path, tmp_path: Path) -> None:
+    status, said = run("merge", vocabulary / "tied", vocabulary / "tied-both", tmp_path / "out")
+    assert status == 2
+    assert "the weight of lm_head too (tied)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_are_converted_and_embeddings_refused(vocabulary: Path, tmp_path: Path) -> None:
+    arguments = ("--nblocks", 2, "--rank", 8, "--model", vocabulary / "untied")
+    status, said = run("convert", vocabulary / "untied-both", tmp_path / "out", *arguments)
+    assert status == 2
+    assert "model.embed_tokens: found LoRA on an embedding" in said
+    status, said = run("convert", vocabulary / "head", tmp_path / "out", *arguments)
+    assert status == 0, said
+    own = Reference(vocabulary / "untied", {"x": tmp_path / "out"}, torch.float64).logits(IDS % 64, ["x"])
+    expected = Reference(vocabulary / "untied", {"x": vocabulary / "head"}, torch.float64).logits(IDS % 64, ["x"])
+    assert relative_error(own, expected) < 1e-4
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_inspect_tells_what_a_rank_holds_of_the_vocabulary(vocabulary: Path, tp: int) -> None:
+    adapter = vocabulary / "untied-both"
+    status, said = run("inspect", adapter, "--model", vocabulary / "untied", "--tp", tp)
+    assert status == 0, said
+    model, adapters = bd.load(vocabulary / "untied", {"x": adapter}, ranks=bd.Ranks.lockstep(tp))
+    held = max(rank.bank.used_elements() * 4 for rank in model.bdlora.ranks)
+    assert f"3 sites, {held:,} bytes on a rank" in said
+    fit = adapters.stats()
+    assert fit.ordinary_fit == fit.slots, "the pool has room for as many ordinary ones, the vocabulary's sites included"
+    if tp == 2:
+        assert fit.block_diagonal_fit is not None
+        assert fit.block_diagonal_fit > fit.ordinary_fit
+
+
+def test_inspect_pairs_what_it_can_at_an_embedding(vocabulary: Path, tmp_path: Path) -> None:
+    """One factor is missing; the value of another one is wrong: both are said."""
+    bad = shutil.copytree(vocabulary / "untied-both", tmp_path / "bad")
+    tensors = load_file(bad / "adapter_model.safetensors")
+    start = "base_model.model.model."
+    del tensors[f"{start}layers.0.self_attn.q_proj.lora_A.weight"]
+    tensors[f"{start}embed_tokens.lora_embedding_A"][0, 0] = torch.nan
+    save_file(tensors, bad / "adapter_model.safetensors")
+    status, said = run("inspect", bad, "--model", vocabulary / "untied")
+    assert status == 1
+    assert "2 problems" in said
+    assert "1 missing" in said
+    assert "NaN or infinite" in said

@@ -1,11 +1,15 @@
-"""`bdlora calibrate` on two real ranks, and the machine that it writes."""
+"""`bdlora calibrate` on two real ranks and on one, and the machine that it writes."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+import bdlora_compile as bd
+from bdlora_compile import calibrate
 from bdlora_compile.machine import find_machine
 
 
@@ -29,3 +33,20 @@ def test_two_ranks_measure_a_machine(tmp_path: Path) -> None:
     for link in (machine.link("all_reduce", 2), machine.link("all_gather_into_tensor", 2)):
         assert 1e-7 < link.latency < 1
         assert 1e5 < link.bandwidth < 1e13
+
+
+def test_a_machine_of_one_rank_has_no_collectives(tmp_path: Path) -> None:
+    """It stands for one rank; who asks for more is told how to measure them."""
+    path = tmp_path / "one.json"
+    path.write_text(replace(find_machine("cpu-gloo"), all_reduce={}, all_gather={}, symmetric={}).to_json())
+    machine = find_machine(path)
+    assert machine.is_measured(1)
+    assert not machine.is_measured(2)
+    with pytest.raises(bd.ConfigError, match="run `bdlora calibrate --tp N` on the ranks that serve"):
+        machine.link("all_reduce", 2)
+
+
+def test_a_single_rank_measures_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, groups in ((1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8])):
+        monkeypatch.setattr(dist, "get_world_size", lambda size=size: size)
+        assert calibrate._group_sizes() == groups

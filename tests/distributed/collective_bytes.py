@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bdlora_compile as bd
 from bdlora_compile.census import Census, number_of
-from bdlora_compile.runtime.agreement import StoreAgreement
+from bdlora_compile.runtime.agreement import SETUP_TIMEOUT, StoreAgreement
 from bdlora_compile.runtime.program import Program
 from bdlora_compile.strategy import Strategy
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
@@ -116,7 +116,7 @@ def main() -> int:
         save_adapter(AdapterSpec(rank=8, nblocks=4), folder / "model", folder / "blocks")
         save_adapter(AdapterSpec(rank=5), folder / "model", folder / "plain")
     store = dist.distributed_c10d._get_default_store()
-    StoreAgreement(PrefixStore("prepared", store), rank, size).exchange("files", "")
+    StoreAgreement(PrefixStore("prepared", store), rank, size, SETUP_TIMEOUT).exchange("files", "")
     strategies: tuple[Strategy, ...] = ("local", "slora")
     for strategy in strategies:
         line = check_bytes(folder, strategy, ["blocks", None, "plain"])

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin
 from bdlora_compile.placement import Mesh
-from bdlora_compile.runtime.agreement import StoreAgreement, require_equal
+from bdlora_compile.runtime.agreement import SETUP_TIMEOUT, StoreAgreement, require_equal
 from bdlora_compile.strategy import Strategy
 from tests.models import AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
@@ -167,6 +167,7 @@ def main() -> int:
         PrefixStore("prepared", dist.distributed_c10d._get_default_store()),
         dist.get_rank(),
         dist.get_world_size(),
+        SETUP_TIMEOUT,
     ).exchange("files", "")
     cases: list[Callable[[], str]] = [
         lambda: check_logits(options.folder, "local", options),

@@ -13,6 +13,7 @@ from slora_blocks import ModuleBlock, Whole, functional_block
 from torch import Tensor
 
 from bdlora_compile.ir import Origin
+from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.runtime.foreign_program import parts_for_ranks
 from tests.foreign import harness
 from tests.foreign.harness import Block, capture, run_all_ranks
@@ -150,13 +151,13 @@ def test_what_happens_to_a_factor_before_its_product(reverse: bool, by_rank: boo
     assert is_right != by_rank
 
 
-class TwoRanks:
+class TwoRanks(Alone):
     """Two ranks' notes: this rank's, changed, stand for the other's."""
 
     def __init__(self, change: Callable[[str], str]) -> None:
         self.change = change
 
-    def exchange(self, topic: str, text: str) -> list[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> list[str]:
         return [text, self.change(text)]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bdlora_compile.errors import AdapterError
-from bdlora_compile.runtime import adapter_targets
+from bdlora_compile.runtime import adapter_targets, adapter_tensors
 from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors, check_finite, read_adapter
 from bdlora_compile.sites import Role, Site
 
@@ -149,6 +150,42 @@ def test_path_that_is_no_folder(path: str, found: str, folder: Path) -> None:
     assert info.value.where == str(folder / path)
     assert info.value.found == found
     assert "adapter_model.safetensors" in info.value.expected
+
+
+@pytest.mark.parametrize("sabotage", [False, True])
+def test_a_swap_while_a_file_is_opened_changes_nothing(
+    folder: Path, tmp_path: Path, sabotage: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file comes to the path after the one there was compared with the checked one, and before it is mapped."""
+    adapter = read_adapter(folder, SITES)
+    whole = slice(None), slice(None)
+    checked = adapter.factors[SITE].a.read(*whole)
+    other = tmp_path / "other.safetensors"
+    save_file(make_tensors(), other)
+
+    def swap_and_open(name: Path, framework: str) -> object:
+        other.replace(folder / WEIGHTS)
+        return safe_open(folder / WEIGHTS if sabotage else name, framework=framework)
+
+    monkeypatch.setattr(adapter_tensors, "safe_open", swap_and_open)
+    assert torch.equal(adapter.factors[SITE].a.read(*whole), checked) is not sabotage
+    with pytest.raises(AdapterError, match="another file than the one that was checked"):
+        adapter.factors[SITE].a.read(*whole)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(folder: Path) -> None:
+    adapter = read_adapter(folder, SITES)
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def read() -> None:
+        with adapter.opened():
+            time.sleep(0.02)  # a file system may count time in steps of some milliseconds
+            with (folder / WEIGHTS).open("r+b") as file:
+                file.write(b"\0")
+
+    with pytest.raises(AdapterError, match="put a new one in its place by renaming"):
+        read()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_dtype_of_a_file(folder: Path) -> None:

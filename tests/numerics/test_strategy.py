@@ -19,6 +19,7 @@ from bdlora_compile.ir import Origin
 from bdlora_compile.machine import Link, find_machine, fit_link, known_machines
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.adapter_targets import FactorKind
+from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.sites import Role, Site
 from bdlora_compile.strategy import choose_layouts
 from bdlora_compile.timing import Declared, Terms, group_sites
@@ -194,10 +195,10 @@ def _sites_with_collectives(census: Census) -> set[str]:
     return {str(one.site).split(".")[3] for one in census.collectives if one.origin is Origin.LORA}
 
 
-class OtherRank:
+class OtherRank(Alone):
     """Agreement with a rank whose text differs in one number."""
 
-    def exchange(self, topic: str, text: str) -> Sequence[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         return [text, text.replace("1e-06", "2e-06")]
 
 

@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from bdlora_compile.errors import AgreementError
-from bdlora_compile.runtime.agreement import StoreAgreement, require_equal
+from bdlora_compile.runtime import agreement
+from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, StoreAgreement, is_lost_rank, require_equal
 
 SHORT = timedelta(seconds=1)
 
@@ -95,3 +97,42 @@ def test_the_store_does_not_grow() -> None:
         for _ in range(20):
             assert list(pool.map(outcome, members)) == ["text,text"] * 2
     assert store.num_keys() <= 3 * 3
+
+
+def test_a_lost_rank_is_an_error_within_thirty_seconds_by_default() -> None:
+    assert timedelta(seconds=30) >= DEFAULT_TIMEOUT + agreement._GRACE
+    store = HashStore()
+    member = StoreAgreement(store, 0, 2, setup_timeout=SHORT / 4)
+    with pytest.raises(AgreementError, match=r"nothing after 0.25 s"):
+        require_equal(member, "collectives", "text")
+
+
+def test_ranks_whose_forward_failed_name_the_one_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later exchanges end at once with the same error."""
+    monkeypatch.setattr(agreement, "_ROLL_CALL", SHORT / 2)
+    first, second, _ = ranks(3)
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(lambda member: str(member.give_up("Connection closed")), (first, second)))
+    assert all("(Connection closed); nothing is heard of rank 2, expected all ranks" in error for error in errors)
+    start = time.monotonic()
+    assert outcome(first) == errors[0]
+    assert time.monotonic() - start < 0.1
+
+
+def test_a_collective_that_failed_on_all_ranks_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_ROLL_CALL", SHORT)
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(lambda member: str(member.give_up("")), ranks(2)))
+    assert all("(no details), expected all ranks" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_errors_of_collectives_are_told_from_others(error: RuntimeError, lost: bool) -> None:
+    assert is_lost_rank(error) is lost

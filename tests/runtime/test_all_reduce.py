@@ -23,13 +23,13 @@ H100 = find_machine("h100-nvlink")
 LIMITS = SymmetricLimits(one_shot=1024, two_shot=4096)
 
 
-class Others:
+class Others(Alone):
     """An agreement in which a second rank gives each of ``texts`` in turn."""
 
     def __init__(self, *texts: str) -> None:
         self.texts = list(texts)
 
-    def exchange(self, topic: str, text: str) -> Sequence[str]:
+    def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         return [text, self.texts.pop(0).replace("HOST", text.split("\n")[0]).replace("LIMITS", text.split("\n")[1])]
 
 

@@ -43,8 +43,8 @@ def answer(of: AdapterBank, slot: int) -> torch.Tensor:
     """What a slot adds at both sites."""
     of.token_slot.fill_(slot)
     of.before_step([slot])
-    x = torch.linspace(-1, 1, 16, dtype=torch.float64).view(1, 16)
-    y = torch.zeros(1, 8, dtype=torch.float64)
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64, device=of.pool.device).view(1, 16)
+    y = torch.zeros_like(x[:, :8])
     return torch.cat(
         [lora_apply(x, y, of.pool, of.slots, of.scales, of.token_slot, [site], 4, [8]) for site in range(2)]
     )
