@@ -76,7 +76,7 @@ _MOVES = frozenset(
         "copy_",
         "write_rows",
     ]
-) | {WAIT}
+) | {WAIT, "bdlora::cache_update", "bdlora::cache_write_"}
 
 _KERNELS: Mapping[str, str] = {
     "bdlora::lora_shrink": "Triton: runtime/kernels/shrink.py (bf16, f16 on CUDA), else torch: runtime/ops.py",
