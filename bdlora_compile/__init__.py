@@ -18,9 +18,14 @@ if TYPE_CHECKING:
         AgreementError,
         BdloraError,
         ConfigError,
+        EngineClosedError,
         HollowError,
+        LostRankError,
         PassError,
         PlacementError,
+        QueueFullError,
+        RequestError,
+        UnknownAdapterError,
     )
     from bdlora_compile.explaining import Load, explain
     from bdlora_compile.explanation import Explanation
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from bdlora_compile.runtime.adapter_version import AdapterInfo
     from bdlora_compile.runtime.adapters import AdapterSet
     from bdlora_compile.runtime.cache import LocalCache
+    from bdlora_compile.serving.following import follow
     from bdlora_compile.strategy import Decision
     from bdlora_compile.timing import Workload
 
@@ -45,21 +51,27 @@ __all__ = [
     "BdloraError",
     "ConfigError",
     "Decision",
+    "EngineClosedError",
     "Explanation",
     "HollowError",
     "Load",
     "LocalCache",
+    "LostRankError",
     "Machine",
     "PassError",
     "PlacementError",
+    "QueueFullError",
     "Ranks",
     "Report",
+    "RequestError",
+    "UnknownAdapterError",
     "Workload",
     "__version__",
     "attach",
     "declare_block_diagonal",
     "declare_replicated",
     "explain",
+    "follow",
     "load",
     "make_cache",
     "reports",
@@ -72,9 +84,14 @@ _HOMES = {
         "AgreementError",
         "BdloraError",
         "ConfigError",
+        "EngineClosedError",
         "HollowError",
+        "LostRankError",
         "PassError",
         "PlacementError",
+        "QueueFullError",
+        "RequestError",
+        "UnknownAdapterError",
     ),
     "explaining": ("Load", "explain"),
     "explanation": ("Explanation",),
@@ -86,6 +103,7 @@ _HOMES = {
     "runtime.adapter_version": ("AdapterInfo",),
     "runtime.adapters": ("AdapterSet",),
     "runtime.cache": ("LocalCache",),
+    "serving.following": ("follow",),
     "strategy": ("Decision",),
     "timing": ("Workload",),
 }

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,15 +19,18 @@ from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
 from bdlora_compile.mutation import argument_indices, mutated_arguments
+from bdlora_compile.nodes import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
-from bdlora_compile.printer import type_text
+from bdlora_compile.printer import dtype_text, type_text
 from bdlora_compile.regions import Regions, split
 from bdlora_compile.report import Report
+from bdlora_compile.run_report import trace_stages, write_report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
+from bdlora_compile.runtime.ranges import RangedModule, in_range
 from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
 
 _LOG = logging.getLogger(__name__)
@@ -41,11 +45,15 @@ class CompileOptions:
     Attributes:
         inner: what runs one rank's graph: "inductor" (the default on CUDA) or "eager" (the default elsewhere).
         on_report: called with the report of each graph once the passes have run.
+        report: a folder into which every rank writes a record and a page of each graph.
+        nvtx: whether profilers see a range for each node (with "inductor": for each layer), named by its key.
         cuda_graphs: record decode steps as CUDA graphs (on CUDA the default); also ``mode="reduce-overhead"``.
     """
 
     inner: Inner | None = None
     on_report: Callable[[Report], None] | None = None
+    report: str | Path | None = None
+    nvtx: bool = False
     cuda_graphs: bool | None = None
 
     @classmethod
@@ -78,7 +86,9 @@ def _unlike(name: str, value: object) -> str:
         return ""
     if name == "on_report":
         return "" if callable(value) else "a function of a report"
-    if name == "cuda_graphs":
+    if name == "report":
+        return "" if isinstance(value, (str, Path)) else "the path of a folder"
+    if name in ("cuda_graphs", "nvtx"):
         return "" if isinstance(value, bool) else "True or False"
     return "" if value in ("eager", "inductor") else "'eager' or 'inductor'"
 
@@ -112,12 +122,15 @@ def bdlora(
     if mode == "reduce-overhead":
         chosen = replace(chosen, cuda_graphs=True)
     if is_foreign(module):
-        return compile_foreign(module, example_inputs, chosen.inner, chosen.on_report)
+        return compile_foreign(module, example_inputs, chosen)
     deployment = _deployment_of(module)
-    analysed = analyse(module, deployment)
+    analysed = analyse(module, deployment, has_views=chosen.report is not None or chosen.nvtx)
     captured, base_only, report = analysed.captured, analysed.base_only, analysed.report
     if chosen.on_report is not None:
         chosen.on_report(report)
+    trace_stages(report)
+    if chosen.report is not None:
+        _write_report(Path(chosen.report), captured, report, deployment)
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
@@ -126,6 +139,20 @@ def bdlora(
     program = _emit(captured, base_only, deployment, chosen, report)
     report.emit_seconds = time.perf_counter() - start
     return program
+
+
+def _write_report(folder: Path, captured: Captured, report: Report, deployment: Deployment) -> None:
+    tokens = fake_value(captured.token_input) if captured.token_input is not None else None
+    is_decode = isinstance(tokens, torch.Tensor) and isinstance(tokens.shape[1], int) and tokens.shape[1] == 1
+    write_report(
+        folder,
+        report,
+        deployment.agreement,
+        deployment.ranks[0].rank,
+        kind="run",
+        phase="decode" if is_decode else "prefill",
+        dtype=dtype_text(deployment.plan.dtype),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +170,20 @@ class Analysed:
     report: Report
 
 
-def analyse(module: GraphModule, deployment: Deployment) -> Analysed:
+def analyse(module: GraphModule, deployment: Deployment, *, has_views: bool = False) -> Analysed:
     """Run all passes over a graph that Dynamo captured; the report joins those of the deployment.
+
+    Args:
+        has_views: whether the report keeps each stage's nodes for the inspector.
 
     Raises:
         PlacementError: strict mode, and a value cannot stay on its rank.
     """
     captured = _copy(module)
     report = _new_report(captured, deployment)
-    context = PassContext(deployment.plan, deployment.strict)
+    context = PassContext(deployment.plan, deployment.strict, has_views=has_views)
     run_passes(PIPELINE, captured, context, report.stages)
+    report.symbols = symbol_names(captured)
     report.all_reduce = deployment.ranks[0].all_reduce.text if deployment.ranks else ""
     report.attention = attention_text(captured, deployment.plan.device)
     base_only = captured.copy()
@@ -182,8 +213,10 @@ def _emit(
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
-    bound = (_bind_and_compile(regions, deployment, inner) for regions in variants)
-    steps = _step_graphs(captured, deployment, options.cuda_graphs)
+    bound = (_bind_and_compile(regions, deployment, inner, options.nvtx) for regions in variants)
+    # A recorded step is replayed without the ranges.
+    is_recorded = False if options.nvtx and options.cuda_graphs is None else options.cuda_graphs
+    steps = _step_graphs(captured, deployment, is_recorded)
     report.step_graphs = steps.stats if steps else None
     return Program(deployment, Variants(*bound), token_index, steps)
 
@@ -212,7 +245,7 @@ def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRe
     ]
 
 
-def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner) -> list[BoundRegion]:
+def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner, is_ranged: bool) -> list[BoundRegion]:
     """This rank's values for every step; each region is compiled once, with those of its first step."""
     (state,) = deployment.ranks
     compiled: dict[int, Callable[..., Any]] = {}
@@ -221,8 +254,10 @@ def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner) ->
         values = bind(regions.sources(step), regions.placements(step), state, deployment.plan)
         module = regions.modules[step.region]
         if step.region not in compiled:
-            compiled[step.region] = module.forward if inner == "eager" else compile_region(module, values)
-        bound.append(BoundRegion(compiled[step.region], values))
+            eager = RangedModule(module) if is_ranged else module.forward
+            compiled[step.region] = eager if inner == "eager" else compile_region(module, values)
+        run = compiled[step.region]
+        bound.append(BoundRegion(in_range(regions.label(step), run) if is_ranged else run, values))
     return bound
 
 

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from bdlora_compile.collectives import is_collective
 from bdlora_compile.errors import ConfigError
-from bdlora_compile.ir import Captured, Origin, fake_value, layer_of, module_path, operator_name, record
+from bdlora_compile.ir import Captured, Origin, fake_value, layer_of, module_path, node_key, operator_name, record
 from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import dtype_text
 
@@ -56,6 +56,7 @@ class Collective:
         origin: what it communicates for.
         layers: paths of the layers in which it runs: its own and those that its layer stands for; empty outside layers.
         site: the LoRA site or sites that it belongs to, None if it belongs to none.
+        key: its node's stable key (see `nodes.py`).
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Collective:
     origin: Origin
     layers: tuple[str, ...] = ()
     site: str | None = None
+    key: str = ""
 
     @property
     def runs(self) -> int:
@@ -174,6 +176,7 @@ def _describe(node: Node, captured: Captured, mesh: Mesh, names: Mapping[sympy.E
         origin=info.origin,
         layers=_layers_of(layer_of(module_path(node)), captured),
         site=info.site if info.origin is Origin.LORA else None,
+        key=node_key(node),
     )
 
 

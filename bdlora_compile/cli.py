@@ -4,8 +4,10 @@ import typer
 
 from bdlora_compile.commands import adapters
 from bdlora_compile.commands.calibrate import calibrate
+from bdlora_compile.commands.diff import diff
 from bdlora_compile.commands.explain import explain
 from bdlora_compile.commands.run import run
+from bdlora_compile.commands.serve import serve
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(adapters.app, name="adapters")
@@ -17,5 +19,7 @@ def _group() -> None:
 
 
 app.command()(run)
+app.command()(serve)
 app.command()(explain)
+app.command()(diff)
 app.command()(calibrate)

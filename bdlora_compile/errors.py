@@ -45,3 +45,23 @@ class PassError(BdloraError):
 
 class AgreementError(BdloraError):
     """The ranks of the process group differ in something they must have in common, or one is lost."""
+
+
+class UnknownAdapterError(AdapterError):
+    """A name that stands for no adapter."""
+
+
+class RequestError(BdloraError):
+    """A request cannot be served as it is: a parameter, a prompt or a length is out of range."""
+
+
+class QueueFullError(BdloraError):
+    """As many requests wait as may; nothing was changed, and the same request may be served later."""
+
+
+class EngineClosedError(BdloraError):
+    """The engine takes no requests: it was not started, it drains, or it is closed."""
+
+
+class LostRankError(AgreementError):
+    """A rank died, hangs, or failed where the others did not; the model cannot be used any more."""

@@ -10,6 +10,7 @@ from bdlora_compile.factors import Layout
 from bdlora_compile.placement import Mesh
 from bdlora_compile.sites import Site
 from bdlora_compile.timing import (
+    Numbers,
     Profile,
     Seconds,
     Terms,
@@ -141,7 +142,12 @@ def estimate(
 
 
 def _attention(shape: ModelShape, terms: Terms, phase: Phase) -> Seconds:
-    numbers = {
+    return formula_seconds([(cost.attention(), attention_numbers(shape, terms, phase))], terms)
+
+
+def attention_numbers(shape: ModelShape, terms: Terms, phase: Phase) -> Numbers:
+    """Numbers of the formula of one layer's attention."""
+    return {
         cost.E: terms.element_size,
         cost.T: phase.tokens,
         cost.ROWS: phase.batch,
@@ -150,11 +156,16 @@ def _attention(shape: ModelShape, terms: Terms, phase: Phase) -> Seconds:
         cost.H_KV: _share(shape.kv_heads, terms.mesh),
         cost.HEAD_DIM: shape.head_dim,
     }
-    return formula_seconds([(cost.attention(), numbers)], terms)
 
 
 def _outside(shape: ModelShape, terms: Terms, phase: Phase) -> Seconds:
-    numbers = {
+    numbers = outside_numbers(shape, terms, phase)
+    return formula_seconds([(cost.embedding(), numbers)], terms) + formula_seconds([(cost.logits(), numbers)], terms)
+
+
+def outside_numbers(shape: ModelShape, terms: Terms, phase: Phase) -> Numbers:
+    """Numbers of the formulas of the embedding and the logits."""
+    return {
         cost.E: terms.element_size,
         cost.T: phase.tokens,
         cost.ROWS: phase.batch,
@@ -162,7 +173,6 @@ def _outside(shape: ModelShape, terms: Terms, phase: Phase) -> Seconds:
         cost.V: shape.vocabulary,
         cost.N: terms.mesh.size,
     }
-    return formula_seconds([(cost.embedding(), numbers)], terms) + formula_seconds([(cost.logits(), numbers)], terms)
 
 
 def _share(heads: int, mesh: Mesh) -> int:

@@ -50,6 +50,7 @@ def _explain_site(alike: Sequence[Site], plan: ModelPlan, profiles: Sequence[Pro
         (shape.out_features // shape.b_blocks, shape.b_rank) if shape else (0, 0),
         local[0] * local[1] * plan.dtype.itemsize,
         elements * plan.dtype.itemsize // max(len(profiles) * len(alike), 1),
+        0 if site.is_lookup else 2 * local[0] * local[1],
     )
 
 

@@ -13,25 +13,17 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
-from bdlora_compile.census import Census, Collective, number_of
 from bdlora_compile.errors import ConfigError
-from bdlora_compile.estimate import Estimate, ModelShape, Phase, estimate, phases
+from bdlora_compile.estimate import Estimate, ModelShape, estimate, phases
+from bdlora_compile.explained_graph import explain_graph
 from bdlora_compile.explained_sites import adapter_bytes, explain_sites, weight_bytes
-from bdlora_compile.explanation import (
-    ExplainedCollective,
-    ExplainedEstimate,
-    ExplainedGraph,
-    ExplainedRefusal,
-    ExplainedStage,
-    Explanation,
-)
+from bdlora_compile.explanation import ExplainedEstimate, Explanation
 from bdlora_compile.factors import Layout
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
@@ -40,7 +32,7 @@ from bdlora_compile.model import cache_shape, offered_sites, served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
-from bdlora_compile.report import Report, StageReport
+from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapter_file import read_adapter
 from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.runtime.agreement import Alone
@@ -48,6 +40,7 @@ from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.served import serve
 from bdlora_compile.sites import Role, Site
+from bdlora_compile.step_formula import constants, step_formulas
 from bdlora_compile.strategy import Strategy, choose_layouts, fixed_layouts, profile_of
 from bdlora_compile.timing import Declared, Profile, Terms, Workload
 
@@ -129,6 +122,7 @@ def explain(
             "strategy", found=repr(strategy), expected="'local', 'slora' or 'auto'", remedy="choose one of them"
         )
     layouts, decisions = chosen[strategy]
+    groups = {name: {one.group: one.chosen for one in reasons} for name, (_, reasons) in chosen.items()}
     plan = plan_model(hollow, sites, mesh, layouts, max_rank, hollow.dtype, _CPU, decisions)
     held = weight_bytes(hollow, plan)
     both = phases(load.batch, load.prompt_length)
@@ -152,15 +146,13 @@ def explain(
         decisions=decisions,
         sites=explain_sites(plan, profiles),
         estimates=[
-            _explain_estimate(
-                estimate(shape, sites, profiles, label, {one.group: one.chosen for one in reasons}, terms, phase)
-            )
+            _explain_estimate(estimate(shape, sites, profiles, label, by_group, terms, phase))
             for phase in both
-            for label, (_, reasons) in chosen.items()
+            for label, by_group in groups.items()
         ],
-        graphs=[
-            _explain_graph(report, phase) for report, phase in zip(_trace(hollow, plan, strict), both, strict=True)
-        ],
+        graphs=[explain_graph(report, phase) for report, phase in zip(_trace(hollow, plan, strict), both, strict=True)],
+        formulas=step_formulas(shape, sites, profiles, groups, terms),
+        constants=constants(terms, load.batch, load.prompt_length),
         seconds=time.perf_counter() - start,
     )
 
@@ -255,7 +247,7 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
     model.requires_grad_(False)
 
     def look(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        analyse(module, deployment)
+        analyse(module, deployment, has_views=True)
         (results,) = module.graph.output_node().args
         count = len(results)  # type: ignore[arg-type]  # a graph of Dynamo returns a tuple
         # Nobody reads what the forward returns: the graph was what we wanted.
@@ -283,61 +275,6 @@ def _forward_of(model: PreTrainedModel) -> Callable[[torch.Tensor, LocalCache], 
 
     code = forward.__code__.replace(co_name=f"explained_{uuid.uuid4().hex}")
     return FunctionType(code, forward.__globals__, closure=forward.__closure__)
-
-
-def _explain_graph(report: Report, phase: Phase) -> ExplainedGraph:
-    return ExplainedGraph(
-        phase.name,
-        phase.batch,
-        phase.seq,
-        report.inputs,
-        [_explain_stage(stage, phase) for stage in report.stages],
-        [_explain_stage(stage, phase) for stage in report.base_only],
-    )
-
-
-def _explain_stage(stage: StageReport, phase: Phase) -> ExplainedStage:
-    return ExplainedStage(
-        stage.name,
-        stage.seconds,
-        stage.nodes_before,
-        stage.nodes_after,
-        stage.stats.matches,
-        [ExplainedRefusal(refusal.where, refusal.reason) for refusal in stage.stats.refusals],
-        stage.stats.notes,
-        _explain_census(stage.census, phase),
-        stage.text,
-    )
-
-
-def _explain_census(census: Census, phase: Phase) -> list[ExplainedCollective]:
-    return [_explain_collective(one, phase) for one in census.collectives]
-
-
-def _explain_collective(one: Collective, phase: Phase) -> ExplainedCollective:
-    batch, seq = phase.batch, phase.seq
-    return ExplainedCollective(
-        one.kind,
-        one.group_size,
-        [str(size) for size in one.shape],
-        [_number(size, batch, seq) for size in one.shape],
-        one.dtype,
-        one.origin,
-        one.layers,
-        one.site,
-        str(one.payload_bytes),
-        str(one.wire_bytes),
-        _number(one.payload_bytes, batch, seq),
-        _number(one.wire_bytes, batch, seq),
-        _number(one.wire_bytes, 1, 1),
-    )
-
-
-def _number(size: sympy.Expr, batch: int, seq: int) -> int | None:
-    try:
-        return number_of(size, batch, seq)
-    except ConfigError:
-        return None
 
 
 def _explain_estimate(one: Estimate) -> ExplainedEstimate:

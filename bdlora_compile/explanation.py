@@ -6,19 +6,22 @@ changes its meaning or goes away.
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 from rich.console import Console
 
+from bdlora_compile.errors import ConfigError
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
 from bdlora_compile.machine import Machine
+from bdlora_compile.nodes import AlikeLayers, NodeView
 from bdlora_compile.strategy import Decision
 from bdlora_compile.timing import Seconds, Workload
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class ExplainedCollective:
         payload, wire: bytes of one run as expressions.
         payload_bytes, wire_bytes: the same in numbers.
         wire_bytes_per_token: for one row of one token.
+        key: of its node.
+        reason: why a pass that could have removed it did not; None if none could.
     """
 
     kind: str
@@ -56,6 +61,8 @@ class ExplainedCollective:
     payload_bytes: int | None
     wire_bytes: int | None
     wire_bytes_per_token: int | None
+    key: str = ""
+    reason: str | None = None
 
     @property
     def runs(self) -> int:
@@ -76,6 +83,8 @@ class ExplainedStage:
         notes: counts by name.
         collectives: after it.
         text: the graph after it.
+        nodes: the graph's nodes in order; of layers that are alike those of one.
+        layers: which layer each one stands for.
     """
 
     name: str
@@ -87,6 +96,8 @@ class ExplainedStage:
     notes: Mapping[str, int]
     collectives: Sequence[ExplainedCollective]
     text: str
+    nodes: Sequence[NodeView] = ()
+    layers: Sequence[AlikeLayers] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ class ExplainedSite:
         local_a, local_b: A and B of the first of them on a rank, blocks stacked: [r, D_loc/c] and [O_loc/c, r].
         weight_bytes: on a rank, in one layer.
         adapter_bytes: of one adapter on a rank, in one layer, a mean of the adapters.
+        flops: multiplications and additions of the linear layer for one token on a rank, in one layer.
     """
 
     site: str
@@ -143,6 +155,7 @@ class ExplainedSite:
     local_b: tuple[int, int]
     weight_bytes: int
     adapter_bytes: int
+    flops: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +173,45 @@ class ExplainedEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class StepFormula:
+    """Estimated seconds of one decode step with one strategy, as an expression; see `step_formula.py`.
+
+    Attributes:
+        strategy: "local", "slora" or "auto"; the layouts of the last are those chosen for the explained load.
+        expression: in sympy's notation.
+        javascript: the same expression, for a browser.
+    """
+
+    strategy: str
+    expression: str
+    javascript: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankComparison:
+    """What the ranks of a run have to say to each other's graphs.
+
+    Attributes:
+        rank: the one that wrote the record.
+        size: ranks that compared.
+        difference: the first difference to rank 0 that some rank found, None if all graphs are the same.
+    """
+
+    rank: int
+    size: int
+    difference: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
-    """What the compiler would do to a model on a number of ranks, without weights, GPUs or process groups.
+    """What the compiler does to a model on a number of ranks.
+
+    `explain` fills all of it, without weights, GPUs or process groups. A run that was asked for reports fills what it
+    knows: adapters, sites, estimates, formulas and the machine stay empty.
 
     Attributes:
         version: of this record.
+        kind: "explained" by `explain`, "run" by a run, "foreign" by a run of a model that its owner sharded.
         name: what was asked for.
         model: class of the model.
         tp_size: N.
@@ -183,6 +230,9 @@ class Explanation:
         graphs: prefill and decode.
         sites: LoRA sites.
         estimates: of both phases with each strategy.
+        formulas: of a decode step with each strategy.
+        constants: names of the formulas' symbols with their values here.
+        ranks: how the ranks of a run compare.
         seconds: time that the explanation took, measured.
     """
 
@@ -196,8 +246,8 @@ class Explanation:
     max_rank: int
     batch: int
     prompt_length: int
-    workload: Workload
-    machine: Machine
+    workload: Workload | None
+    machine: Machine | None
     is_extrapolated: bool
     weight_bytes: int
     adapter_bytes: int
@@ -206,7 +256,11 @@ class Explanation:
     sites: Sequence[ExplainedSite]
     estimates: Sequence[ExplainedEstimate]
     seconds: float
-    version: Literal[1] = VERSION
+    formulas: Sequence[StepFormula] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+    ranks: RankComparison | None = None
+    kind: Literal["explained", "run", "foreign"] = "explained"
+    version: Literal[2] = VERSION
 
     def graph(self, phase: str) -> ExplainedGraph:
         """The graph of "prefill" or "decode"."""
@@ -220,6 +274,12 @@ class Explanation:
         show(self, Console(file=file, width=width))
         return file.getvalue()
 
+    def html(self) -> str:
+        """The explanation as one page that needs no network and no server."""
+        from bdlora_compile.inspector.page import render  # the same
+
+        return render([self])
+
     def to_json(self) -> str:
         """The whole record; see `json_schema`."""
         return pydantic.TypeAdapter(Explanation).dump_json(self, indent=1).decode() + "\n"
@@ -228,6 +288,27 @@ class Explanation:
     def from_json(text: str) -> "Explanation":
         """Read what `to_json` wrote."""
         return pydantic.TypeAdapter(Explanation).validate_json(text)
+
+    @staticmethod
+    def read(path: Path) -> "Explanation":
+        """Read a file that `to_json` wrote.
+
+        Raises:
+            ConfigError: there is no such file, or it is not one of this version.
+        """
+        try:
+            return Explanation.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            found = getattr(error, "strerror", None) or "a file that is no text"
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            found = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+        raise ConfigError(
+            str(path),
+            found=found,
+            expected=f"a record of version {VERSION}",
+            remedy="write it with `bdlora explain --json`, or with options={'report': ...}",
+        )
 
     @staticmethod
     def json_schema() -> dict[str, Any]:

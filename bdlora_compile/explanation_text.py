@@ -12,6 +12,7 @@ from bdlora_compile.explanation import (
     ExplainedGraph,
     ExplainedRefusal,
     ExplainedSite,
+    ExplainedStage,
     Explanation,
 )
 from bdlora_compile.ir import Origin
@@ -28,26 +29,41 @@ def show(told: Explanation, console: Console) -> None:
         _show_stages(graph, console)
     for graph in told.graphs:
         _show_collectives(graph, console)
-    _show_sites(told, console)
-    _show_decisions(told, console)
-    _show_estimates(told, console)
+    if told.sites:
+        _show_sites(told, console)
+    if told.decisions:
+        _show_decisions(told, console)
+    if told.estimates:
+        _show_estimates(told, console)
 
 
 def _show_head(told: Explanation, console: Console) -> None:
+    if told.kind != "explained":
+        _show_head_of_run(told, console)
+        return
     console.print(
         f"[bold]{escape(told.name)}[/bold]: {told.model}, {told.num_layers} layers, {told.dtype}, on ", end=""
     )
     console.print(f"{told.tp_size} ranks, strategy {told.strategy}")
     console.print(f"{told.batch} rows, prompts and contexts of {told.prompt_length:,} tokens, ", end="")
-    console.print(f"{told.workload.adapters} distinct adapters in a step")
+    console.print(f"{told.workload.adapters if told.workload else told.batch} distinct adapters in a step")
     for line in told.adapters:
         console.print(f"adapter {line}", markup=False)
     console.print(f"a rank holds {_size(told.weight_bytes)} of weights and {_size(told.adapter_bytes)} of one adapter")
     console.print(f"explained in {told.seconds:.0f} s without weights; times below the passes' own are estimates\n")
 
 
+def _show_head_of_run(told: Explanation, console: Console) -> None:
+    console.print(f"[bold]{escape(told.name)}[/bold] on {told.tp_size} ranks; numbers are of one token of one row")
+    if told.ranks is not None:
+        alone = "nobody to compare with" if told.ranks.size == 1 else f"all {told.ranks.size} ranks have the same graph"
+        same = told.ranks.difference or alone
+        console.print(f"written by rank {told.ranks.rank}: {same}", markup=False)
+    console.print()
+
+
 def _show_stages(graph: ExplainedGraph, console: Console) -> None:
-    table = Table("pass", title=f"passes over {_PHASES[graph.phase]}", title_justify="left")
+    table = Table("pass", title=f"passes over {escape(_PHASES.get(graph.phase, graph.phase))}", title_justify="left")
     for name in ("nodes before", "after", "matches", "seconds", "base", "LoRA", "fallback"):
         table.add_column(name, justify="right")
     refusals: list[tuple[str, ExplainedRefusal]] = []
@@ -74,12 +90,13 @@ def _refusal_lines(refusals: Sequence[tuple[str, ExplainedRefusal]]) -> list[str
 
 
 def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
-    title = f"collectives of {_PHASES[graph.phase]}; bytes that a rank sends in a ring"
+    title = f"collectives of {escape(_PHASES.get(graph.phase, graph.phase))}; bytes that a rank sends in a ring"
     table = Table("stage", "where", "for", "operator", "operand", title=title, title_justify="left")
     for name in ("a token", "a step", "times"):
         table.add_column(name, justify="right")
-    for label, name in (("before localize", "partition"), ("at the end", graph.stages[-1].name)):
-        collectives = graph.stage(name).collectives
+    start, end = _first_placed(graph), graph.stages[-1]
+    for label, stage in (("before localize", start), ("at the end", end)):
+        collectives = stage.collectives
         for one in collectives:
             where = _layers_text(one.layers)
             what = f"LoRA {(one.site or '').rpartition('.')[2]}" if one.origin is Origin.LORA else one.origin.value
@@ -95,8 +112,14 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
         runs = sum(one.runs for one in collectives)
         table.add_row(label, "a forward", "", "", "", "", total, str(runs), end_section=True)
     console.print(table)
-    before, after = (_sent(graph.stage(name).collectives) for name in ("partition", graph.stages[-1].name))
+    before, after = (_sent(stage.collectives) for stage in (start, end))
     console.print(f"a step sends {_size(before)} a rank before localize and {_size(after)} at the end\n")
+
+
+def _first_placed(graph: ExplainedGraph) -> ExplainedStage:
+    """The stage in which LoRA lies as S-LoRA has it: partitioned, or as the model's owner sharded it."""
+    names = ("partition", "tag paths")
+    return next((stage for name in names for stage in graph.stages if stage.name == name), graph.stages[0])
 
 
 def _sent(collectives: Iterable[ExplainedCollective]) -> int:
@@ -163,6 +186,8 @@ def _show_estimates(told: Explanation, console: Console) -> None:
         table.add_row(one.phase, one.strategy, *_estimate_cells(one), end_section=one.strategy == "auto")
     console.print(table)
     machine = told.machine
+    if machine is None:
+        return
     console.print(f"machine {machine.name}: {machine.source}", markup=False)
     constants = (
         f"memory {machine.memory_bandwidth / 1e9:,.1f} GB/s, products {machine.flops / 1e12:,.2f} TFLOP/s, "

@@ -20,7 +20,9 @@ from bdlora_compile.errors import PassError
 from bdlora_compile.placement import Placement, Replicate
 
 _RECORD = "bdlora"
-"""The one key of ``node.meta`` that this package owns."""
+"""Key of ``node.meta``: the node's record."""
+_KEY = "bdlora_key"
+"""Key of ``node.meta``: the node's stable name, which no pass reads (see `nodes.py`)."""
 
 
 class Fact(Enum):
@@ -219,6 +221,16 @@ def set_record(node: Node, **changes: object) -> None:
 def has_record(node: Node) -> bool:
     """Whether a pass wrote a record on the node."""
     return _RECORD in node.meta
+
+
+def node_key(node: Node) -> str:
+    """The node's stable name, empty if it has none yet."""
+    return str(node.meta.get(_KEY, ""))
+
+
+def set_node_key(node: Node, key: str) -> None:
+    """Give the node its stable name."""
+    node.meta[_KEY] = key
 
 
 def fake_value(node: Node) -> object:

@@ -13,6 +13,7 @@ SHRINK = "bdlora::lora_shrink"
 LOOKUP = "bdlora::lora_lookup"
 EXPAND = "bdlora::lora_expand"
 APPLY = "bdlora::lora_apply_"
+LINEAR = "bdlora::lora_linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,28 @@ class ApplyArguments(_Arguments):
         return graph.call_function(torch.ops.bdlora.lora_apply_.default, self._in_order())
 
 
+@dataclass(frozen=True, slots=True)
+class LinearArguments(_Arguments):
+    """Of ``bdlora::lora_linear``, a base product with its LoRA."""
+
+    x: Node
+    weight: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    counters: Node
+    sites: Sequence[int]
+    width: int
+    out_features: Sequence[int]
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_linear.default, self._in_order())
+
+
 def is_shrink(node: Node) -> bool:
     """Whether the node is the first half of the LoRA path of a linear layer."""
     return operator_name(node) == SHRINK
@@ -126,6 +149,11 @@ def is_expand(node: Node) -> bool:
 def is_apply(node: Node) -> bool:
     """Whether the node is a whole LoRA path that adds in place."""
     return operator_name(node) == APPLY
+
+
+def is_lora_linear(node: Node) -> bool:
+    """Whether the node is a base product with its LoRA."""
+    return operator_name(node) == LINEAR
 
 
 def bridge_of(expand: Node) -> tuple[Node, list[Node]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch.fx import Graph, Node
@@ -10,9 +10,10 @@ from torch.fx import Graph, Node
 from bdlora_compile.census import take_census
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import Captured, Fact
+from bdlora_compile.nodes import view_graph
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import print_graph
-from bdlora_compile.propagation import propagate
+from bdlora_compile.propagation import Known, propagate
 from bdlora_compile.report import PassStats, StageReport
 
 
@@ -23,10 +24,14 @@ class PassContext:
     Attributes:
         plan: placements and layouts of the model.
         strict: whether a gather that nobody asked for is an error.
+        known: what propagation has computed so far, for this graph and copies of it.
+        has_views: whether the nodes of each stage are kept for the inspector.
     """
 
     plan: ModelPlan
     strict: bool
+    known: Known = field(default_factory=dict, compare=False, repr=False)
+    has_views: bool = False
 
 
 class GraphPass(Protocol):
@@ -72,9 +77,11 @@ def _run_pass(
     if _calls(captured.graph) != before:
         # Values of an unchanged graph still hold; a pass that only wrote records costs no propagation.
         captured.graph.lint()
-        propagate(captured.graph, graph_pass.name)
+        propagate(captured.graph, graph_pass.name, context.known)
     graph_pass.verify(captured, context)
     captured.facts |= graph_pass.establishes
+    # First: it names the nodes that the census names.
+    view = view_graph(captured) if context.has_views else None
     return StageReport(
         name=graph_pass.name,
         seconds=time.perf_counter() - start,
@@ -83,6 +90,7 @@ def _run_pass(
         stats=stats,
         census=take_census(captured, context.plan.mesh),
         text=print_graph(captured.graph),
+        view=view,
     )
 
 

@@ -48,7 +48,7 @@ def _line(node: Node, numbers: dict[Node, str]) -> str:
 
 def _call(node: Node, numbers: dict[Node, str]) -> str:
     if node.op == "placeholder":
-        return _source(record(node).source, node)
+        return source_text(record(node).source, node)
     arguments = [_plain(argument, numbers) for argument in node.args]
     arguments += [f"{key}={_plain(value, numbers)}" for key, value in node.kwargs.items()]
     return f"{operator_name(node)}({', '.join(arguments)})"
@@ -79,7 +79,8 @@ def type_text(value: object) -> str:
     return str(value) if is_number else type(value).__name__
 
 
-def _source(source: Source | None, node: Node) -> str:
+def source_text(source: Source | None, node: Node) -> str:
+    """Where a placeholder's value comes from."""
     match source:
         case InputSource(index, rank_local):
             return f"input {index}" + (" rank-local" if rank_local else "")

@@ -1,7 +1,8 @@
 """Fake propagation: the value of every node recomputed from the placeholders', without touching data.
 
 A decoder has many layers that are alike, so the same operator meets operands of the same metadata over and over.
-Each distinct call is computed once and its result shared: the cost grows with the distinct calls, not the layers.
+Each distinct call is computed once and its result shared, between layers and between passes: most of a graph is as the
+pass before left it. The cost grows with the distinct calls, not with layers times passes.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,22 +20,30 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import fake_value, operator_name
 
+Known = dict[Hashable, object]
+"""Results of the distinct calls that were computed so far, each with the fake mode that it belongs to."""
 
-def propagate(graph: Graph, after: str) -> None:
+
+def propagate(graph: Graph, after: str, known: Known | None = None) -> None:
     """Compute every node's fake value from the placeholders': shapes of one rank once the graph is partitioned.
+
+    Args:
+        graph: whose nodes' ``example_value`` is written.
+        after: the pass that changed it, for the error.
+        known: results of earlier propagations; new ones join them.
 
     Raises:
         PassError: an operator rejects the shapes that it gets.
     """
     mode = find_fake_mode(graph)
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
-    known: dict[Hashable, object] = {}
+    known = {} if known is None else known
     # A result that a later node reshapes in place cannot stand for several nodes.
     is_sharing = not any(_reshapes_in_place(node) for node in calls)
     # Composite operators are decomposed in Python: their C++ decompositions ask symbolic sizes for numbers.
     with mode, enable_python_dispatcher(), torch.no_grad():
         for node in calls:
-            key = _call_key(node) if is_sharing else None
+            key = _call_key(node, mode) if is_sharing else None
             if key is not None and key in known:
                 node.meta["example_value"] = known[key]
                 continue
@@ -62,11 +71,11 @@ def find_fake_mode(graph: Graph) -> FakeTensorMode:
     )
 
 
-def _call_key(node: Node) -> Hashable | None:
-    """What decides the metadata of the node's value; None if an operand cannot be compared."""
+def _call_key(node: Node, mode: FakeTensorMode) -> Hashable | None:
+    """What decides the node's value without its data; None if an operand cannot be compared."""
     leaves, structure = tree_flatten((_shaping_arguments(node), node.kwargs))
     keys = tuple(value_key(fake_value(leaf) if isinstance(leaf, Node) else leaf) for leaf in leaves)
-    return None if None in keys else (node.op, node.target, str(structure), keys)
+    return None if None in keys else (mode, node.op, node.target, str(structure), keys)
 
 
 def _shaping_arguments(node: Node) -> list[object]:

@@ -80,6 +80,12 @@ class Regions:
             return found
         return [_for_layer(source, self.layers, step.kept, step.layer) for source in found]
 
+    def label(self, step: Step) -> str:
+        """What profilers call a step: the path of its layer."""
+        if self.layers is None or step.layer is None:
+            return "before layers" if step.region == 0 else "after layers"
+        return self.layers.path(step.layer)
+
     def placements(self, step: Step) -> list[Placement]:
         """Where those values lie on the ranks; the same in all layers that a region stands for."""
         return [record(node).placement for node in placeholders(self.modules[step.region].graph)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from bdlora_compile.census import OUTSIDE, Census
 from bdlora_compile.ir import Origin
+from bdlora_compile.nodes import GraphView
 from bdlora_compile.runtime.step_graphs import StepGraphStats
 from bdlora_compile.strategy import Decision
 
@@ -43,6 +44,7 @@ class StageReport:
         stats: what it did.
         census: collectives after it.
         text: the graph after it.
+        view: its nodes as the inspector shows them, where somebody wants to see them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class StageReport:
     stats: PassStats
     census: Census
     text: str
+    view: GraphView | None
 
 
 @dataclass(slots=True)
@@ -65,6 +68,7 @@ class Report:
         stages: one for each pass, in order.
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
+        symbols: what symbolic sizes are called in reports, by this process's names.
         all_reduce: which transport sums over the ranks, and why.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
@@ -78,6 +82,7 @@ class Report:
     stages: list[StageReport] = field(default_factory=list)
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
+    symbols: Mapping[str, str] = field(default_factory=dict)
     all_reduce: str = ""
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)

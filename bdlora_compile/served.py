@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +15,8 @@ from bdlora_compile.errors import BdloraError, ConfigError, HollowError
 from bdlora_compile.known_steps import KnownSteps
 from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding
 from bdlora_compile.runtime.deployment import Deployment
+from bdlora_compile.runtime.leading import Leader, led
+from bdlora_compile.runtime.selection import Selection
 
 _CACHE_STEP = 64
 """Cache lengths are rounded up to a multiple of this, so that calls of similar length allocate alike."""
@@ -35,19 +36,29 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             return super().__call__(*args, **kwargs)
         if args:
             names = list(inspect.signature(self.forward).parameters)[: len(args)]
-            args, kwargs = (), {**dict(zip(names, args, strict=True)), **kwargs}
-        with self._room_in_cache(*args, **kwargs):
-            kwargs = self._with_padding(args, kwargs)
+            kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
+        return self._run(self.bdlora.selection, **kwargs)
+
+    @property
+    def leader(self) -> Leader | None:
+        """See `runtime.leading`."""
+        return self.bdlora.leader
+
+    @led
+    def _run(self, /, selection: Selection, **kwargs: Any) -> Any:
+        # One forward at a time: Dynamo's tables, the slots of the tokens and the ranks' collectives are one each.
+        with self.bdlora.step, self.bdlora.chosen(selection), self._room_in_cache(**kwargs):
+            kwargs = self._with_padding(kwargs)
             known = self.bdlora_known_steps.find(self, kwargs)
             if known is not None:
                 return known.take(kwargs, kwargs["past_key_values"])
             # Models with several kinds of layers take their masks in a dictionary.
-            for value in tree_leaves((args, kwargs)):
+            for value in tree_leaves(kwargs):
                 if isinstance(value, Tensor) and value.ndim > 1:
                     # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                     last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                     torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
-            output = self._call_compiled(*args, **kwargs)
+            output = self._call_compiled(**kwargs)
             launched, self.bdlora.last_step = self.bdlora.last_step, None
             if launched is not None:
                 self.bdlora_known_steps.note(self, kwargs, launched, output)
@@ -58,13 +69,13 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         self.bdlora_known_steps.forget()
         super().compile(*args, **kwargs)
 
-    def _with_padding(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_padding(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Check a padding mask, and let the cache remember it: a graph of rows of a cache reads no mask.
 
         What a forward gets as its mask then: the cache's ``starts``, or the padding mask where there is no cache of
         ours. Masks of other kinds pass as they are.
         """
-        mask, cache, tokens = kwargs.get("attention_mask"), kwargs.get("past_key_values"), _tokens(args, kwargs)
+        mask, cache, tokens = kwargs.get("attention_mask"), kwargs.get("past_key_values"), _tokens((), kwargs)
         padding = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if tokens is None or mask is not padding:
             return kwargs
@@ -101,7 +112,11 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``; sampling draws the same tokens on every rank, following rank 0's seed."""
+        """transformers' ``generate``; sampling draws the same tokens on every rank, following rank 0's seed.
+
+        While other ranks follow (`bdlora_compile.follow`), rank 0 alone generates, with any streamer, stopping criteria
+        and logits processors: the others take part in its forwards.
+        """
         if kwargs.get("compile_config") is not None:
             raise ConfigError(
                 "generate(compile_config=...)",
@@ -109,31 +124,24 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
                 expected="a model compiled by `model.compile(backend='bdlora')`",
                 remedy="leave compile_config out",
             )
-        with self._same_random_numbers(), self._selection_restored():
+        with self._same_random_numbers(), self.bdlora.chosen(self.bdlora.selection):
             return super().generate(*args, **kwargs)
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:
         """Draw from rank 0's random numbers on every rank: logits are gathered, so tokens are then equal too."""
-        seed = int(torch.randint(2**62, ()).item())
-        shared = int(self.bdlora.agreement.exchange("seed", str(seed))[0])
+        shared = int(torch.randint(2**62, ()).item())
+        if self.leader is None:
+            shared = int(self.bdlora.agreement.exchange("seed", str(shared))[0])
         device = self.bdlora.plan.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(shared)
             yield
 
-    @contextmanager
-    def _selection_restored(self) -> Iterator[None]:
-        previous = self.bdlora.selection
-        try:
-            yield
-        finally:
-            self.bdlora.selection = previous
-
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Beams and several returned sequences repeat rows: the rows' adapters are repeated with them."""
         repeats = kwargs.get("expand_size", args[0] if args and isinstance(args[0], int) else 1)
-        self.bdlora.selection = replace(self.bdlora.selection, repeats=self.bdlora.selection.repeats * repeats)
+        self.bdlora.repeat_rows(repeats)
         return super()._expand_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(

@@ -158,19 +158,32 @@ def group_sites(sites: Mapping[str, Site]) -> list[SiteGroup]:
 
 def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms) -> Seconds:
     """Estimated LoRA time of a group in one layer, on the fullest rank, for the mean of the adapters."""
-    members = []
+    return formula_seconds(lora_members(group, layout, profiles, terms), terms)
+
+
+def lora_members(
+    group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms
+) -> list[tuple[Formula, Numbers]]:
+    """Formula and numbers of the LoRA of each site of a group."""
+    members: list[tuple[Formula, Numbers]] = []
     for position, site in enumerate(group.sites):
         a, b = _mean_elements(group, position, layout, profiles, terms)
         formula = cost.lookup(layout) if site.is_lookup else cost.lora(site.role, layout)
         members.append((formula, _numbers(site, terms) | {cost.A: a, cost.B: b}))
-    return formula_seconds(members, terms)
+    return members
 
 
 def base_seconds(group: SiteGroup, terms: Terms) -> Seconds:
     """Estimated time of a group's linear layers in one layer; the vocabulary's are counted outside the layers."""
+    members = base_members(group, terms)
+    return formula_seconds(members, terms) if members else Seconds()
+
+
+def base_members(group: SiteGroup, terms: Terms) -> list[tuple[Formula, Numbers]]:
+    """Formula and numbers of the linear layers of a group; none for the vocabulary's."""
     if group.sites[0].vocabulary:
-        return Seconds()
-    return formula_seconds([(cost.base(site.role), _numbers(site, terms)) for site in group.sites], terms)
+        return []
+    return [(cost.base(site.role), _numbers(site, terms)) for site in group.sites]
 
 
 def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Seconds:

@@ -32,7 +32,7 @@ from bdlora_compile.strategy import Strategy
 from benchmarks.decode.files import CONTENTS, AdapterKind, model_config, roomy_folder, write_adapters, write_model
 from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
-from benchmarks.decode.reference import Expected, prompts, references
+from benchmarks.decode.reference import STEPS, Expected, prompts, references
 from benchmarks.decode.timing import PARTS, Times, measure, prefill_time
 
 KINDS = {
@@ -105,7 +105,12 @@ class Bench:
 
     def kinds(self) -> Sequence[str]:
         """Kinds of adapters that some column needs."""
-        return [kind for kind in KINDS if any(kind in LOADS[strategy] for strategy in self.options.strategy)]
+        wanted = {kind for strategy in self.options.strategy for kind in self.columns(strategy)}
+        return [kind for kind in KINDS if kind in wanted]
+
+    def columns(self, strategy: Strategy) -> Sequence[str]:
+        """Kinds of adapters that a strategy is measured with."""
+        return [kind for kind in LOADS[strategy] if kind in self.options.kinds]
 
     def wait(self) -> None:
         """All ranks are here."""
@@ -143,18 +148,18 @@ class Bench:
         start = time.perf_counter()
         loop = OurLoop(model, strategy, self.dtype, self.device, max(slots, CONTENTS), self.options.inner)
         self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
-        for kind in LOADS[strategy]:
-            names = [f"{kind}-{number}" for number in range(max(slots, CONTENTS))]
+        for number, kind in enumerate(self.columns(strategy)):
+            names = [f"{kind}-{i}" for i in range(max(slots, CONTENTS))]
             seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
             self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
             start = time.perf_counter()
-            logits = loop.logits(prompts().to(self.device), [names[0], names[1], None, names[2]])
+            logits = loop.logits(prompts().to(self.device), [names[0], names[1], None, names[2]], STEPS)
             self.say(f"  first forwards {time.perf_counter() - start:.0f} s")
             if kind in expected:
                 line = expected[kind].check(logits)
                 self.say(f"  {line}")
                 self.write("check", strategy=strategy, adapters=KINDS[kind].text, result=line)
-            if strategy == "local" and kind == LOADS[strategy][0]:
+            if strategy == "local" and number == 0:
                 for case in self.cases(only_base=True):
                     loop.choose([])
                     self.row("base", "none", case, loop, 0)
@@ -251,6 +256,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens that each row holds")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill; 0 leaves it out")
     parser.add_argument("--strategy", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="kinds of adapters")
     parser.add_argument("--inner", choices=["eager", "inductor"], default="inductor")
     parser.add_argument("--fake-tp", type=int, default=0, help="be rank 0 of so many, on one GPU")
     parser.add_argument("--no-check", action="store_true", help="do not compare logits")

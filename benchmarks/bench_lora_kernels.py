@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_lora_kernels --json FILE                 the table, one JSON line a row
     python -m benchmarks.bench_lora_kernels --json FILE --peers DIR     and the peers' kernels in the same run
-    python -m benchmarks.bench_lora_kernels --plot FILE                 a plot beside such a file, as SVG
+    python -m benchmarks.bench_lora_kernels --plot FILE [NEWER ...]     a plot beside such a file, as SVG; rows measured
+                                                                        again without peers replace those before
 
 DIR is PEERS/peers after ``benchmarks/fetch_peers.sh PEERS``, with PEERS/site on the Python path. The plot needs
 matplotlib.
@@ -16,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,7 @@ MAIN = [
     Case("8B", 8, "rep", 25, 48, 48, 48, mixed=(2, 8, 64)),
     Case("8B", 8, "bd", 64, 16, 16, 16, dtype="fp16"),
 ]
-SWEEP = [
-    *(Case("8B", 8, "bd", r, t, min(t, 64), 64) for t in (4, 33, 100, 256) for r in (8, 128)),
-    *(Case("8B", 8, "bd", 64, t, min(t, 64), 64) for t in (1, 100, 256)),
-    Case("8B", 8, "bd", 24, 33, 33, 64),
-]
+SWEEP = [Case("8B", 8, "bd", r, t, min(t, 64), 64) for r in (8, 24, 64, 128) for t in (1, 4, 33, 100, 256)]
 TABLE = [*MAIN, *SWEEP]
 WITH_VLLM = MAIN[:2]
 
@@ -69,7 +66,7 @@ def compile_one(job: tuple[Case, int, Path | None]) -> None:
     """Run one group of sites of a case once."""
     case, group, peers = job
     layers = Layers(case, num_layers=1)
-    layers.lora(0, group)
+    layers.both(0, group)
     if peers and is_comparable(case):
         Peers(layers, peers).compile(group, with_vllm=case in WITH_VLLM)
     torch.cuda.synchronize()
@@ -93,15 +90,19 @@ def line(row: dict[str, Any]) -> str:
     return text
 
 
-def plot(file: Path) -> None:
+def plot(file: Path, *newer: Path) -> None:
     """LoRA's time against the best peer's and the byte floor, for the rows that have peers."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    rows = [json.loads(text) for text in file.read_text().splitlines()]
-    rows = [row for row in rows if "peers_us" in row]
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for text in "".join(part.read_text() for part in (file, *newer)).splitlines():
+        row = json.loads(text)
+        case = tuple(str(row[member.name]) for member in fields(Case))
+        latest[case] = latest.get(case, {}) | row
+    rows = [row for row in latest.values() if "peers_us" in row]
     figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rows) + 1.2), layout="constrained")
     places = range(len(rows))
     series = {
@@ -128,14 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peers", type=Path, help="the folder that benchmarks/fetch_peers.sh filled")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, nargs="+")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many cases")
     parser.add_argument("--only", type=int, help="stop behind the first so many cases")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if options.plot:
-        plot(options.plot)
+        plot(*options.plot)
         return
     torch.manual_seed(0)
     begin = time.monotonic()

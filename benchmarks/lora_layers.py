@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Plan, segment_tokens
+from bdlora_compile.runtime.kernels.tiles import Call, Plan, product_for, segment_tokens
+from bdlora_compile.runtime.linear_op import lora_counters
 from bdlora_compile.runtime.ops import SlotField
 
 BANDWIDTH = 3.0e12
@@ -121,6 +122,7 @@ class Layers:
         self.token_slot = (torch.arange(case.tokens, device="cuda") % case.active).sort().values.to(torch.int32)
         size = segment_tokens(case.tokens)
         self.work = launch.segment_work(self.token_slot, size) if size else None
+        self.counters = lora_counters(self.token_slot)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=self.dtype)
@@ -158,29 +160,57 @@ class Layers:
             self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
         )  # fmt: skip
 
+    def both(self, layer: int, group: int) -> Tensor:
+        """The product with LoRA, as the operator `lora_linear` does it: in one launch where a plan says so."""
+        plan = product_for(self.call(group))
+        if plan is None:
+            self.base(layer, group)
+            self.lora(layer, group)
+            return self.y[group]
+        return launch.linear(
+            self.x[group], self.weights[layer][group], self.pool, self.slots, self.scales, self.token_slot,
+            self.counters, self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
+        )  # fmt: skip
+
     def us(self, with_lora: bool, plans: Mapping[int, Plan] | None = None) -> float:
-        """Microseconds of a layer: all products, and LoRA on all groups; ``plans`` instead of the table's, by group."""
-        plans = plans or {}
+        """Microseconds of a layer: all products, and LoRA on all groups.
+
+        ``plans``: LoRA in launches of its own, and with these plans by group instead of the table's.
+        """
 
         def run() -> None:
+            if with_lora and plans is None:
+                self.counters.zero_()  # once a forward
             for layer, group in itertools.product(range(self.num_layers), range(len(self.groups))):
+                if with_lora and plans is None:
+                    self.both(layer, group)
+                    continue
                 self.base(layer, group)
-                if with_lora:
+                if with_lora and plans is not None:
                     self.lora(layer, group, plans.get(group))
 
         return replay_us(run) / self.num_layers
 
     def error(self) -> float:
-        """Largest relative error of a group of the first layer against float64."""
-        return max(self.group_error(group) for group in range(len(self.groups)))
+        """Largest relative error of a group of the first layer against float64, product and LoRA."""
+        errors = []
+        for index in range(len(self.groups)):
+            x = self.x[index].double()
+            wanted = self._with_lora(index, x @ self.weights[0][index].double().t())
+            self.y[index].fill_(float("nan"))
+            errors.append(float((self.both(0, index).double() - wanted).norm() / wanted.norm()))
+        return max(errors)
 
     def group_error(self, index: int, plan: Plan | None = None) -> float:
-        """Relative error of one group of the first layer against float64."""
-        group = self.groups[index]
+        """Relative error of LoRA alone on one group of the first layer against float64."""
         self.y[index].normal_()
-        wanted = self.y[index].double()
+        wanted = self._with_lora(index, self.y[index].double())
         self.lora(0, index, plan)
-        x, start = self.x[index].double(), 0
+        return float((self.y[index].double() - wanted).norm() / wanted.norm())
+
+    def _with_lora(self, index: int, y: Tensor) -> Tensor:
+        """y + scale * (B (A x)) of the first layer in float64."""
+        group, x, start = self.groups[index], self.x[index].double(), 0
         for site, out in zip(self.sites[0][index], group.out_features, strict=True):
             for slot in range(self.case.active):
                 rows = self.token_slot == slot
@@ -188,9 +218,9 @@ class Layers:
                 r = fields[SlotField.A_RANK]
                 a = self._dense(fields[SlotField.A_OFFSET], r, group.in_features, fields[SlotField.A_BLOCKS])
                 b = self._dense(fields[SlotField.B_OFFSET], r, out, fields[SlotField.B_BLOCKS])
-                wanted[rows, start : start + out] += 0.5 * (x[rows] @ a.t()) @ b
+                y[rows, start : start + out] += 0.5 * (x[rows] @ a.t()) @ b
             start += out
-        return float((self.y[index].double() - wanted).norm() / wanted.norm())
+        return y
 
     def _dense(self, offset: int, rank: int, columns: int, blocks: int) -> Tensor:
         flat = self.pool[offset : offset + rank * columns // blocks].double().view(rank, columns // blocks)

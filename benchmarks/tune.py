@@ -43,7 +43,7 @@ CASES = [
     *(Case(m, 8, "bd", r, t, t, t) for t in (16, 64) for m in ("8B", "70B") for r in (16, 64)),
     *(Case("8B", 8, "rep", r, t, t, t) for t in (16, 64) for r in (16, 64)),
     *(Case("8B", 8, k, r, 2048, 8, 8) for k in ("bd", "rep") for r in (16, 64)),
-    Case("8B", 8, "bd", 64, 256, 64, 64),
+    *(Case("8B", 8, "bd", r, 256, 64, 64) for r in (8, 16, 32, 64, 128)),
 ]
 
 
@@ -61,7 +61,10 @@ def shrinks(case: Case) -> list[Shrink]:
     if segment_tokens(case.tokens) == 0:
         return [Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8)]
     if case.tokens <= 256:
-        return [Shrink(16, 256, 4, 4, 3), Shrink(32, 256, 4, 2, 3), Shrink(16, 256, 4, 1, 4), Shrink(32, 128, 4, 4, 4)]
+        return [
+            Shrink(16, 256, 4, 4, 3), Shrink(32, 256, 4, 2, 3), Shrink(16, 256, 4, 1, 4), Shrink(32, 128, 4, 4, 4),
+            Shrink(16, 512, 4, 2, 2), Shrink(16, 512, 4, 8, 1), Shrink(16, 256, 2, 4, 3), Shrink(16, 256, 4, 2, 4),
+        ]  # fmt: skip
     narrow = [
         Shrink(32, 128, 4, 4, 4), Shrink(32, 128, 4, 2, 4), Shrink(32, 128, 4, 1, 4), Shrink(32, 128, 8, 4, 4),
         Shrink(32, 256, 8, 4, 2), Shrink(32, 64, 4, 2, 6),
@@ -79,6 +82,9 @@ def expands(case: Case) -> list[Expand]:
     if segment_tokens(case.tokens) == 0:
         return [Expand(min(width, 64), 128, 4), Expand(8, 1024, 4), Expand(16, 1024, 4)]
     rows = max(16, min(width, 64))
+    if case.tokens <= 256:
+        sizes = ((64, 2, 4), (128, 4, 1), (128, 4, 4), (256, 4, 1), (256, 8, 1), (512, 8, 1), (128, 2, 2))
+        return [Expand(rows, columns, warps, repeat) for columns, warps, repeat in sizes]
     return [Expand(rows, columns, 4, repeat) for columns, repeat in ((64, 4), (64, 8), (128, 1), (128, 4), (64, 1))]
 
 
@@ -174,7 +180,7 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
 
 def fields_of(plan: Plan) -> list[Any]:
     """A plan as it stands in the table."""
-    return [[*part] if isinstance(part, tuple) else part for part in astuple(plan)]
+    return [[*part] if isinstance(part, tuple) else part for part in astuple(plan)[:3]]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

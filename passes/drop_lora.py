@@ -2,6 +2,8 @@
 
     Before:  lora_apply_(x, y, A, B); z = f(y)     or, with a collective:  y2 = expand(y, all_gather(...), B); z = f(y2)
     After:   z = f(y)
+    Before:  y = lora_linear(x, W, A, B); z = f(y)
+    After:   y = linear(x, W); z = f(y)
 
 Legal for such a batch alone: tokens without adapter add nothing. Which of the two graphs runs is decided on the host,
 from what `AdapterSet.use` chose, and alike on all ranks.
@@ -10,11 +12,19 @@ from what `AdapterSet.use` chose, and alike on all ranks.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.errors import PassError
-from bdlora_compile.ir import BankSource, Captured, Fact, Origin, record
-from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, is_apply, is_expand
+from bdlora_compile.ir import BankSource, Captured, Fact, Origin, record, set_record
+from bdlora_compile.lora_nodes import (
+    ApplyArguments,
+    ExpandArguments,
+    LinearArguments,
+    is_apply,
+    is_expand,
+    is_lora_linear,
+)
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.report import PassStats
 
@@ -51,10 +61,22 @@ def _drop(graph: Graph, node: Node) -> bool:
         node.replace_all_uses_with(ExpandArguments.of(node).y)
     elif is_apply(node):
         assert ApplyArguments.of(node).y.users, "an in-place operator adds to a product that is read"
+    elif is_lora_linear(node):
+        node.replace_all_uses_with(_base_product(graph, node))
     else:
         return False
     graph.erase_node(node)
     return True
+
+
+def _base_product(graph: Graph, node: Node) -> Node:
+    """The product that the node computes beside its LoRA."""
+    arguments = LinearArguments.of(node)
+    with graph.inserting_before(node):
+        y = graph.call_function(torch.nn.functional.linear, (arguments.x, arguments.weight))
+    y.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    set_record(y, placement=record(node).placement, site=record(node).site, stage="drop lora")
+    return y
 
 
 def _is_lora(node: Node) -> bool:

@@ -1,10 +1,13 @@
-"""A LoRA path without a collective becomes one operator that adds to the base product in place.
+"""A LoRA path without a collective becomes one operator: it adds to the base product in place, or computes that too.
 
-    Before:  h = shrink(x, A);  y2 = expand(y, h, B)            y2 is used where y was
-    After:   order, segments = lora_work(x, token_slot)         once a forward: tokens grouped by slot
-             lora_apply_(x, y, A, B, order, segments)           y is used itself
+    Before:  y = linear(x, W);  h = shrink(x, A);  y2 = expand(y, h, B)          y2 is used where y was
+    After:   order, segments = lora_work(x, token_slot)                once a forward: tokens grouped by slot
+             y = linear(x, W);  lora_apply_(x, y, A, B, order, segments)              y is used itself
+    On GPUs: counters = lora_counters(token_slot)                      once a forward
+             y = lora_linear(x, W, A, B, order, segments, counters)    where y has no bias
 
-Legal where nothing else reads y: then nobody sees that it changed. On GPUs the operator is two Triton kernels.
+Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs; the last
+is one launch for few tokens, and the two before it for more.
 """
 
 import operator
@@ -14,12 +17,21 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, record, set_record
-from bdlora_compile.lora_nodes import ApplyArguments, ExpandArguments, ShrinkArguments, bridge_of, is_expand, is_lookup
+from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, operator_name, record, set_record
+from bdlora_compile.lora_nodes import (
+    ApplyArguments,
+    ExpandArguments,
+    LinearArguments,
+    ShrinkArguments,
+    bridge_of,
+    is_expand,
+    is_lookup,
+)
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.propagation import number_key
 from bdlora_compile.regions import is_boundary
 from bdlora_compile.report import PassStats, Refusal
+from bdlora_compile.runtime import linear_op  # noqa: F401 - registers its operators
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +45,14 @@ class Fuse:
     def rewrite(self, captured: Captured, context: PassContext) -> PassStats:
         graph = captured.graph
         matches, refusals = 0, []
-        work: dict[object, tuple[Node, Node]] = {}
+        work: dict[object, _Work] = {}
+        on_gpu = context.plan.device.type == "cuda"
         for expand in [node for node in graph.nodes if is_expand(node)]:
             reason = _refusal(expand)
             if reason:
                 refusals.append(Refusal(record(expand).site or expand.name, reason))
                 continue
-            _fuse(graph, expand, work)
+            _fuse(graph, expand, work, on_gpu)
             matches += 1
         return PassStats(matches=matches, refusals=refusals)
 
@@ -60,14 +73,61 @@ def _refusal(expand: Node) -> str:
     return ""
 
 
-def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the operators of a forward share; ``counters`` on GPUs only."""
+
+    order: Node
+    segments: Node
+    counters: Node | None
+
+
+def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -> None:
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
     # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each choice.
     tokens = (first.token_slot, *(number_key(size) for size in fake_tensor(first.x).shape[:-1]))
     if tokens not in work:
-        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or second.h)
-    order, segments = work[tokens]
+        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or second.h, on_gpu)
+    if work[tokens].counters is not None and _is_product(second.y, first.x):
+        _insert_product(graph, expand, first, second, work[tokens])
+    else:
+        _insert_apply(graph, expand, first, second, work[tokens])
+
+
+def _is_product(y: Node, x: Node) -> bool:
+    """Whether y is x times a weight, and nothing more."""
+    operands = [operand for operand in (*y.args, *y.kwargs.values()) if operand is not None]
+    return operator_name(y) == "linear" and operands[0] is x and len(operands) == 2
+
+
+def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:
+    y, weight = second.y, second.y.args[1]
+    assert isinstance(weight, Node), "a linear layer's weight is a placeholder"
+    assert work.counters is not None, "asked before"
+    arguments = LinearArguments(
+        x=first.x,
+        weight=weight,
+        pool=second.pool,
+        slots=second.slots,
+        scales=second.scales,
+        token_slot=second.token_slot,
+        order=work.order,
+        segments=work.segments,
+        counters=work.counters,
+        sites=second.sites,
+        width=first.width,
+        out_features=second.out_features,
+    )
+    with graph.inserting_before(expand):
+        product = arguments.insert(graph)
+    product.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
+    set_record(product, placement=record(y).placement, site=record(expand).site, stage="fuse")
+    expand.replace_all_uses_with(product)
+    erase_unused(graph, [expand, second.h, y])
+
+
+def _insert_apply(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:
     arguments = ApplyArguments(
         x=first.x,
         y=second.y,
@@ -75,8 +135,8 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, tuple[Node, Node]]) -> 
         slots=second.slots,
         scales=second.scales,
         token_slot=second.token_slot,
-        order=order,
-        segments=segments,
+        order=work.order,
+        segments=work.segments,
         sites=second.sites,
         width=first.width,
         out_features=second.out_features,
@@ -100,12 +160,14 @@ def _before_layers(graph: Graph, x: Node) -> Node | None:
     return boundary if same and carried.dtype == own.dtype else None
 
 
-def _insert_work(graph: Graph, first: ShrinkArguments, before: Node) -> tuple[Node, Node]:
+def _insert_work(graph: Graph, first: ShrinkArguments, before: Node, on_gpu: bool) -> _Work:
     x = before.args[0] if is_boundary(before) else first.x
     with graph.inserting_before(before):
         pair = graph.call_function(torch.ops.bdlora.lora_work.default, (x, first.token_slot))
         order, segments = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-    for node in (pair, order, segments):
-        node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")
-        set_record(node, origin=Origin.LORA, stage="fuse")
-    return order, segments
+        counters = graph.call_function(torch.ops.bdlora.lora_counters.default, (first.token_slot,)) if on_gpu else None
+    for node in (pair, order, segments, counters):
+        if node is not None:
+            node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")
+            set_record(node, origin=Origin.LORA, stage="fuse")
+    return _Work(order, segments, counters)

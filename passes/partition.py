@@ -11,7 +11,7 @@ Embedding (W cut on V):     Before:  e = embedding(ids, W)
 Attention over rows:        Before:  o = attention(q, k, v, rows)
                             After:   o_k = attention(q_k, k_k, v_k, per_head(rows, kv heads of a rank))
 Cache:                      Before:  k, v = cache_update(store, k, v, lengths, layer)
-                            After:   keys[row, :, lengths + i] = k, the same for v; k, v = keys, values
+                            After:   cache_write_(keys, values, k, v, lengths); k, v = keys, values
 
 Sources: Megatron-LM arXiv 1909.08053; S-LoRA arXiv 2311.03285 figure 4. Where no rule applies operands are gathered,
 which is always right: every such gather is reported, and an error in strict mode.
@@ -51,8 +51,8 @@ from bdlora_compile.placement import Partial, Placement, Replicate, Shard, local
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.propagation import find_fake_mode
 from bdlora_compile.report import PassStats, Refusal
+from bdlora_compile.runtime import cache_ops  # noqa: F401  # registers the operator
 from bdlora_compile.runtime.attention import per_head
-from bdlora_compile.runtime.cache import write_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +237,7 @@ class _Partitioning:
         _, k, v, lengths, layer = node.args
         caches = [self.inputs.cache(store, layer, part, cut) for part in (0, 1)]
         with self.graph.inserting_before(node):
-            call, method = self.graph.call_function, self.graph.call_method
-            batch, seq = method("size", (k, 0)), method("size", (k, 2))
-            device: dict[str, Argument] = {"device": self.plan.device}
-            rows = call(torch.unsqueeze, (call(torch.arange, (batch,), device), 1))
-            steps = call(torch.arange, (seq,), device)
-            position = call(operator.add, (call(torch.unsqueeze, (lengths, 1)), steps))
-            for cache, new in zip(caches, (k, v), strict=True):
-                call(write_rows, (cache, rows, position, call(torch.transpose, (new, 1, 2))))
+            self.graph.call_function(torch.ops.bdlora.cache_write_.default, (*caches, k, v, lengths))
         for user in list(node.users):
             cache = caches[int(user.args[1])]  # type: ignore[arg-type]  # getitem of a pair
             # Uses of the whole cache stand for the value with all heads, which rules need to see.

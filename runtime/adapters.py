@@ -10,12 +10,15 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bdlora_compile.errors import AdapterError, BdloraError
+from bdlora_compile.errors import AdapterError, BdloraError, UnknownAdapterError
 from bdlora_compile.runtime.adapter_file import Adapter
 from bdlora_compile.runtime.adapter_pool import Admission
 from bdlora_compile.runtime.adapter_stats import AdapterStats, adapters_that_fit
@@ -23,12 +26,37 @@ from bdlora_compile.runtime.adapter_version import AdapterInfo, Version
 from bdlora_compile.runtime.bank import StagedAdapter
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.host_tier import HostTier
+from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.pending import Pending, in_background
 from bdlora_compile.runtime.residents import Residents
 from bdlora_compile.runtime.selection import NO_ADAPTER, Names, Selection, choose
 from bdlora_compile.runtime.staging import StagedContent, Stager, agree
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """An adapter that stays in its slot, see `AdapterSet.hold`.
+
+    Attributes:
+        number: of the hold, the same on all ranks.
+        version: digest of the contents.
+        slot: where they are.
+    """
+
+    number: int
+    version: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open `use` block or a hold."""
+
+    number: int
+    versions: Sequence[Version]
+    selection: Selection
 
 
 class AdapterSet:
@@ -54,6 +82,8 @@ class AdapterSet:
         self._element_size = pool.element_size()
         self._host = HostTier(4 * pool.nbytes if host_bytes is None else host_bytes, self._element_size)
         self._current: dict[str, Version] = {}
+        self._opened: dict[int, _Opened] = {}
+        self._reading: dict[int, tuple[Future[Any], Callable[[], Any]]] = {}
         self._lock = threading.RLock()
         self._clock = 0
         self._fit = (
@@ -62,6 +92,16 @@ class AdapterSet:
         )
         self._hits = self._misses = self._disk_reads = 0
         self._stall_seconds = 0.0
+
+    @property
+    def deployment(self) -> Deployment:
+        """The model's state that this is a part of."""
+        return self._deployment
+
+    @property
+    def leader(self) -> Leader | None:
+        """See `runtime.leading`."""
+        return self._deployment.leader
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,6 +128,7 @@ class AdapterSet:
 
     # --- changing the set -------------------------------------------------------------------------------------------
 
+    @led
     def load(self, name: str, path: str | Path) -> AdapterInfo:
         """Make an adapter from a PEFT folder known; nothing changes unless every rank has read and checked the same.
 
@@ -102,6 +143,7 @@ class AdapterSet:
         """
         return self._load(name, Path(path))
 
+    @led
     def add(self, name: str, adapter: Adapter) -> AdapterInfo:
         """Load an adapter that was read already; otherwise like `load`."""
         return self._load(name, adapter)
@@ -111,9 +153,15 @@ class AdapterSet:
 
         Between two steps of a server, on all ranks, once rank 0 has seen ``pending.is_staged``: ``pending.commit()``.
         """
-        content = in_background(lambda: self._stage_named(name, Path(path)))
-        return Pending(content, lambda: self._settle(name, content.result))
+        number = self._begin_load(name, path)
+        return Pending(self._reading[number][0], lambda: self._finish(number))
 
+    @led
+    def _begin_load(self, name: str, path: str | Path) -> int:
+        content = in_background(lambda: self._stage_named(name, Path(path)))
+        return self._begin(content, lambda: self._settle(name, content.result))
+
+    @led
     def unload(self, name: str) -> None:
         """Forget a name. Rows in a `use` block finish on it; its room is free after the last of them.
 
@@ -127,6 +175,7 @@ class AdapterSet:
             del self._current[name]
             self._retire(version)
 
+    @led
     def pin(self, name: str) -> None:
         """Bring an adapter in and keep it resident until `unpin`; a name that is loaded again stays pinned.
 
@@ -138,11 +187,13 @@ class AdapterSet:
             self._bring_in([version], f"pin of adapter {name}")
             version.pinned = True
 
+    @led
     def unpin(self, name: str) -> None:
         """Let an adapter be evicted again."""
         with self._lock:
             self._known(name).pinned = False
 
+    @led
     def prefetch(self, names: str | Sequence[str]) -> None:
         """Bring adapters in before they are used, as `use` would.
 
@@ -158,6 +209,11 @@ class AdapterSet:
         Raises:
             AdapterError: a name is not known.
         """
+        number = self._begin_prefetch(names)
+        return Pending(self._reading[number][0], lambda: self._finish(number))
+
+    @led
+    def _begin_prefetch(self, names: str | Sequence[str]) -> int:
         with self._lock:
             missing = [one for one in self._all_known(names) if one.slot is None and one.staged is None]
         parts = in_background(lambda: {one: self._stager.stage_again(one) for one in missing})
@@ -166,7 +222,18 @@ class AdapterSet:
             with self._lock:
                 self._bring_in(self._all_known(names), "prefetch of adapters", parts.result)
 
-        return Pending(parts, settle)
+        return self._begin(parts, settle)
+
+    def _begin(self, reading: Future[Any], settle: Callable[[], Any]) -> int:
+        with self._lock:
+            self._clock += 1
+            self._reading[self._clock] = (reading, settle)
+            return self._clock
+
+    @led
+    def _finish(self, number: int) -> Any:
+        """Commit what was begun under a number: the same one on all ranks, as they make the same calls."""
+        return self._reading.pop(number)[1]()
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
@@ -182,6 +249,45 @@ class AdapterSet:
             AdapterError: a name is not known, or running rows and pinned adapters leave no room.
             ConfigError: rows of names differ in length.
         """
+        opened = self._open(names)
+        try:
+            with self._deployment.chosen_by_user(opened.selection):
+                yield
+        finally:
+            self._close(opened.number)
+
+    def hold(self, name: str) -> Hold:
+        """Bring an adapter in and keep its contents of now in their slot until `release`, as an open `use` block does.
+
+        For schedulers that make up batches of their own: a row's adapter is held as long as the row runs.
+
+        Raises:
+            AdapterError: the name is not known, or running rows and pinned adapters leave no room (see `has_room`).
+        """
+        opened = self._open(name)
+        return Hold(opened.number, opened.versions[0].digest, int(opened.selection.slots))
+
+    def release(self, hold: Hold) -> None:
+        """Let go what `hold` gave."""
+        self._close(hold.number)
+
+    def has_room(self, name: str) -> bool:
+        """Whether `hold` would find room now; if not, it will once rows finish.
+
+        Raises:
+            AdapterError: the name is not known, or pinned adapters leave no room whoever finishes.
+        """
+        with self._lock:
+            version = self._known(name)
+            return version.slot is not None or self._residents.can_admit(version)
+
+    def needs_reading(self, name: str) -> bool:
+        """Whether neither the pool nor host memory has the adapter: `hold` would read files (see `begin_prefetch`)."""
+        version = self._known(name)
+        return version.slot is None and version.staged is None
+
+    @led
+    def _open(self, names: Names) -> _Opened:
         with self._lock:
             versions, choice = choose(names, self._known)
             self._count(versions)
@@ -191,16 +297,17 @@ class AdapterSet:
             slots = torch.tensor([*(version.slot for version in versions), NO_ADAPTER], dtype=torch.int32)
             for version in versions:
                 version.references += 1
-        previous = self._deployment.selection
-        # The base model's index is -1: the last of the table.
-        self._deployment.selection = Selection(slots[choice])
-        try:
-            yield
-        finally:
-            self._deployment.selection = previous
-            with self._lock:
-                for version in versions:
-                    self._release(version)
+            self._clock += 1
+            # The base model's index is -1: the last of the table.
+            opened = _Opened(self._clock, versions, Selection(slots[choice]))
+            self._opened[opened.number] = opened
+            return opened
+
+    @led
+    def _close(self, number: int) -> None:
+        with self._lock:
+            for version in self._opened.pop(number).versions:
+                self._release(version)
 
     def stats(self) -> AdapterStats:
         """What the tiers hold and how they did."""
@@ -361,7 +468,7 @@ class AdapterSet:
         if name in self._current:
             return self._current[name]
         known = ", ".join(list(self._current)[:10]) or "none"
-        raise AdapterError(
+        raise UnknownAdapterError(
             f"adapter {name!r:.60}",
             found="no adapter of this name",
             expected=f"one of the loaded adapters ({known}{', ...' if len(self._current) > 10 else ''})",

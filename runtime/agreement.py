@@ -248,7 +248,7 @@ def require_equal(agreement: Agreement, topic: str, text: str) -> None:
     texts = agreement.exchange(topic, text, is_setup=True)
     for rank, other in enumerate(texts):
         if other != texts[0]:
-            line, first, second = _first_difference(texts[0], other)
+            line, first, second = first_difference(texts[0], other)
             raise AgreementError(
                 f"{topic} of rank {rank}, line {line}",
                 found=second,
@@ -257,7 +257,8 @@ def require_equal(agreement: Agreement, topic: str, text: str) -> None:
             )
 
 
-def _first_difference(first: str, second: str) -> tuple[int, str, str]:
+def first_difference(first: str, second: str) -> tuple[int, str, str]:
+    """(number, line of the first, line of the second) of the first line in which two texts differ."""
     a, b = first.splitlines(), second.splitlines()
     for number in range(max(len(a), len(b))):
         left = a[number] if number < len(a) else "<end>"

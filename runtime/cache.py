@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.runtime.leading import Leader, led
 
 
 @torch.library.custom_op("bdlora::cache_update", mutates_args=("store",))
@@ -36,18 +37,6 @@ def _(store: Tensor, k: Tensor, v: Tensor, lengths: Tensor, layer: int) -> tuple
     batch, heads, _, head_dim = k.shape
     length = store.shape[4]
     return k.new_empty(batch, heads, length, head_dim), v.new_empty(batch, heads, length, v.shape[3])
-
-
-def write_rows(cache: Tensor, rows: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """``cache[rows, :, position] = new``, in place: what `cache_update` becomes on a rank.
-
-    Args:
-        cache: [batch, local heads, length, head_dim].
-        rows: int64 [batch, 1].
-        position: int64 [batch, seq].
-        new: [batch, seq, local heads, head_dim].
-    """
-    return cache.transpose(1, 2).index_put_((rows, position), new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +134,8 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             lie together: to attention each head of each row is a sequence of its own.
         lengths: int64 [batch], tokens that each row holds, left padding included.
         starts: int64 [batch], tokens of left padding in each row: they are never seen.
+        leader: on rank 0, once other ranks that follow have one like it (see `runtime.leading`).
     """
-
-    # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
-    _used = 0
 
     def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
         size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
@@ -159,7 +146,20 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         self.shape = shape
         self.batch = batch
         self.length = length
+        # Counted on the host as well: asking `lengths` before each forward would wait for the GPU.
+        self._used = [0] * batch
+        self.leader: Leader | None = None
         _mark_sizes_dynamic(self)
+
+    @property
+    def arguments(self) -> tuple[int, int]:
+        """What another rank makes its own from: batch and length."""
+        return self.batch, self.length
+
+    @property
+    def is_used(self) -> bool:
+        """Whether some row holds tokens."""
+        return any(self._used)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -186,15 +186,16 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         Raises:
             ConfigError: the mask has another size, or zeros that are not at the left.
         """
-        expected = (self.batch, self._used + seq)
+        used = max(self._used)
+        expected = (self.batch, used + seq)
         if tuple(mask.shape) != expected:
             raise ConfigError(
                 "attention_mask",
                 found=f"{list(mask.shape)}",
-                expected=f"{list(expected)}: the {self._used} tokens of the cache and {seq} new ones",
+                expected=f"{list(expected)}: the {used} tokens of the cache and {seq} new ones",
                 remedy="pass the mask of all tokens so far, or none",
             )
-        if seq == 1 and self._used:
+        if seq == 1 and used:
             return
         starts = left_padding(mask, allows_right=False)
         self.starts.copy_(starts)
@@ -209,24 +210,44 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             raise _misfit(f"the cache of another model ({self.shape})", str(shape))
         if batch != self.batch:
             raise _misfit(f"{self.batch} rows", f"the {batch} rows of the batch")
-        if self._used + seq > self.length:
+        used = max(self._used)
+        if used + seq > self.length:
             raise _misfit(
-                f"{self._used} tokens of {self.length} in use",
-                f"room for {seq} more, a length of {self._used + seq} tokens",
+                f"{used} tokens of {self.length} in use",
+                f"room for {seq} more, a length of {used + seq} tokens",
             )
 
     def advance(self, seq: int) -> None:
         """Count the tokens that a forward has written to every row."""
-        self._used += seq
+        self._used = [used + seq for used in self._used]
 
+    @led
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each row holds: those behind them are forgotten, and written next."""
+        if len(lengths) != self.batch or not all(0 <= length <= self.length for length in lengths):
+            raise _misfit(f"{self.batch} rows of up to {self.length} tokens", f"rows of {list(lengths)} tokens")
+        self._used = list(lengths)
+        self.lengths.copy_(torch.tensor(self._used))
+
+    @led
+    def copy_tokens(self, row: int, source: "LocalCache", source_row: int, start: int, stop: int) -> None:
+        """Copy keys and values of the tokens ``start`` to ``stop`` from a row of another cache of the model.
+
+        Neither cache's lengths change, see `set_lengths`.
+        """
+        for target, tensor in zip(hosted(self.store), hosted(source.store), strict=True):
+            target[:, :, row, :, start:stop] = tensor[:, :, source_row, :, start:stop]
+
+    @led
     def reset(self) -> None:
         """Forget all rows."""
-        self._used = 0
+        self._used = [0] * self.batch
         for tensor in hosted(self.store):
             tensor.zero_()
         self.lengths.zero_()
         self.starts.zero_()
 
+    @led
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
         for tensor in hosted(self.store):
@@ -235,6 +256,8 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
                 layer.copy_(layer.index_select(1, beam_idx.to(tensor.device)))
         for rows in (self.lengths, self.starts):
             rows.copy_(rows.index_select(0, beam_idx.to(rows.device)))
+        if len(set(self._used)) > 1:
+            self._used = [self._used[row] for row in beam_idx.tolist()]
 
 
 def left_padding(mask: Tensor, *, allows_right: bool) -> Tensor:

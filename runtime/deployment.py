@@ -1,8 +1,10 @@
 """One model on one mesh: everything that its graphs share at run time."""
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bdlora_compile.errors import ConfigError
@@ -11,6 +13,7 @@ from bdlora_compile.report import Report
 from bdlora_compile.runtime.agreement import Agreement
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.runtime.leading import Leader
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
 from bdlora_compile.runtime.store import ShardStore
 
@@ -34,20 +37,23 @@ class Deployment:
         ranks: the ranks that this process hosts: one, or all of them in the lock-step interpreter.
         agreement: how the ranks compare notes.
         strict: whether a gather that nobody asked for is an error.
-        selection: the slots that `AdapterSet.use` chose.
         reports: one for each graph compiled, oldest first.
         step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
             two forwards.
         last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
+        leader: on rank 0, while the other ranks follow its calls.
     """
 
     plan: ModelPlan
     ranks: Sequence[RankState]
     agreement: Agreement
     strict: bool = True
-    selection: Selection = BASE_ONLY
     reports: list[Report] = field(default_factory=list)
     step: threading.RLock = field(default_factory=threading.RLock)
+    leader: Leader | None = None
+    # Each thread, and each task of an event loop, has its own choice.
+    _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))
+    _num_choices: int = 0
     last_step: Any = None
     _written: tuple[Selection, int, int] | None = None
     _used: frozenset[int] = frozenset()
@@ -56,6 +62,51 @@ class Deployment:
     def is_lockstep(self) -> bool:
         """Whether this process hosts more than one rank."""
         return len(self.ranks) > 1
+
+    @property
+    def selection(self) -> Selection:
+        """The slots that this thread's forwards use: those of its innermost `AdapterSet.use`.
+
+        Raises:
+            ConfigError: this thread chose nothing while another has a `use` block open: which of both the caller
+                means cannot be known.
+        """
+        own = self._choice.get()
+        if own is None and self._num_choices:
+            raise ConfigError(
+                "forward",
+                found="no `adapters.use` block in this thread, while other threads have one open",
+                expected="a choice of adapters in the thread that runs the model",
+                remedy="enter `adapters.use(...)` in this thread; `adapters.use(None)` is the base model",
+            )
+        return BASE_ONLY if own is None else own
+
+    @contextmanager
+    def chosen(self, selection: Selection) -> Iterator[None]:
+        """Let this thread's forwards use ``selection`` inside the block."""
+        previous = self._choice.get()
+        self._choice.set(selection)
+        try:
+            yield
+        finally:
+            self._choice.set(previous)
+
+    @contextmanager
+    def chosen_by_user(self, selection: Selection) -> Iterator[None]:
+        """The same for a `use` block: meanwhile a thread that chose nothing is refused, see `selection`."""
+        with self.step:
+            self._num_choices += 1
+        try:
+            with self.chosen(selection):
+                yield
+        finally:
+            with self.step:
+                self._num_choices -= 1
+
+    def repeat_rows(self, repeats: int) -> None:
+        """Every row of this thread's batch became ``repeats`` rows."""
+        selection = self.selection
+        self._choice.set(replace(selection, repeats=selection.repeats * repeats))
 
     def select(self, batch: int, seq: int) -> bool:
         """Write the slot of each token of the coming forward into every hosted bank; ``step`` is held.
@@ -66,14 +117,15 @@ class Deployment:
         Raises:
             ConfigError: the selection was made for another batch, or the forward has too many tokens.
         """
-        if self._written is None or self._written[0] is not self.selection or self._written[1:] != (batch, seq):
-            self._write(batch, seq)
+        selection = self.selection
+        if self._written is None or self._written[0] is not selection or self._written[1:] != (batch, seq):
+            self._write(selection, batch, seq)
         for rank in self.ranks:
             rank.bank.before_step(self._used)
         return bool(self._used)
 
-    def _write(self, batch: int, seq: int) -> None:
-        slots = self.selection.by_token(batch, seq)
+    def _write(self, selection: Selection, batch: int, seq: int) -> None:
+        slots = selection.by_token(batch, seq)
         for rank in self.ranks:
             buffer = rank.bank.token_slot
             if slots.numel() > buffer.numel():
@@ -84,5 +136,5 @@ class Deployment:
                     remedy="load the model with a larger max_tokens, or prefill in chunks",
                 )
             buffer[: slots.numel()].copy_(slots)
-        self._written = (self.selection, batch, seq)
-        self._used = self.selection.used()
+        self._written = (selection, batch, seq)
+        self._used = selection.used()

@@ -1,7 +1,7 @@
 """Work that reads adapters in the background, and is finished between two forwards."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -18,6 +18,10 @@ class Pending(Generic[_T]):
     def is_staged(self) -> bool:
         """Whether this rank is done reading, well or not: `commit` then waits for the other ranks only."""
         return self._reading.done()
+
+    def wait(self) -> None:
+        """Wait until this rank is done reading."""
+        wait([self._reading])
 
     def commit(self) -> _T:
         """Agree with all ranks and change the set; raises as the call that waits does (`load`, `prefetch`)."""

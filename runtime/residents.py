@@ -59,6 +59,18 @@ class Residents:
         """How to make ``version`` resident without evicting anyone, None if there is no room."""
         return self._pool.plan([version.elements], leaving=_slots(leaving))
 
+    def can_admit(self, version: Version) -> bool:
+        """Whether a version finds room now, or only once running rows finish.
+
+        Raises:
+            AdapterError: it would find none even then: pinned adapters have taken it.
+        """
+        unpinned = [slot for one in self.versions if not one.pinned for slot in _slots(one)]
+        if self._pool.plan([version.elements], unpinned) is None:
+            raise self._taken([version], ())
+        idle = [slot for one in self.versions if one.can_be_evicted for slot in _slots(one)]
+        return self._pool.plan([version.elements], idle) is not None
+
     def admit(
         self, admission: Admission, wanted: Sequence[Version], parts: Mapping[Version, Sequence[StagedAdapter]]
     ) -> None:

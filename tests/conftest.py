@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="500 random examples instead of 50 that are always the same (make nightly)",
     )
+    parser.addoption("--screenshots", help="folder for screenshots of the inspector (make screenshots)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

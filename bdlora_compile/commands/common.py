@@ -1,11 +1,12 @@
 """What several commands share: checks of their arguments, and starting one process a rank."""
 
+import dataclasses
 import sys
 import uuid
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,12 +20,14 @@ class StrategyName(StrEnum):
     auto = "auto"
 
 
-def launch(module: str, arguments: Sequence[str], processes: int) -> int:
+def launch(module: str, arguments: Sequence[str], processes: int, stop_seconds: int = 30) -> int:
     """Run a module in ``processes`` processes, as torchrun does; returns the exit status of the first to fail.
 
-    A process says itself what went wrong; the launcher's own trace of a failed child would hide it.
+    A process says itself what went wrong; the launcher's own trace of a failed child would hide it. SIGTERM and SIGINT
+    are passed on to the processes, which then have ``stop_seconds`` to end (30 in torch releases that cannot be told).
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # importing torch takes seconds
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # importing torch takes seconds
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -36,12 +39,23 @@ def launch(module: str, arguments: Sequence[str], processes: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.5,
+        **_stop_option(stop_seconds),
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         return int(error.get_first_failure()[1].exitcode)
+    except SignalException:
+        # They were asked to end, and did.
+        return 0
     return 0
+
+
+def _stop_option(seconds: int) -> dict[str, Any]:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    known = any(field.name == "shutdown_timeout" for field in dataclasses.fields(LaunchConfig))
+    return {"shutdown_timeout": seconds} if known else {}
 
 
 def refuse(message: str) -> NoReturn:

@@ -34,6 +34,9 @@ def explain(
         str, typer.Option(help="Constants of the estimates: a known machine, or a file of bdlora calibrate.")
     ] = "h100-nvlink",
     lenient: Annotated[bool, typer.Option("--lenient", help="Report gathers nobody asked for, do not refuse.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write one page for a browser: graphs, bytes, reasons, plot.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write everything, graphs too, to a file.")] = None,
 ) -> None:
     """Show passes, collectives, layouts and estimated times of a model on TP ranks. No weights, no GPU.
@@ -43,7 +46,7 @@ def explain(
     A well-known model, block-diagonal adapters:
 
     \b
-      bdlora explain --config llama-3.1-70b --tp 8 --adapter-rank 32 --nblocks 8
+      bdlora explain --config llama-3.1-70b --tp 8 --adapter-rank 32 --nblocks 8 --html explained.html
 
     Ordinary adapters, the cheaper layout of each group of sites, many rows with few adapters:
 
@@ -87,6 +90,9 @@ def explain(
     # Wide enough for the tables where the output is no terminal.
     # Not through the console, which would wrap the tables where the output is no terminal.
     typer.echo(told.text(console.width if console.is_terminal else 160), nl=False)
+    if html is not None:
+        html.write_text(told.html(), encoding="utf-8")
+        typer.echo(f"written to {html}")
     if json is not None:
         json.write_text(told.to_json())
         typer.echo(f"written to {json}")

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path as FilePath
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -10,8 +11,9 @@ from torch.fx import GraphModule
 from bdlora_compile.collectives import group_named, ordered_list
 from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_through_aot
 from bdlora_compile.foreign.licences import refused_paths
-from bdlora_compile.foreign.paths import Path
+from bdlora_compile.foreign.paths import GroupMember, Path
 from bdlora_compile.ir import ArgumentWeight, InputSource, RebuiltSource, fake_tensor, fake_value, placeholders, record
+from bdlora_compile.nodes import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.passes.fold import Fold
 from bdlora_compile.passes.localize_declared import LocalizeDeclared
@@ -22,15 +24,28 @@ from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.printer import type_text
 from bdlora_compile.report import Report
+from bdlora_compile.run_report import trace_stages, write_report
 from bdlora_compile.runtime.agreement import Agreement, agreement_of, require_equal
 from bdlora_compile.runtime.foreign_program import ForeignProgram, rebuild, rebuilt_sources
+from bdlora_compile.runtime.ranges import RangedModule
 
 _LOG = logging.getLogger(__name__)
 
 
-def compile_foreign(
-    module: GraphModule, example_inputs: Sequence[Any], inner: str | None, on_report: Callable[[Report], None] | None
-) -> Runnable:
+class Options(Protocol):
+    """What of `backend.CompileOptions` counts here."""
+
+    @property
+    def inner(self) -> str | None: ...
+    @property
+    def on_report(self) -> Callable[[Report], None] | None: ...
+    @property
+    def report(self) -> str | FilePath | None: ...
+    @property
+    def nvtx(self) -> bool: ...
+
+
+def compile_foreign(module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Runnable:
     """Compile a graph of a model that others sharded.
 
     Raises:
@@ -40,40 +55,51 @@ def compile_foreign(
 
     def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
         agreement = agreement_of([group_named(name) for name in foreign.groups])
-        report = localize(foreign, agreement)
-        if on_report is not None:
-            on_report(report)
+        report = localize(foreign, agreement, has_views=options.report is not None or options.nvtx)
+        if options.on_report is not None:
+            options.on_report(report)
+        trace_stages(report)
+        if options.report is not None:
+            rank = max(foreign.groups.values(), key=lambda member: member.size, default=GroupMember(0, 1)).rank
+            write_report(FilePath(options.report), report, agreement, rank, kind="foreign", phase="forward")
         for stage in report.stages:
             for refusal in stage.stats.refusals:
                 _LOG.warning("LoRA path left as it is: %s, because %s", refusal.where, refusal.reason)
         require_equal(agreement, "collectives of a graph", ordered_list(foreign.captured))
-        return _emit(foreign, fakes, inner)
+        return _emit(foreign, fakes, options)
 
     return capture_through_aot(module, example_inputs, compile_graph)
 
 
-def localize(foreign: ForeignGraph, agreement: Agreement) -> Report:
-    """Run the passes in place, and say what they did; ``agreement`` is that of the ranks that share the graph."""
+def localize(foreign: ForeignGraph, agreement: Agreement, *, has_views: bool = False) -> Report:
+    """Run the passes in place, and say what they did.
+
+    Args:
+        foreign: the graph.
+        agreement: of the ranks that share it.
+        has_views: whether the report keeps each stage's nodes for the inspector.
+    """
     captured = foreign.captured
     sizes = [member.size for member in foreign.groups.values()]
-    context = PassContext(_plan(max(sizes, default=1)), strict=False)
+    context = PassContext(_plan(max(sizes, default=1)), strict=False, has_views=has_views)
     report = Report("a model sharded by its owner", context.plan.mesh.size, _inputs(foreign))
     found: list[Path] = []
     run_passes((Simplify(), SplitProducts(), TagPaths(foreign.groups, found)), captured, context, report.stages)
     refused = refused_paths(captured.graph, found, foreign.tensors, foreign.has_dtensors, agreement)
     run_passes((LocalizeDeclared(found, refused), Fold()), captured, context, report.stages)
+    report.symbols = symbol_names(captured)
     report.rebuilt = _rebuilt_bytes(foreign)
     return report
 
 
-def _emit(foreign: ForeignGraph, fakes: Sequence[Any], inner: str | None) -> Runnable:
+def _emit(foreign: ForeignGraph, fakes: Sequence[Any], options: Options) -> Runnable:
     captured = foreign.captured
     sources = rebuilt_sources(captured.graph)
     factors = rebuild(sources, foreign.tensors)
     module = GraphModule(captured.module, captured.graph)
     is_cuda = any(tensor.is_cuda for tensor in foreign.tensors.values())
-    run: Runnable = module.forward
-    if (inner or ("inductor" if is_cuda else "eager")) == "inductor":
+    run: Runnable = RangedModule(module) if options.nvtx else module.forward
+    if (options.inner or ("inductor" if is_cuda else "eager")) == "inductor":
         from bdlora_compile.inductor import compile_flat  # importing Inductor takes seconds
 
         run = compile_flat(module, [*fakes, *factors])

@@ -66,6 +66,12 @@ class DecodeLoop(ABC):
         logits: Tensor = self.model(input_ids=tokens, position_ids=positions, past_key_values=self.cache).logits
         return logits
 
+    def prefill(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits [batch, 1, vocabulary] of the last token of prompts [batch, seq]."""
+        inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "past_key_values": self.cache}
+        logits: Tensor = self.model(**inputs, logits_to_keep=1).logits
+        return logits
+
     def run(self, steps: int, *, read: bool) -> None:
         """Greedy steps; with ``read`` the tokens are read after each, as who streams them does."""
         for _ in range(steps):
@@ -121,17 +127,17 @@ class OurLoop(DecodeLoop):
         with self.adapters.use(self._names) if any(self._names) else nullcontext():
             super().run(steps, read=read)
 
-    def logits(self, ids: Tensor, names: Sequence[str | None]) -> Tensor:
-        """Logits of a prompt, all but its last token at once, the last by a decode step; adapters by row."""
+    def logits(self, ids: Tensor, names: Sequence[str | None], steps: int) -> Tensor:
+        """Logits of the last token of a prompt and of ``steps`` given tokens after it, by decode steps."""
         self.cache = self.new_cache(ids.shape[0], ids.shape[1] + ROOM)
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids).contiguous()
+        start = ids.shape[1] - steps
         with self.adapters.use(names):
-            first = self.forward(ids[:, :-1].contiguous(), positions[:, :-1].contiguous())
-            # Twice, so that the second is a replayed one.
-            for _ in range(3):
-                self.cache.lengths.fill_(ids.shape[1] - 1)
-                last = self.forward(ids[:, -1:].contiguous(), positions[:, -1:].contiguous())
-        return torch.cat([first, last], dim=1)
+            found = [self.prefill(ids[:, :start].contiguous(), positions[:, :start].contiguous())]
+            for place in range(start, ids.shape[1]):
+                token = slice(place, place + 1)
+                found.append(self.forward(ids[:, token].contiguous(), positions[:, token].contiguous()))
+        return torch.cat(found, dim=1)
 
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads on this rank: all but the embedding's."""

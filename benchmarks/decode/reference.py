@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 PROMPT = 24
-"""Tokens of the prompts that are compared, the last of them by a decode step."""
+"""Tokens of the prompts that are compared."""
+STEPS = 6
+"""So many of them come by decode steps; logits of these and of the token before are compared."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Expected:
     """Logits of the prompts by kind of adapter.
 
     Attributes:
-        exact: in float32, [rows, PROMPT, vocabulary].
+        exact: in float32, [rows, STEPS + 1, vocabulary].
         rounding: the relative error of PEFT's own eager result in the dtype of the runs.
         unit: relative error of one rounding in that dtype.
     """
@@ -35,7 +37,7 @@ class Expected:
         return 2 * self.rounding + max(self.unit, 1e-5)
 
     def error(self, found: Tensor) -> float:
-        """Relative error of logits, which are [rows, PROMPT, vocabulary]."""
+        """Relative error of logits [rows, STEPS + 1, vocabulary]."""
         return _relative(found, self.exact)
 
     def check(self, found: Tensor) -> str:
@@ -85,7 +87,7 @@ def _logits(base: Any, adapters: Path, names: Sequence[str | None], ids: Tensor)
         if name is not None:
             settings: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
             wrapped = PeftModel.from_pretrained(base, adapters / name, **settings).eval()
-        rows.append(wrapped(row[None], use_cache=False).logits[0].float().cpu())
+        rows.append(wrapped(row[None], use_cache=False, logits_to_keep=STEPS + 1).logits[0].float().cpu())
         if name is not None:
             wrapped.unload()
     return torch.stack(rows)

@@ -33,12 +33,14 @@ class Times:
         gpu: of steps launched one behind the other without reading, by the GPU's clock.
         host: that the host needs for a step when it waits for nothing.
         parts: of ``gpu`` by kind of kernel, from a profile; "idle" is what is left.
+        kernels: the dozen that take most.
     """
 
     step: float
     gpu: float
     host: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    kernels: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
@@ -58,11 +60,14 @@ def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
         gpu, host = _pipelined(loop)
         gpus.append(gpu)
         hosts.append(host)
-    parts = _parts(loop) if loop.device.type == "cuda" else {}
+    kernels = _kernels(loop) if loop.device.type == "cuda" else {}
+    parts = _parts(kernels) if kernels else {}
     gpu = statistics.median(gpus) * 1e3
     if parts:
         parts["idle"] = max(gpu - sum(parts.values()), 0.0)
-    return Times(statistics.median(walls) * 1e3, gpu, statistics.median(hosts) * 1e3, parts)
+    return Times(
+        statistics.median(walls) * 1e3, gpu, statistics.median(hosts) * 1e3, parts, dict(list(kernels.items())[:12])
+    )
 
 
 def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
@@ -83,8 +88,8 @@ def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
     return first.elapsed_time(last) / STEPS / 1e3, host
 
 
-def _parts(loop: DecodeLoop) -> dict[str, float]:
-    """Milliseconds of kernels in a step, by kind."""
+def _kernels(loop: DecodeLoop) -> dict[str, float]:
+    """Milliseconds of each kernel in a step, the longest first."""
     loop.rewind()
     loop.run(3, read=True)
     _align(loop.device)
@@ -92,9 +97,15 @@ def _parts(loop: DecodeLoop) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         loop.run(steps, read=False)
         torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / steps / 1e3 for event in found.key_averages()}
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def _parts(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a step by kind of kernel."""
     parts = dict.fromkeys(PARTS[:-1], 0.0)
-    for event in found.key_averages():
-        parts[kind_of(event.key)] += event.self_device_time_total / steps / 1e3
+    for name, milliseconds in kernels.items():
+        parts[kind_of(name)] += milliseconds
     return parts
 
 
@@ -117,7 +128,7 @@ def prefill_time(loop: DecodeLoop, batch: int, length: int) -> float:
         loop.cache.reset()
         _align(loop.device)
         start = time.perf_counter()
-        loop.forward(ids, positions)[:, -1, 0].tolist()
+        loop.prefill(ids, positions)[:, -1, 0].tolist()
         walls.append(time.perf_counter() - start)
     return statistics.median(walls[1:]) * 1e3
 

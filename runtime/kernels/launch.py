@@ -16,12 +16,14 @@ from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
+from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
     Call,
     Expand,
     OneLaunch,
     Plan,
+    Product,
     Shrink,
     can_overlap,
     default_launches,
@@ -67,6 +69,7 @@ def apply_(
         return
     overlap = can_overlap()
     early = plan.overlap and overlap
+    work = None if plan.by_token else work
     h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap, early=early)
     expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand, overlap=overlap)
 
@@ -91,6 +94,47 @@ def _apply_by_token(
         BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
         **_pdl(overlap),
     )  # fmt: skip
+
+
+_ROWS_OF_A = 8
+"""Rows of A that a program of `linear` holds at once, at most; 64 elements a thread."""
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    counters: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+    plan: Product,
+) -> Tensor:
+    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after."""
+    overlap = can_overlap()
+    tokens, in_features = x.shape
+    columns = sum(out_features)
+    width = max(2, triton.next_power_of_2(width))
+    rows = min(width, _ROWS_OF_A)
+    a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
+    planes = triton.cdiv(in_features, a_columns)
+    parts = tokens * len(sites) * (width // rows) * planes
+    y = x.new_empty(tokens, columns)
+    h = x.new_empty(tokens, len(sites), planes, width, dtype=torch.float32)
+    shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
+    grid = (parts + columns // plan.columns * plan.splits,)
+    linear_tokens[grid](
+        x, weight, y, shares, h, counters, pool, slots, scales, token_slot,
+        tokens, x.stride(0), slots.shape[1], *_three(sites), len(sites), in_features, *_three(out_features),
+        WIDTH=width, A_ROWS=rows, PLANES=planes, A_COLUMNS=a_columns,
+        B_ROWS=triton.next_power_of_2(triton.cdiv(width, plan.splits)),
+        BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
+        STAGES=plan.stages, OVERLAP=overlap, num_warps=plan.warps, **_pdl(overlap),
+    )  # fmt: skip
+    return y
 
 
 def shrink(

@@ -85,11 +85,17 @@ class Expand:
 
 @dataclass(frozen=True, slots=True)
 class TwoLaunches:
-    """A shrink and an expand; ``overlap`` as for `OneLaunch`, for the shrink (the expand always overlaps it)."""
+    """A shrink and an expand.
+
+    Attributes:
+        overlap: as for `OneLaunch`, for the shrink (the expand always overlaps it).
+        by_token: work token by token also where tokens are grouped.
+    """
 
     shrink: Shrink
     expand: Expand
     overlap: bool = True
+    by_token: bool = False
 
 
 Plan = OneLaunch | TwoLaunches
@@ -105,6 +111,66 @@ NARROW = 8
 
 _MOST_OF_A = 65536
 """Elements of A that a program of 8 warps can hold: 256 a thread."""
+
+
+PRODUCT_LIMIT = 16
+"""Tokens up to which the base product and LoRA are one launch: the rows of one tensor-core instruction."""
+
+_PRODUCT_WIDTH = 16
+"""Largest local rank that such a launch serves."""
+
+_PRODUCT_ROWS = 8
+"""Most rows of B that a program of such a launch holds."""
+
+_PRODUCT_SIZE = 27_000_000
+"""Most elements of W. A larger product is near memory's speed by itself, and LoRA inside only slows it."""
+
+_FEWEST_PROGRAMS = 128
+"""Of a product: about one for each multiprocessor of an H100."""
+
+_SEPARATE = {(1024, (8192,), 2), (2048, (4096,), 16)}
+"""(in_features, out_features, width) measured to cost less in two launches: o of 70B at N = 8, of 8B at N = 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`linear_tokens`: tile sizes of the base product; see `product_for` for how they are chosen.
+
+    Attributes:
+        columns, depth: rows and columns of W that a program multiplies at once.
+        splits: programs that share the sum of a tile.
+        stages: 1 more than the tiles of W under way.
+        warps: of a program.
+    """
+
+    columns: int
+    depth: int
+    splits: int
+    stages: int
+    warps: int = 4
+
+
+def product_for(call: Call) -> Product | None:
+    """Tile sizes with which one launch computes a base product and its LoRA; None where two serve better or must.
+
+    Programs enough that memory is kept busy, few enough that all are on the GPU at once, and sums not too long.
+    """
+    rows, columns, width = sum(call.out_features), call.in_features, _power_of_two(call.width)
+    if call.tokens > PRODUCT_LIMIT or width > _PRODUCT_WIDTH or rows * columns > _PRODUCT_SIZE:
+        return None
+    tile = 64 if min(rows, columns) >= 2048 else 32 if rows >= 1024 else 16
+    # Each program reads its part of x: narrow tiles read it more often.
+    depth, most_programs = {64: (64, 512), 32: (128, 256), 16: (256, 256)}[tile]
+    tiles, splits = rows // tile, 1
+    while tiles * splits < _FEWEST_PROGRAMS or (columns // splits > 1024 and 2 * tiles * splits <= most_programs):
+        splits *= 2
+        if columns % (splits * depth):
+            return None
+    if any(size % tile for size in call.out_features) or columns % (splits * depth) or width > _PRODUCT_ROWS * splits:
+        return None
+    if (call.in_features, call.out_features, width) in _SEPARATE:
+        return None
+    return Product(tile, depth, splits, min(5, columns // (splits * depth) + 1))
 
 
 def segment_tokens(tokens: int) -> int:
@@ -148,11 +214,17 @@ def default_plan(call: Call) -> Plan:
     """What is good where nothing was measured."""
     rows = max(2, _power_of_two(call.width))
     fits = rows <= NARROW and rows * _power_of_two(call.in_features) <= _MOST_OF_A
-    if segment_tokens(call.tokens) == 0 and fits:
+    if call.tokens <= BY_TOKEN_LIMIT and fits:
         # 16 columns of A a thread for each row; a product with a long sum ends in a small kernel that adds its parts.
         warps = min(8, max(2, _power_of_two(call.in_features // 256)))
         has_long_sum = call.in_features >= 2 * sum(call.out_features)
         return OneLaunch(rows, warps, overlap=has_long_sum)
+    if call.tokens <= 256 and fits and rows <= 4:
+        # A segment's tile is 16 tokens and 16 rows, of which so narrow a rank uses little.
+        warps = 2 if call.in_features <= 512 else max(2 * rows, rows * _power_of_two(call.in_features) // 8192)
+        return OneLaunch(rows, warps, overlap=False)
+    if BY_TOKEN_LIMIT < call.tokens <= 128 and rows == 16:
+        return TwoLaunches(Shrink(8, 2048, 8), Expand(16, 1024, 4), by_token=True)
     return default_launches(call)
 
 
@@ -164,10 +236,9 @@ def default_launches(call: Call) -> TwoLaunches:
         columns = max(128, min(1024, 16384 // rows))
         return TwoLaunches(Shrink(min(rows, 8), 2048, 8), Expand(rows, columns, 4))
     if call.tokens <= 256:
-        rows = 32 if width > 8 else 16
-        return TwoLaunches(
-            Shrink(rows, 256, 4, splits=_splits(call, 4), stages=3), Expand(min(max(width, 16), 64), 128, 4)
-        )
+        rows = 32 if width > 16 else 16
+        expand = Expand(64 if width > 32 else 32, 128, 4) if width > 16 else Expand(16, 128, 2, repeat=2)
+        return TwoLaunches(Shrink(rows, 256, 4, splits=_splits(call, 4), stages=3), expand)
     rows = 64 if width > 16 else 32
     shrink = Shrink(rows, 64 if rows == 64 else 128, 4, splits=_splits(call, 2 if rows == 64 else 4), stages=4)
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))

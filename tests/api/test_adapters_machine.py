@@ -27,7 +27,6 @@ from hypothesis.stateful import (
 import bdlora_compile as bd
 from bdlora_compile.runtime.adapter_version import Version
 from bdlora_compile.runtime.ops import SlotField
-from bdlora_compile.runtime.selection import BASE_ONLY
 from tests.api.conftest import Files
 from tests.models import AdapterSpec, Reference, relative_error, save_adapter
 from tests.runtime.late_copier import LateCopier
@@ -57,7 +56,8 @@ class World:
 
     def new_set(self) -> bd.AdapterSet:
         """Empty, whatever a machine that failed left behind."""
-        self.model.bdlora.selection = BASE_ONLY
+        self.model.bdlora._choice.set(None)
+        self.model.bdlora._num_choices = 0
         for rank in self.model.bdlora.ranks:
             for slot in list(rank.bank._sizes):
                 rank.bank.clear(slot)

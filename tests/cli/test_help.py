@@ -7,7 +7,7 @@ import pytest
 
 import bdlora_compile as bd
 
-COMMANDS = ("run", "explain", "calibrate")
+COMMANDS = ("run", "serve", "explain", "diff", "calibrate")
 
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=str)

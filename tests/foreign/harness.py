@@ -51,13 +51,14 @@ def capture(
     *,
     dynamic: bool = False,
     agreement: Agreement | None = None,
+    has_views: bool = False,
 ) -> RankRun:
     """The rewritten graph of one rank, with what it was called with."""
     runs: list[RankRun] = []
 
     def backend(module: GraphModule, example_inputs: Sequence[Any]) -> Runnable:
         def compile_graph(foreign: ForeignGraph, fakes: Sequence[Any]) -> Runnable:
-            runs.append(RankRun(foreign, localize(foreign, agreement or Alone())))
+            runs.append(RankRun(foreign, localize(foreign, agreement or Alone(), has_views=has_views)))
 
             def remember(*arguments: Any) -> Any:
                 # All blocks here give back what looks like what they take.

@@ -13,10 +13,13 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.torch_version import TorchVersion
 
+from bdlora_compile.explanation import RankComparison
 from bdlora_compile.foreign.compile import localize
 from bdlora_compile.ir import Origin
 from bdlora_compile.printer import print_graph
+from bdlora_compile.run_report import record_of
 from bdlora_compile.runtime.agreement import Alone
+from tests.api.test_inspector import timeless
 from tests.conftest import GoldenCheck
 from tests.foreign.harness import Block, RankRun, capture, fake_rank
 
@@ -72,6 +75,19 @@ def test_stages(name: str, golden: GoldenCheck) -> None:
     for number, stage in enumerate(run.report.stages):
         if number == 0 or stage.stats.matches:
             golden(f"{name}_{number}_{stage.name.replace(' ', '_')}", stage.text)
+
+
+@pytest.mark.parametrize("name", ["modules", "modules_undeclared"])
+def test_texts(name: str, golden: GoldenCheck) -> None:
+    """The report of hand-written S-LoRA: what localize removes, and why not where its factors are not declared."""
+    report = capture(CASES[name], 1, 2, X, has_views=True).report
+    told = timeless(record_of(report, "forward", RankComparison(1, 2, None), "foreign", ""))
+    golden(f"{name}_report", told.text(width=150))
+    page = told.html()
+    assert "tag paths" in page
+    left = [one for one in told.graphs[0].stages[-1].collectives if one.origin is Origin.LORA]
+    assert len(left) == (0 if name == "modules" else 2)
+    assert all(one.reason for one in left)
 
 
 @pytest.mark.parametrize("name", CASES)

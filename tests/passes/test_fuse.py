@@ -1,9 +1,12 @@
 """Fusing a LoRA path into one in-place operator."""
 
+from dataclasses import replace
+
 import torch
 
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Captured, operator_name
+from bdlora_compile.passes.drop_lora import DropLora
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.passes.localize import LocalizeLora
 from bdlora_compile.passes.merge import Merge
@@ -34,6 +37,31 @@ def test_local_paths_become_one_operator_each(golden: GoldenCheck) -> None:
     assert count(captured, "bdlora::lora_work") == 1
     assert count(captured, "bdlora::lora_shrink") == 0
     require_idempotent(Fuse(), captured, plan)
+
+
+def on_gpu(plan: ModelPlan) -> ModelPlan:
+    return replace(plan, device=torch.device("cuda"))
+
+
+def test_on_gpus_a_path_and_its_product_become_one(golden: GoldenCheck) -> None:
+    plan = on_gpu(plan_of(2, (UP, DOWN)))
+    captured = merged(column_and_row(), plan)
+    assert run(Fuse(), captured, plan).matches == 2
+    golden("fuse_column_and_row_gpu", print_graph(captured.graph))
+    require_idempotent(Fuse(), captured, plan)
+    run(DropLora(), captured, plan)
+    golden("drop_lora_column_and_row", print_graph(captured.graph))
+
+
+def test_on_gpus_a_product_with_a_bias_stays() -> None:
+    """The twin: a bias is added too."""
+    plan = on_gpu(plan_of(1, (UP,)))
+    build = GraphBuilder()
+    x, up, bias = build.input("x", 2, 3, 8), build.weight(UP.weight, 12, 8), build.weight(f"{UP.name}.bias", 12)
+    captured = merged(build.finish(build.call(torch.relu, build.linear(x, up, bias, site=UP.name))), plan)
+    assert run(Fuse(), captured, plan).matches == 1
+    assert count(captured, "bdlora::lora_apply_") == 1
+    assert count(captured, "bdlora::lora_linear") == 0
 
 
 def test_paths_with_a_collective_are_left_and_say_why() -> None:

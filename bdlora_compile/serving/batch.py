@@ -1,0 +1,113 @@
+"""The device's side of the engine: rows of one cache, and the two forwards that fill them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlora_compile.model import make_cache
+from bdlora_compile.runtime.leading import Leader, led
+from bdlora_compile.runtime.selection import NO_ADAPTER, Selection
+from bdlora_compile.served import ServedModel
+
+_LENGTH_STEP = 64
+"""Cache lengths are rounded up to a multiple of this."""
+
+
+class Batch:
+    """Rows that requests fill and leave; every rank has one, and makes the same calls (`runtime.leading`).
+
+    A prompt goes through a cache of one row, chunk by chunk, and is copied from there: the rows that decode are not
+    part of its forward. Its last token is left to the first decode step, which so gives the first new token; logits of
+    a prompt are never needed. There are two graphs, [1, 2 or more tokens] and [2 or more rows, 1 token], whatever the
+    number of requests.
+
+    What decides, decides on rank 0: tokens, lengths and slots come with every call, and ranks need no logits.
+
+    Args:
+        model: from `bdlora_compile.load` or `attach`, compiled.
+        num_rows: rows, at least 1.
+        length: tokens that a row can hold.
+    """
+
+    def __init__(self, model: ServedModel, num_rows: int, length: int) -> None:
+        self._model = model
+        self.num_rows = num_rows
+        # One row more of one token would be the other kind of graph.
+        padded = max(num_rows, 2)
+        self._cache = make_cache(model, padded, _round_up(length))
+        self._prompt = make_cache(model, 1, _round_up(length + 1))
+        device = self._cache.lengths.device
+        self._tokens = torch.zeros(padded, 1, dtype=torch.int64, device=device)
+        self._selection = Selection(torch.full((padded,), NO_ADAPTER, dtype=torch.int32))
+
+    @property
+    def leader(self) -> Leader | None:
+        """See `runtime.leading`."""
+        return self._model.leader
+
+    @property
+    def arguments(self) -> tuple[int, int]:
+        """What another rank makes its own from: rows and length."""
+        return self.num_rows, self._cache.length
+
+    @led
+    @torch.no_grad()
+    def prefill(self, tokens: Sequence[int], start: int, slot: int, row: int) -> None:
+        """Run a part of a prompt and put its keys and values into a row.
+
+        Args:
+            tokens: the part.
+            start: tokens of the prompt before it; they went through the calls before this one.
+            slot: of the adapter, -1 for none.
+            row: where it goes. Its length is not changed: `decode` is told.
+        """
+        stop = start + len(tokens)
+        # A token that nobody sees: a sequence of one would be another graph. The next part overwrites it.
+        padded = [*tokens, 0] if len(tokens) == 1 else list(tokens)
+        ids = torch.tensor([padded], device=self._tokens.device)
+        positions = torch.arange(start, start + len(padded), device=ids.device)[None]
+        self._prompt.set_lengths([start])
+        self._run(
+            Selection(torch.tensor(slot, dtype=torch.int32)),
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self._prompt,
+            logits_to_keep=1,
+        )
+        self._cache.copy_tokens(row, self._prompt, 0, start, stop)
+
+    @led
+    @torch.no_grad()
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int], slots: Sequence[int]) -> Tensor:
+        """Logits [rows, vocabulary] after one more token in every row.
+
+        Args:
+            tokens: of each row; anything for a row that nobody has.
+            lengths: tokens that each row holds before; the new one is written behind them. Rows that nobody has get one
+                too, which the next call or `prefill` overwrites.
+            slots: of each row's adapter, -1 for none.
+        """
+        missing = self._cache.batch - self.num_rows
+        self._cache.set_lengths([*lengths, *[0] * missing])
+        self._tokens[: self.num_rows, 0] = torch.tensor(tokens)
+        chosen = torch.tensor([*slots, *[NO_ADAPTER] * missing], dtype=torch.int32)
+        if not torch.equal(chosen, self._selection.slots):
+            self._selection = Selection(chosen)
+        logits: Tensor = self._run(
+            self._selection,
+            input_ids=self._tokens,
+            # The cache adds to its lengths while the model runs.
+            position_ids=self._cache.lengths[:, None].clone(),
+            past_key_values=self._cache,
+        ).logits
+        return logits[: self.num_rows, -1]
+
+    def _run(self, selection: Selection, **inputs: object) -> Any:
+        with self._model.bdlora.chosen(selection):
+            return self._model(use_cache=True, **inputs)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP

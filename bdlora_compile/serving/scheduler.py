@@ -1,0 +1,365 @@
+"""Which request runs in which row, and what each step does: the engine without its thread.
+
+One step gives prompts of rows that join up to ``prefill_chunk`` tokens, and then every row that decodes one token. Rows
+join and leave between steps.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from bdlora_compile.errors import AdapterError, BdloraError, LostRankError, RequestError
+from bdlora_compile.runtime.adapters import AdapterSet, Hold
+from bdlora_compile.runtime.pending import Pending
+from bdlora_compile.runtime.selection import NO_ADAPTER
+from bdlora_compile.serving.batch import Batch
+from bdlora_compile.serving.queues import FairQueues, Key
+from bdlora_compile.serving.requests import Finished, FinishReason, Token, Usage
+from bdlora_compile.serving.sampling import Choice, RowSampling, choose_tokens
+from bdlora_compile.serving.stream import Stream
+from bdlora_compile.serving.text import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of a scheduler, see `Engine`."""
+
+    max_rows: int
+    max_length: int
+    max_waiting: int
+    max_waiting_per_adapter: int
+    prefill_chunk: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the start."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_steps: int = 0
+    prefill_steps: int = 0
+    step_seconds: float = 0.0
+    last_step_seconds: float = 0.0
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request without a row; ``since`` by the scheduler's clock."""
+
+    stream: Stream
+    since: float
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A request with a row.
+
+    Attributes:
+        hold: its adapter's contents, None for the base model.
+        text: None without a tokenizer.
+        filled: tokens that the row of the cache holds; it decodes from the last token of the prompt on.
+        last: the token that the next decode step reads.
+        generated: tokens so far.
+        waited_seconds: before it had the row.
+    """
+
+    stream: Stream
+    hold: Hold | None
+    sampling: RowSampling
+    text: TextStream | None
+    waited_seconds: float
+    last: int
+    filled: int = 0
+    generated: int = 0
+
+    @property
+    def slot(self) -> int:
+        """Of its adapter, -1 for none."""
+        return NO_ADAPTER if self.hold is None else self.hold.slot
+
+    @property
+    def prompt_left(self) -> Sequence[int]:
+        """What of the prompt is to be prefilled: all but its last token, which the first decode step reads."""
+        return self.stream.request.prompt[self.filled : -1]
+
+    @property
+    def usage(self) -> Usage:
+        """Its tokens."""
+        return Usage(len(self.stream.request.prompt), self.generated)
+
+
+class Scheduler:
+    """Rows, queues and steps. One thread calls it, but for `waiting.put`, which its caller must guard.
+
+    Args:
+        batch: the rows.
+        adapters: the model's adapters.
+        tokenizer: a ``tokenizers.Tokenizer``, or None.
+        eos: tokens that end a completion unless it ignores them.
+        limits: sizes.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        adapters: AdapterSet,
+        tokenizer: Any | None,
+        eos: Collection[int],
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._batch = batch
+        self._adapters = adapters
+        self._tokenizer = tokenizer
+        self._eos = frozenset(eos)
+        self._limits = limits
+        self._clock = clock
+        self._rows: list[Row | None] = [None] * limits.max_rows
+        # In the order in which they joined: the batch takes one prompt after the other.
+        self._joining: deque[tuple[int, Row]] = deque()
+        self._reading: dict[str, Pending[None]] = {}
+        self.waiting: FairQueues[Waiting] = FairQueues(limits.max_waiting, limits.max_waiting_per_adapter)
+        self.counts = Counts()
+        self.stepping_since: float | None = None
+
+    @property
+    def running(self) -> Mapping[Key, int]:
+        """Requests that have a row, by adapter."""
+        return Counter(row.stream.request.adapter for row in self._rows if row is not None)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that rows in use hold."""
+        return sum(row.filled for row in self._rows if row is not None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        return not self.running and not len(self.waiting)
+
+    def add(self, stream: Stream) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFullError: see `FairQueues.put`.
+        """
+        self.waiting.put(stream.request.adapter, Waiting(stream, self._clock()))
+
+    def step(self) -> bool:
+        """Do what there is to do now; False if that is nothing."""
+        self._drop_cancelled()
+        self._finish_unwanted_reading()
+        self._admit()
+        with self._timed():
+            did = self._prefill()
+            return self._decode() or did
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        self.stepping_since = self._clock()
+        try:
+            yield
+        finally:
+            self.counts.step_seconds += self._clock() - self.stepping_since
+            self.stepping_since = None
+
+    def end_all(self, reason: FinishReason, error: BdloraError | None = None, with_rows: bool = True) -> None:
+        """End all requests that wait, and with ``with_rows`` those that run."""
+        for waiting in self.waiting.remove(lambda _: True):
+            self._refuse(waiting, reason, error)
+        for index, row in enumerate(self._rows if with_rows else ()):
+            if row is not None:
+                self._end(index, row, reason, error=error)
+
+    def end_waiting(self, adapter: str, error: BdloraError) -> None:
+        """End requests of an adapter that have no row yet."""
+        for waiting in self.waiting.remove(lambda one: one.stream.request.adapter == adapter):
+            self._refuse(waiting, "error", error)
+
+    def abandon(self, error: BdloraError) -> None:
+        """End all streams and speak to no rank: from any thread, once a step has failed or hangs."""
+        rows, self._rows = self._rows, [None] * len(self._rows)
+        for waiting in self.waiting.remove(lambda _: True):
+            self._refuse(waiting, "error", error)
+        for row in rows:
+            if row is not None:
+                self.counts.finished["error"] += 1
+                row.stream.publish(Finished("error", row.usage, error, None, row.waited_seconds))
+
+    def check(self) -> None:
+        """A decode step for nobody. What it writes into rows, their next steps overwrite."""
+        with self._timed():
+            lengths = [0 if row is None else row.filled for row in self._rows]
+            self._batch.decode([0] * len(lengths), lengths, [NO_ADAPTER] * len(lengths)).argmax().item()
+
+    # --- joining and leaving ----------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        for waiting in self.waiting.remove(lambda one: one.stream.is_cancelled):
+            self._refuse(waiting, "cancelled")
+        for index, row in enumerate(self._rows):
+            if row is not None and row.stream.is_cancelled:
+                self._end(index, row, "cancelled")
+
+    def _admit(self) -> None:
+        for index, taken in enumerate(self._rows):
+            if taken is not None:
+                continue
+            # Others may overtake an adapter that the pool has no room for once for each row.
+            turn = self.waiting.next(self._can_run, patience=self._limits.max_rows)
+            if turn is None:
+                return
+            self._join(index, self.waiting.pop(turn[0]))
+
+    def _can_run(self, key: Key) -> bool:
+        """Whether a request of an adapter can have a row now."""
+        if key is None:
+            return True
+        try:
+            return self._adapters.has_room(key) and self._is_read(key)
+        except LostRankError:
+            raise
+        except BdloraError as error:
+            # It was unloaded, its files are not there any more, or pinned adapters have taken the pool.
+            self.end_waiting(key, error)
+            return False
+
+    def _is_read(self, key: str) -> bool:
+        """Whether an adapter can be used without reading files; if not, they are read beside the steps."""
+        if key not in self._reading:
+            if not self._adapters.needs_reading(key):
+                return True
+            self._reading[key] = self._adapters.begin_prefetch(key)
+        if not self._reading[key].is_staged:
+            return False
+        self._reading.pop(key).commit()
+        return True
+
+    def _finish_unwanted_reading(self) -> None:
+        """What was read for requests that were cancelled meanwhile goes to host memory, or is forgotten."""
+        for key in [key for key in self._reading if key not in self.waiting.lengths]:
+            if self._reading[key].is_staged:
+                with suppress(AdapterError):
+                    self._reading.pop(key).commit()
+
+    def _join(self, index: int, waiting: Waiting) -> None:
+        stream, request = waiting.stream, waiting.stream.request
+        try:
+            hold = None if request.adapter is None else self._adapters.hold(request.adapter)
+        except AdapterError as error:
+            self._refuse(waiting, "error", error)
+            return
+        stream.begin(None if hold is None else hold.version)
+        text = None if self._tokenizer is None else TextStream(self._tokenizer, request.sampling.stop)
+        waited = self._clock() - waiting.since
+        row = Row(stream, hold, RowSampling(request.sampling), text, waited, request.prompt[-1])
+        self._rows[index] = row
+        self._joining.append((index, row))
+        self.waiting.charge(request.adapter, len(request.prompt))
+        self.counts.prompt_tokens += len(request.prompt)
+
+    def _end(
+        self,
+        index: int,
+        row: Row,
+        reason: FinishReason,
+        stop: str | int | None = None,
+        error: BdloraError | None = None,
+    ) -> None:
+        self._rows[index] = None
+        self._joining = deque(entry for entry in self._joining if entry[1] is not row)
+        if row.hold is not None:
+            self._adapters.release(row.hold)
+        self.counts.finished[reason] += 1
+        row.stream.publish(Finished(reason, row.usage, error, stop, row.waited_seconds))
+
+    def _refuse(self, waiting: Waiting, reason: FinishReason, error: BdloraError | None = None) -> None:
+        self.counts.finished[reason] += 1
+        waiting.stream.publish(Finished(reason, Usage(len(waiting.stream.request.prompt), 0), error))
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> bool:
+        """Parts of prompts, the row that joined first first, up to the step's number of tokens."""
+        room = self._limits.prefill_chunk
+        while self._joining and room:
+            index, row = self._joining[0]
+            part = row.prompt_left[:room]
+            if part:
+                self._batch.prefill(part, row.filled, row.slot, index)
+                row.filled += len(part)
+                room -= len(part)
+                self.counts.prefill_steps += 1
+            if not row.prompt_left:
+                self._joining.popleft()
+        return room < self._limits.prefill_chunk
+
+    def _decode(self) -> bool:
+        """One token of every row whose prompt is in."""
+        rows = self._rows
+        decoding = {index: row for index, row in enumerate(rows) if row is not None and not row.prompt_left}
+        if not decoding:
+            return False
+        start = self._clock()
+        logits = self._batch.decode(
+            [row.last if row is not None else 0 for row in rows],
+            [row.filled if row is not None else 0 for row in rows],
+            [row.slot if index in decoding and row is not None else NO_ADAPTER for index, row in enumerate(rows)],
+        )
+        choices = choose_tokens(logits, {index: row.sampling for index, row in decoding.items()})
+        for index, choice in choices.items():
+            # Another thread ends all streams when a step hangs.
+            if self._rows[index] is decoding[index]:
+                self._take(index, decoding[index], choice)
+        self.counts.decode_steps += 1
+        self.counts.last_step_seconds = self._clock() - start
+        return True
+
+    def _take(self, index: int, row: Row, choice: Choice) -> None:
+        """Give a row its next token, and end it if that was the last."""
+        if choice.id < 0:
+            self._end(index, row, "error", error=_not_finite(row))
+            return
+        row.filled += 1
+        row.generated += 1
+        row.last = choice.id
+        self.waiting.charge(row.stream.request.adapter, 1)
+        self.counts.generated_tokens += 1
+        text, stop_text = ("", None) if row.text is None else row.text.push(choice.id)
+        end = self._end_of(row, choice.id, stop_text)
+        if end is not None and stop_text is None and row.text is not None:
+            rest, stop_text = row.text.finish()
+            text += rest
+            end = end if stop_text is None else ("stop", stop_text)
+        row.stream.publish(Token(choice.id, text, choice.logprob, choice.top))
+        if end is not None:
+            self._end(index, row, *end)
+
+    def _end_of(self, row: Row, token: int, stop_text: str | None) -> tuple[FinishReason, str | int | None] | None:
+        """(reason, what stopped it) if a row ends with this token."""
+        sampling = row.stream.request.sampling
+        if stop_text is not None:
+            return "stop", stop_text
+        if token in sampling.stop_token_ids:
+            return "stop", token
+        if token in self._eos and not sampling.ignore_eos:
+            return "stop", None
+        length = len(row.stream.request.prompt) + row.generated
+        if row.generated >= sampling.max_tokens or length >= self._limits.max_length:
+            return "length", None
+        return None
+
+
+def _not_finite(row: Row) -> RequestError:
+    return RequestError(
+        f"logits of a request of {row.stream.request.adapter or 'the base model'}",
+        found="a value that is not finite",
+        expected="numbers",
+        remedy="check the adapter and the dtype of the model; other requests go on",
+    )

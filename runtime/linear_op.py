@@ -1,0 +1,112 @@
+"""A base product and its LoRA as one operator: one launch where a kernel serves the shape, two operators elsewhere."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
+from bdlora_compile.runtime.ops import lora_apply_
+
+NUM_COUNTERS = 1024
+"""Counters of a forward: two, and one for each tile of a product's columns."""
+
+
+@torch.library.custom_op("bdlora::lora_counters", mutates_args=())
+def lora_counters(token_slot: Tensor) -> Tensor:
+    """int32 [NUM_COUNTERS], zero: what the programs of one launch count each other by.
+
+    Made once a forward; every `lora_linear` leaves them zero.
+    """
+    return token_slot.new_zeros(NUM_COUNTERS)
+
+
+@lora_counters.register_fake
+def _(token_slot: Tensor) -> Tensor:
+    return token_slot.new_empty(NUM_COUNTERS)
+
+
+@torch.library.custom_op("bdlora::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    counters: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> Tensor:
+    """y = x W^T + scale * (B (A x)), each token with the factors and the scale of its slot.
+
+    Args:
+        x: [..., D]. weight: W [O, D], O the sum of ``out_features``.
+        counters: from `lora_counters`. Calls that share them must not run at the same time.
+        pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `ops.lora_apply_`; the
+            kernel ahead in the stream may write x, but neither W nor these.
+
+    Returns:
+        [..., O] like x. In one launch the sum is rounded once; in two the base product is rounded before LoRA is added.
+    """
+    y = torch.nn.functional.linear(x, weight)
+    lora_apply_(x, y, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
+    return y
+
+
+@lora_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    counters: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@lora_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    counters: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> Tensor:
+    plan = _product_of(x, weight, width, out_features)
+    if plan is None:
+        return lora_linear._init_fn(
+            x, weight, pool, slots, scales, token_slot, order, segments, counters, sites, width, out_features
+        )
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows = x.reshape(-1, x.shape[-1])
+    y = launch.linear(rows, weight, pool, slots, scales, token_slot, counters, sites, width, out_features, plan)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:
+    """The plan of one launch; None where the product and LoRA are two."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
+        return None
+    plan = product_for(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width))
+    covers = plan is not None and weight.shape[0] == sum(out_features)
+    return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

@@ -1,0 +1,105 @@
+"""A base product and its LoRA in one launch, against dense products in float64; on a CPU in Triton's interpreter.
+
+Tolerance as in `test_kernels`: only y is rounded. fp16, since the interpreter multiplies the bits of bf16 operands.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.runtime.kernels import launch
+from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
+from bdlora_compile.runtime.linear_op import NUM_COUNTERS, lora_counters, lora_linear
+from bdlora_compile.runtime.ops import lora_work
+from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, inputs
+
+TOLERANCE = 4 * 2.0**-11
+SHARED = Product(columns=16, depth=16, splits=2, stages=1)
+ALONE = Product(columns=32, depth=32, splits=1, stages=1)
+RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
+CASES = {
+    "plain": Case(RANKS, 64, (64, 32, 32), 1, 1, 5, 3, torch.float16, True),
+    "packed A": Case(RANKS, 64, (64, 32, 32), 2, 1, 16, 4, torch.float16, False),
+    "packed B": Case(RANKS, 64, (64, 32, 32), 1, 2, 1, 5, torch.float16, False),
+    "wide": Case(((16, 12, 9),), 64, (64, 32, 32), 1, 1, 3, 6, torch.float16, False),
+    "one site": Case(((3, 0, 0), (0, 0, 0)), 64, (64,), 1, 1, 7, 7, torch.float16, False),
+}
+
+
+def prepared(case: Case) -> tuple[AdapterBank, Tensor, Tensor, Tensor]:
+    """(bank with the tokens' slots, x, W, what is wanted)."""
+    bank, dense = bank_of(case)
+    x, _, slots = inputs(case)
+    bank.token_slot[: case.tokens] = slots.to(torch.int32)
+    weight = (torch.randn(sum(case.out_features), case.in_features) / 4).to(DEVICE, case.dtype)
+    return bank, x, weight, expected(case, x, x.double() @ weight.double().t(), slots, dense)
+
+
+def run(case: Case, bank: AdapterBank, x: Tensor, weight: Tensor, counters: Tensor, plan: Product) -> Tensor:
+    """y by the kernel."""
+    sites = list(range(len(case.out_features)))
+    arguments = (bank.pool, bank.slots, bank.scales, bank.token_slot[: case.tokens], counters, sites, case.width)
+    return launch.linear(x, weight, *arguments, case.out_features, plan)
+
+
+@pytest.mark.parametrize("plan", [SHARED, ALONE], ids=["shared sums", "one program a tile"])
+@pytest.mark.parametrize("name", CASES)
+def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> None:
+    case = CASES[name]
+    bank, x, weight, wanted = prepared(case)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # the second launch finds the counters as the first left them
+        assert error(run(case, bank, x, weight, counters, plan), wanted) < TOLERANCE
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("damage", ["scale", "token", "offset"])
+def test_damage_is_noticed(damage: str) -> None:
+    """The twins: a scale dropped, a token with another slot, a factor read one row off."""
+    case = CASES["plain"]
+    bank, x, weight, wanted = prepared(case)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
+    if damage == "scale":
+        bank.scales.fill_(1)
+    elif damage == "token":
+        bank.token_slot[: case.tokens] = (bank.token_slot[: case.tokens] + 2) % len(RANKS)
+    else:
+        bank.slots[0, :, 0] += case.in_features
+    assert not error(run(case, bank, x, weight, counters, SHARED), wanted) < 0.02
+
+
+def test_operator_serves_any_device_and_shape() -> None:
+    """Without a plan the operator is the product, then LoRA: base rounded first."""
+    case = CASES["plain"]
+    bank, x, weight, wanted = prepared(case)
+    tokens = bank.token_slot[: case.tokens]
+    order, segments = lora_work(x, tokens)
+    shared = (bank.pool, bank.slots, bank.scales, tokens, order, segments, lora_counters(tokens))
+    found = lora_linear(x, weight, *shared, [0, 1, 2], case.width, case.out_features)
+    assert error(found, wanted) < TOLERANCE
+
+
+def test_plans_of_products() -> None:
+    """Enough programs, all at once; sizes that tiles divide; few rows of B a program."""
+    for in_features, outs in ((4096, (512, 128, 128)), (512, (4096,)), (4096, (1792, 1792)), (8192, (1024, 128, 128))):
+        plan = product_for(Call(16, in_features, outs, 8))
+        assert plan is not None
+        assert 100 < sum(outs) // plan.columns * plan.splits <= 512
+        assert in_features % (plan.splits * plan.depth) == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(Call(17, 4096, (4096,), 8), id="tokens"),
+        pytest.param(Call(16, 4096, (4096,), 17), id="rank"),
+        pytest.param(Call(16, 512, (4096,), 9), id="rows of B of one program"),
+        pytest.param(Call(16, 4096, (4100,), 8), id="columns of y"),
+        pytest.param(Call(16, 100, (4096,), 8), id="columns of x"),
+        pytest.param(Call(16, 8192, (3584, 3584), 8), id="a large product"),
+        pytest.param(Call(16, 1024, (8192,), 2), id="measured"),
+    ],
+)
+def test_other_products_and_their_lora_are_two_launches(call: Call) -> None:
+    assert product_for(call) is None
