@@ -271,7 +271,8 @@ def _forward_of(model: PreTrainedModel) -> Callable[[torch.Tensor, LocalCache], 
     """
 
     def forward(ids: torch.Tensor, cache: LocalCache) -> object:
-        return model(ids, past_key_values=cache, logits_to_keep=1)
+        # As a served model is called: its cache remembers the padding.
+        return model(ids, attention_mask=cache.starts, past_key_values=cache, logits_to_keep=1)
 
     code = forward.__code__.replace(co_name=f"explained_{uuid.uuid4().hex}")
     return FunctionType(code, forward.__globals__, closure=forward.__closure__)
