@@ -53,9 +53,8 @@ def lora_linear(
     Returns:
         [..., O] like x. In one launch the sum is rounded once; in two the base product is rounded before LoRA is added.
     """
-    y = torch.nn.functional.linear(x, weight)
-    lora_apply_(x, y, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
-    return y
+    bank = (pool, slots, scales, token_slot)
+    return _in_two(x, weight, bank, order, segments, sites, width, out_features)
 
 
 @lora_linear.register_fake
@@ -93,14 +92,28 @@ def _(
 ) -> Tensor:
     plan = _product_of(x, weight, width, out_features)
     if plan is None:
-        return lora_linear._init_fn(
-            x, weight, pool, slots, scales, token_slot, order, segments, counters, sites, width, out_features
-        )
+        return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows = x.reshape(-1, x.shape[-1])
     y = launch.linear(rows, weight, pool, slots, scales, token_slot, counters, sites, width, out_features, plan)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _in_two(
+    x: Tensor,
+    weight: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> Tensor:
+    """The product, then LoRA added to it; ``bank`` is pool, slots, scales and token_slot."""
+    y = torch.nn.functional.linear(x, weight)
+    lora_apply_(x, y, *bank, order, segments, sites, width, out_features)
+    return y
 
 
 def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:

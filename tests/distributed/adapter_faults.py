@@ -33,7 +33,7 @@ NOTES = timedelta(seconds=10)
 """How long ranks wait for one another when they compare notes."""
 COLLECTIVES = timedelta(seconds=10)
 """How long a collective waits."""
-ALLOWED = 45.0
+ALLOWED = 30.0
 """Seconds from the signal to the end of the last other rank."""
 IDS = torch.tensor([[5, 9, 33, 71]])
 
