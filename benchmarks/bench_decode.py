@@ -169,9 +169,9 @@ class Bench:
             if self.options.prefill:
                 loop.choose([])
                 with loop.adapters.use([names[0], names[1]]):
-                    milliseconds = prefill_time(loop, 2, self.options.prefill // 2)
+                    milliseconds, kernels = prefill_time(loop, 2, self.options.prefill // 2)
                 self.say(f"  prefill of {self.options.prefill} tokens in two rows: {milliseconds:.2f} ms")
-                self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, ms=milliseconds)
+                self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, ms=milliseconds, kernels=kernels)
         self.write("report", strategy=strategy, text=loop.report_text())
 
     def run_baseline(self, model: Path) -> None:

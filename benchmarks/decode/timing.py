@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +60,7 @@ def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
         gpu, host = _pipelined(loop)
         gpus.append(gpu)
         hosts.append(host)
-    kernels = _kernels(loop) if loop.device.type == "cuda" else {}
+    kernels = _step_kernels(loop) if loop.device.type == "cuda" else {}
     parts = _parts(kernels) if kernels else {}
     gpu = statistics.median(gpus) * 1e3
     if parts:
@@ -88,17 +88,22 @@ def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
     return first.elapsed_time(last) / STEPS / 1e3, host
 
 
-def _kernels(loop: DecodeLoop) -> dict[str, float]:
+def _step_kernels(loop: DecodeLoop) -> dict[str, float]:
     """Milliseconds of each kernel in a step, the longest first."""
+    steps = 4
     loop.rewind()
     loop.run(3, read=True)
     _align(loop.device)
-    steps = 4
+    return _kernels(lambda: loop.run(steps, read=False), steps)
+
+
+def _kernels(launch: Callable[[], None], times: int) -> dict[str, float]:
+    """Milliseconds of each kernel in one of so many that ``launch`` starts, the longest first."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        loop.run(steps, read=False)
+        launch()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / steps / 1e3 for event in found.key_averages()}
-    return dict(sorted(times.items(), key=lambda item: -item[1]))
+    milliseconds = {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
+    return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
 
 
 def _parts(kernels: Mapping[str, float]) -> dict[str, float]:
@@ -118,19 +123,24 @@ def kind_of(kernel: str) -> str:
     return "rest"
 
 
-def prefill_time(loop: DecodeLoop, batch: int, length: int) -> float:
-    """Milliseconds of a forward over prompts of ``length`` tokens: the median."""
+def prefill_time(loop: DecodeLoop, batch: int, length: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a forward over prompts of ``length`` tokens: the median, and of the kernels that take most."""
     ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(3)).to(loop.device)
     positions = torch.arange(length, device=loop.device).expand(batch, length).contiguous()
     loop.prepare(batch, length)
+
+    def forward() -> None:
+        loop.cache.reset()
+        loop.prefill(ids, positions)[:, -1, 0].tolist()
+
     walls = []
     for _ in range(5):
-        loop.cache.reset()
         _align(loop.device)
         start = time.perf_counter()
-        loop.prefill(ids, positions)[:, -1, 0].tolist()
+        forward()
         walls.append(time.perf_counter() - start)
-    return statistics.median(walls[1:]) * 1e3
+    kernels = _kernels(forward, 1) if loop.device.type == "cuda" else {}
+    return statistics.median(walls[1:]) * 1e3, dict(list(kernels.items())[:12])
 
 
 def _align(device: torch.device) -> None:
