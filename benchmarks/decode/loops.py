@@ -86,14 +86,18 @@ class OurLoop(DecodeLoop):
     """A model of this compiler."""
 
     def __init__(
-        self, folder: Path, strategy: Strategy, dtype: torch.dtype, device: torch.device, slots: int, inner: str
+        self,
+        folder: Path,
+        strategy: Strategy,
+        dtype: torch.dtype,
+        device: torch.device,
+        inner: str,
+        capacity: Mapping[str, int],
     ) -> None:
         super().__init__(device)
         torch._dynamo.reset()
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "strategy": strategy}
-        self.model, self.adapters = bd.load(
-            folder, max_adapters=slots, max_rank=32, host_bytes=2 << 30, max_tokens=8192, **options
-        )
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "strategy": strategy, **capacity}
+        self.model, self.adapters = bd.load(folder, host_bytes=2 << 30, max_tokens=8192, **options)
         # The function, not its name: a checkout that was not installed has no entry point.
         self.model.compile(backend=bdlora, options={"inner": inner})
         self._names: Sequence[str | None] = []
