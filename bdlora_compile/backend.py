@@ -47,7 +47,7 @@ class CompileOptions:
         on_report: called with the report of each graph once the passes have run.
         report: a folder into which every rank writes a record and a page of each graph.
         nvtx: whether profilers see a range for each node (with "inductor": for each layer), named by its key.
-        cuda_graphs: record decode steps as CUDA graphs (on CUDA the default); also ``mode="reduce-overhead"``.
+        cuda_graphs: record forwards as CUDA graphs (on CUDA the default); also ``mode="reduce-overhead"``.
     """
 
     inner: Inner | None = None
