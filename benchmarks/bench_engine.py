@@ -117,7 +117,11 @@ def through_engine(engine: Engine, load: Load) -> Run:
 
 
 def main() -> int:
-    """Print tokens per second of both and their ratio; 1 if the ratio is below --least: of all on a GPU, of the processor on a CPU."""
+    """Print tokens per second of both and their ratio.
+
+    Returns:
+        1 if the ratio is below --least: that of "all" on a GPU, of "processor" on a CPU.
+    """
     options = _parse()
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with files_of(options, dtype) as files:

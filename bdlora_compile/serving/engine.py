@@ -46,7 +46,7 @@ class Engine:
         adapters: its adapters.
         tokenizer: its tokenizer, for texts and stop texts; None gives tokens alone.
         max_rows: requests that run at once, each in a row of the cache.
-        max_length: tokens of prompt and completion that a row can hold.
+        max_length: tokens of prompt and completion that a row can hold; no more than the model has positions for.
         max_waiting: requests that wait at most, all together.
         max_waiting_per_adapter: of one adapter, or of the base model.
         prefill_chunk: tokens of a prompt that one step takes: running rows wait no longer than that.
@@ -67,6 +67,7 @@ class Engine:
         step_timeout: float = 30.0,
     ) -> None:
         _check_sizes(max_rows, max_length, prefill_chunk, max_waiting, max_waiting_per_adapter)
+        _check_positions(model, max_length)
         self._model = model
         self._adapters = adapters
         self._tokenizer = None if tokenizer is None else fast_tokenizer_of(tokenizer)
@@ -293,6 +294,17 @@ def _check_sizes(max_rows: int, max_length: int, prefill_chunk: int, *queues: in
             raise ConfigError(
                 f"Engine({name})", found=str(size), expected=f"at least {least}", remedy="choose a larger one"
             )
+
+
+def _check_positions(model: Any, max_length: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            "Engine(max_length)",
+            found=str(max_length),
+            expected=f"at most {positions}: the model's max_position_embeddings",
+            remedy="choose a smaller one",
+        )
 
 
 def _unloaded(name: str) -> UnknownAdapterError:
