@@ -4,14 +4,15 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 import bdlora_compile as bd
 from bdlora_compile.runtime.cache import LocalCache
-from bdlora_compile.serving.batch import Batch
+from bdlora_compile.serving.batch import AS_CHOSEN, Batch
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Finished, Request, SamplingParams, Token
 from bdlora_compile.serving.stream import Stream
@@ -52,6 +53,26 @@ def test_events_of_a_request(engine: Engine, world: World) -> None:
     assert completion.finished.usage.completion_tokens == COUNT
     assert completion.finished.waited_seconds is not None
     assert stream.adapter_version == world.adapters.version("a")
+
+
+def test_the_host_reads_behind_where_the_device_does(
+    engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that ends by its token, not by its length, runs once more then; it reads tokens that the host has not."""
+    expected = world.alone((5, 9), "a", COUNT)
+    monkeypatch.setattr(engine._running_scheduler(), "_eos", {expected[2]})
+    read: list[int] = []
+    decode = Batch.decode
+
+    def watched(self: Batch, tokens: Sequence[int], *rest: Any) -> torch.Tensor:
+        read.append(tokens[0])
+        return decode(self, tokens, *rest)
+
+    monkeypatch.setattr(Batch, "decode", watched)
+    assert engine.submit(Request((5, 9), "a", SamplingParams(temperature=0, max_tokens=COUNT))).result(30).ids
+    end = expected.index(expected[2])
+    is_behind = vars(Batch)["runs_behind"]
+    assert read == [9, *([AS_CHOSEN] * (end + 1) if is_behind else expected[:end])]
 
 
 def test_a_long_prompt_goes_in_parts(unstarted: Callable[..., Engine], world: World) -> None:
