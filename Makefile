@@ -30,8 +30,8 @@ screenshots: venv ## Take the screenshots of docs/inspector.md again
 schema: venv ## Write the JSON schema of the explanation into docs
 	$(BIN)/python -m bdlora_compile.schema docs
 
-nightly: venv ## Compare 500 random models, adapters and batches with PEFT (about 15 minutes)
-	$(BIN)/python -m pytest tests/numerics/test_property.py --nightly
+nightly: venv ## 500 random models, adapters and batches against PEFT; replicas under Ray (about 16 minutes)
+	$(BIN)/python -m pytest tests/numerics/test_property.py tests/serving/http/test_ray_serve.py --nightly
 
 golden: venv ## Rewrite the golden texts after a change that is meant; read the diff before you commit
 	$(BIN)/python -m pytest -q tests/passes tests/foreign tests/api/test_inspector.py --update-goldens
