@@ -120,7 +120,8 @@ def _draw(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     narrowed = [index for index, one in enumerate(params) if one.top_k or one.top_p < 1]
     if narrowed:
         places = _on(logits, torch.tensor(narrowed))
-        top_k = _on(logits, torch.tensor([[params[index].top_k or logits.shape[1]] for index in narrowed]))
+        size = logits.shape[1]
+        top_k = _on(logits, torch.tensor([[min(params[index].top_k or size, size)] for index in narrowed]))
         dropped = ~_kept(scaled[places], top_k, top_p[places])
         scaled[places] = scaled[places].masked_fill(dropped, -math.inf)
     shares = scaled.softmax(-1).cumsum(-1)

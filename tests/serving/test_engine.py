@@ -267,6 +267,21 @@ def test_parameters_out_of_range_are_refused(settings: dict[str, object]) -> Non
         SamplingParams(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 2**70}, {"max_tokens": 2**70}, {"temperature": 5e-324}, {"temperature": 1e308},
+                 {"top_p": 5e-324}, {"seed": -(2**63)}, {"stop_token_ids": (2**70, -5)}, {"stop": ("<" * 10_000,)},
+                 {"logprobs": 20, "top_k": 3}]
+)  # fmt: skip
+def test_extreme_parameters_that_are_taken_are_served(engine: Engine, settings: dict[str, Any]) -> None:
+    """None of them ends the engine, which would end the requests of all others."""
+    sampling = SamplingParams(**{"max_tokens": 3, "ignore_eos": True, "seed": 1} | settings)
+    stream = engine.submit(Request((5, 9), "a", sampling))
+    for _ in range(3):
+        assert isinstance(next(iter(stream)), Token)
+    stream.cancel()
+    assert stream.result(30).finished.error is None
+
+
 def test_full_queues_refuse(unstarted: Callable[..., Engine]) -> None:
     """An adapter's own limit, then that of all; others are served meanwhile, and all end when the engine closes."""
     with unstarted(max_rows=1, max_waiting=3, max_waiting_per_adapter=2) as engine:

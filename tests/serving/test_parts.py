@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bdlora_compile as bd
+from bdlora_compile.serving import text
 from bdlora_compile.serving.messages import Call, Reader, Writer
 from bdlora_compile.serving.queues import FairQueues, Key
 from bdlora_compile.serving.requests import SamplingParams
@@ -120,6 +121,26 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert "🙂" in shown
     cut, _ = stream("a🙂", cut=3)
     assert "".join(cut) == bytes_tokenizer().decode(bytes_tokenizer().encode("a🙂").ids[:3])
+
+
+def test_a_decoder_that_gives_up_costs_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizers' stream raises where a token changes the text of those before it; other requests must not notice."""
+
+    class GivesUp:
+        def __init__(self, skip_special_tokens: bool) -> None:
+            self._left = 3
+            self._stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+
+        def step(self, tokenizer: Tokenizer, token: int) -> str | None:
+            self._left -= 1
+            if self._left < 0:
+                raise Exception("Invalid prefix encountered while decoding stream")
+            return self._stream.step(tokenizer, token)
+
+    monkeypatch.setattr(text, "DecodeStream", GivesUp)
+    shown, _ = stream("naïve 🙂!")
+    assert "".join(shown) == "naïve 🙂!"
+    assert "🙂" in shown
 
 
 @pytest.mark.parametrize(
