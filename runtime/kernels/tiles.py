@@ -141,6 +141,7 @@ class Product:
         splits: programs that share the sum of a tile.
         stages: 1 more than the tiles of W under way.
         warps: of a program.
+        ahead: h is made by a launch of its own ahead of this one, not by its first programs.
     """
 
     columns: int
@@ -148,6 +149,7 @@ class Product:
     splits: int
     stages: int
     warps: int = 4
+    ahead: bool = False
 
 
 def product_for(call: Call) -> Product | None:
@@ -171,6 +173,12 @@ def product_for(call: Call) -> Product | None:
     if (call.in_features, call.out_features, width) in _SEPARATE:
         return None
     return Product(tile, depth, splits, min(5, columns // (splits * depth) + 1))
+
+
+def shrink_ahead(in_features: int, width: int) -> Shrink:
+    """The launch ahead of such a product: programs of 8 warps with 64 elements of A a thread, so few planes of h."""
+    rows = min(width, 8)
+    return Shrink(rows, min(_power_of_two(in_features), 16384 // rows), 8)
 
 
 def segment_tokens(tokens: int) -> int:

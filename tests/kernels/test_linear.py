@@ -17,13 +17,17 @@ from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, i
 TOLERANCE = 4 * 2.0**-11
 SHARED = Product(columns=16, depth=16, splits=2, stages=1)
 ALONE = Product(columns=32, depth=32, splits=1, stages=1)
+AHEAD = Product(columns=16, depth=16, splits=2, stages=1, warps=1, ahead=True)
+PLANS = [SHARED, ALONE, AHEAD]
 RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
 CASES = {
     "plain": Case(RANKS, 64, (64, 32, 32), 1, 1, 5, 3, torch.float16, True),
     "packed A": Case(RANKS, 64, (64, 32, 32), 2, 1, 16, 4, torch.float16, False),
     "packed B": Case(RANKS, 64, (64, 32, 32), 1, 2, 1, 5, torch.float16, False),
     "wide": Case(((16, 12, 9),), 64, (64, 32, 32), 1, 1, 3, 6, torch.float16, False),
-    "one site": Case(((3, 0, 0), (0, 0, 0)), 64, (64,), 1, 1, 7, 7, torch.float16, False),
+    "many rows of B": Case(((64, 3, 33), (2, 0, 5)), 32, (64, 32, 32), 1, 1, 4, 8, torch.float16, False),
+    "many rows of B, packed": Case(((64, 4, 32), (2, 0, 8)), 32, (64, 32, 32), 1, 2, 3, 9, torch.float16, False),
+    "many tokens": Case(RANKS, 32, (64, 32, 32), 1, 1, 18, 10, torch.float16, True),
 }
 
 
@@ -43,7 +47,7 @@ def run(case: Case, bank: AdapterBank, x: Tensor, weight: Tensor, counters: Tens
     return launch.linear(x, weight, *arguments, case.out_features, plan)
 
 
-@pytest.mark.parametrize("plan", [SHARED, ALONE], ids=["shared sums", "one program a tile"])
+@pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead"])
 @pytest.mark.parametrize("name", CASES)
 def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> None:
     case = CASES[name]
@@ -54,8 +58,9 @@ def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> No
         assert not counters.any()
 
 
+@pytest.mark.parametrize("plan", [SHARED, AHEAD], ids=["h made here", "h made ahead"])
 @pytest.mark.parametrize("damage", ["scale", "token", "offset"])
-def test_damage_is_noticed(damage: str) -> None:
+def test_damage_is_noticed(damage: str, plan: Product) -> None:
     """The twins: a scale dropped, a token with another slot, a factor read one row off."""
     case = CASES["plain"]
     bank, x, weight, wanted = prepared(case)
@@ -66,7 +71,7 @@ def test_damage_is_noticed(damage: str) -> None:
         bank.token_slot[: case.tokens] = (bank.token_slot[: case.tokens] + 2) % len(RANKS)
     else:
         bank.slots[0, :, 0] += case.in_features
-    assert not error(run(case, bank, x, weight, counters, SHARED), wanted) < 0.02
+    assert not error(run(case, bank, x, weight, counters, plan), wanted) < 0.02
 
 
 def test_operator_serves_any_device_and_shape() -> None:
