@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from bdlora_compile.runtime.kernels.tuned import TUNED
+from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,9 @@ _PRODUCT_SIZE = 27_000_000
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
 
+_WIDEST_IN_TABLE = 64
+"""Largest width that the table of products has."""
+
 _SEPARATE = {(1024, (8192,), 2), (2048, (4096,), 16)}
 """(in_features, out_features, width) measured to cost less in two launches: o of 70B at N = 8, of 8B at N = 2."""
 
@@ -153,7 +156,21 @@ class Product:
 
 
 def product_for(call: Call) -> Product | None:
-    """Tile sizes with which one launch computes a base product and its LoRA; None where two serve better or must.
+    """The plan of a base product with its LoRA inside; None where launches of their own serve better or must.
+
+    The table's for this GPU and shape, of the next larger width that it has; or the default.
+    """
+    table, width = _products(), _power_of_two(call.width)
+    while width <= _WIDEST_IN_TABLE and call.tokens <= BY_TOKEN_LIMIT:
+        key = (bucket_of(call.tokens), call.in_features, call.out_features, width)
+        if key in table:
+            return table[key]
+        width *= 2
+    return default_product(call)
+
+
+def default_product(call: Call) -> Product | None:
+    """What is good where nothing was measured.
 
     Programs enough that memory is kept busy, few enough that all are on the GPU at once, and sums not too long.
     """
@@ -176,9 +193,10 @@ def product_for(call: Call) -> Product | None:
 
 
 def shrink_ahead(in_features: int, width: int) -> Shrink:
-    """The launch ahead of such a product: programs of 8 warps with 64 elements of A a thread, so few planes of h."""
+    """The launch ahead of such a product: 64 elements of A a thread, and few planes of h."""
     rows = min(width, 8)
-    return Shrink(rows, min(_power_of_two(in_features), 16384 // rows), 8)
+    depth = min(_power_of_two(in_features), 16384 // rows)
+    return Shrink(rows, depth, max(2, rows * depth // 2048))
 
 
 def segment_tokens(tokens: int) -> int:
@@ -208,6 +226,14 @@ def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
         return {}
     plans = TUNED.get(torch.cuda.get_device_name(), {})
     return {key: _plan(*fields) for key, fields in plans.items()}
+
+
+@cache
+def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
+    if not torch.cuda.is_available():
+        return {}
+    plans = PRODUCTS.get(torch.cuda.get_device_name(), {})
+    return {key: Product(*fields) if fields else None for key, fields in plans.items()}
 
 
 def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool) -> Plan:

@@ -1,10 +1,12 @@
 """Plans by GPU: (tokens, in_features, out_features, width) -> fields of `tiles.OneLaunch` or `tiles.TwoLaunches`.
 
+PRODUCTS: the same for `tiles.Product`, a product with LoRA inside; None where launches of their own cost less.
 Written by `benchmarks/tune.py`; do not edit.
 """
 
 Key = tuple[int, int, tuple[int, ...], int]
 Fields = tuple[int, int, bool] | tuple[tuple[int, ...], tuple[int, ...], bool]
+ProductFields = tuple[int, int, int, int, int, bool]
 
 TUNED: dict[str, dict[Key, Fields]] = {
     "NVIDIA H100 80GB HBM3": {
@@ -78,3 +80,5 @@ TUNED: dict[str, dict[Key, Fields]] = {
         (2048, 4096, (1792, 1792), 64): ((64, 128, 8, 2, 3), (64, 64, 4, 8), True),  # layer 34.6 us
     },
 }
+
+PRODUCTS: dict[str, dict[Key, ProductFields | None]] = {}
