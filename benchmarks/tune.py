@@ -104,13 +104,15 @@ def expands(case: Case) -> list[Expand]:
 def products(case: Case, group: Group) -> list[Product]:
     """Products with LoRA inside: tiles by splits, with programs enough for all multiprocessors and not many more."""
     rows, found = sum(group.out_features), []
-    few = ((64, 64, 5, 4), (64, 128, 5, 4), (32, 128, 5, 4), (128, 128, 4, 8))
-    more = ((64, 64, 5, 4), (64, 128, 4, 4), (128, 64, 4, 8), (32, 128, 4, 4))
-    for columns, depth, stages, warps in few if case.tokens <= 16 else more:
+    if case.tokens <= 16:
+        fewest, tried = 200, ((64, 64, 5, 4), (64, 128, 5, 4), (32, 128, 5, 4), (128, 128, 4, 8))
+    else:
+        fewest, tried = 112, ((64, 64, 5, 4), (64, 128, 4, 4), (128, 64, 4, 8), (32, 128, 4, 4))
+    for columns, depth, stages, warps in tried:
         if any(size % columns for size in group.out_features):
             continue
         tiles, steps = rows // columns, group.in_features // depth
-        splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= 112 and steps % s == 0 and steps // s >= 2][:2]
+        splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= fewest and steps % s == 0 and steps // s >= 2][:2]
         plans = [(columns, depth, s, min(stages, steps // s + 1), warps) for s in splits if tiles * s <= 528]
         found += [Product(*plan, ahead=True) for plan in plans]
     return found
