@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
+from bdlora_compile.runtime.kernels.tiles import Call, Product, default_product
 from bdlora_compile.runtime.linear_op import NUM_COUNTERS, lora_counters, lora_linear
 from bdlora_compile.runtime.ops import lora_work
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, inputs
@@ -85,26 +85,40 @@ def test_operator_serves_any_device_and_shape() -> None:
     assert error(found, wanted) < TOLERANCE
 
 
-def test_plans_of_products() -> None:
-    """Enough programs, all at once; sizes that tiles divide; few rows of B a program."""
-    for in_features, outs in ((4096, (512, 128, 128)), (512, (4096,)), (4096, (1792, 1792)), (8192, (1024, 128, 128))):
-        plan = product_for(Call(16, in_features, outs, 8))
+SMALL = [(4096, (512, 128, 128)), (512, (4096,)), (4096, (1792, 1792)), (8192, (1024, 128, 128))]
+LARGE = [(8192, (3584, 3584)), (3584, (8192,)), (14336, (4096,)), (4096, (14336, 14336))]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tokens", "width", "ahead"),
+    [
+        pytest.param(SMALL, 16, 8, False, id="narrow"),
+        pytest.param(SMALL, 16, 64, True, id="wide"),
+        pytest.param(LARGE, 16, 8, True, id="large"),
+        pytest.param(SMALL, 17, 2, True, id="more tokens"),
+    ],
+)
+def test_default_products(shapes: list[tuple[int, tuple[int, ...]]], tokens: int, width: int, ahead: bool) -> None:
+    """Enough programs, all at once; sizes that tiles divide; h ahead where it is more work or W is large."""
+    for in_features, outs in shapes:
+        plan = default_product(Call(tokens, in_features, outs, width))
         assert plan is not None
-        assert 100 < sum(outs) // plan.columns * plan.splits <= 512
+        assert plan.ahead == ahead
+        assert 100 < sum(outs) // plan.columns * plan.splits <= 528
         assert in_features % (plan.splits * plan.depth) == 0
+        assert sum(outs) // plan.columns + 2 <= NUM_COUNTERS
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(Call(17, 4096, (4096,), 8), id="tokens"),
-        pytest.param(Call(16, 4096, (4096,), 17), id="rank"),
-        pytest.param(Call(16, 512, (4096,), 9), id="rows of B of one program"),
+        pytest.param(Call(17, 4096, (4096,), 8), id="more tokens and rank"),
+        pytest.param(Call(65, 4096, (4096,), 2), id="many tokens"),
         pytest.param(Call(16, 4096, (4100,), 8), id="columns of y"),
         pytest.param(Call(16, 100, (4096,), 8), id="columns of x"),
-        pytest.param(Call(16, 8192, (3584, 3584), 8), id="a large product"),
-        pytest.param(Call(16, 1024, (8192,), 2), id="measured"),
+        pytest.param(Call(16, 100, (4096,), 64), id="columns of x, wide"),
+        pytest.param(Call(16, 64, (16,), 2), id="a tiny layer"),
     ],
 )
 def test_other_products_and_their_lora_are_two_launches(call: Call) -> None:
-    assert product_for(call) is None
+    assert default_product(call) is None
