@@ -7,7 +7,7 @@
              y = lora_linear(x, W, A, B, order, segments, counters)    where y has no bias
 
 Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs; the last
-is one launch for few tokens, and the two before it for more.
+has LoRA inside the product for few tokens, and is the two before it for more.
 """
 
 import operator
