@@ -167,14 +167,12 @@ class Bench:
                 self.write("check", strategy=strategy, adapters=KINDS[kind].text, result=line)
             if strategy == "local" and number == 0:
                 for case in self.cases(only_base=True):
-                    loop.choose([])
                     self.row("base", "none", case, loop, 0)
             for case in self.cases():
-                loop.choose([names[row % case.adapters] for row in range(case.batch)])
-                self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
+                with loop.chosen([names[row % case.adapters] for row in range(case.batch)]):
+                    self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
             if self.options.prefill:
-                loop.choose([])
-                with loop.adapters.use([names[0], names[1]]):
+                with loop.chosen([names[0], names[1]]):
                     times = prefill_times(loop, 2, self.options.prefill // 2)
                 self.say(f"  prefill of {self.options.prefill} tokens in two rows: {times.step:.2f} ms")
                 self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, **asdict(times))
