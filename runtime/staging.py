@@ -88,8 +88,8 @@ class Stager:
     def _stage(self, source: Path | Adapter) -> StagedContent:
         adapter = self._read(source)
         with adapter.opened():
-            parts = self._parts(adapter)
             digest = content_digest(adapter)
+            parts = self._parts(adapter)
         # Of an adapter in a file only the folder is kept: its description takes more memory than the path.
         source_again = adapter.folder or adapter
         fingerprints = [part.fingerprint() for part in parts]
@@ -119,7 +119,11 @@ class Stager:
             site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
             for site, found in adapter.factors.items()
         }
-        return state.bank.stage(factors)
+        try:
+            return state.bank.stage(factors)
+        except AdapterError:
+            adapter.check_finite()  # names the tensor, if its values themselves are at fault
+            raise
 
 
 def read_together(

@@ -16,8 +16,8 @@ from bdlora_compile.errors import AdapterError
 from bdlora_compile.runtime.adapter_config import AdapterConfig, BlockDiagonalConfig
 from bdlora_compile.runtime.adapter_fields import HARMLESS, REFUSED
 from bdlora_compile.runtime.adapter_file import adapter_from_tensors, read_adapter
-from bdlora_compile.runtime.adapter_tensors import MAX_HEADER_BYTES
 from bdlora_compile.runtime.adapter_version import content_digest
+from bdlora_compile.runtime.adapter_weights import MAX_HEADER_BYTES
 from bdlora_compile.sites import Role, Site
 
 SITE = "model.layers.0.self_attn.q_proj"
