@@ -28,6 +28,8 @@ def sha256_of(parts: Sequence[Part]) -> str:
 def _sha256(part: Part) -> bytes:
     digest = hashlib.sha256()
     for member in part:
-        is_tensor = isinstance(member, torch.Tensor)
-        digest.update(member.contiguous().view(torch.uint8).numpy().data if is_tensor else member)
+        if isinstance(member, torch.Tensor):
+            digest.update(member.contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(member)
     return digest.digest()

@@ -246,9 +246,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def slots_and_room_are_those_of_the_residents(self) -> None:
         adapters, stats = self.adapters, self.adapters.stats()
-        residents = {version.slot: version for version in adapters._residents.versions}
+        residents = {version.slot: version for version in adapters._tiers.residents.versions}
         assert len(residents) == stats.resident <= stats.slots
-        element = adapters._element_size
+        element = adapters._tiers.element_size
         assert stats.pool_used_bytes == sum(version.elements for version in residents.values()) * element
         assert stats.pool_used_bytes <= stats.pool_bytes
         assert stats.host_used_bytes <= stats.host_bytes

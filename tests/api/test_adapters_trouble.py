@@ -132,7 +132,7 @@ def test_a_change_falls_between_two_forwards(served: Served, files: Files, size:
             thread.start()
             thread.join(0.3)
             assert thread.is_alive()
-            assert {version.name for version in served.adapters._residents.versions} == {"a0", "a1"}
+            assert {version.name for version in served.adapters._tiers.residents.versions} == {"a0", "a1"}
         thread.join(60)
         assert not thread.is_alive()
     assert "a2" in served.resident()
