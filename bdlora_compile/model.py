@@ -88,6 +88,7 @@ def load(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    max_local_rank: int | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -112,6 +113,9 @@ def load(
             least 8; with ``pool_bytes`` as many block-diagonal ones of rank ``max_rank`` as these bytes hold.
         max_rank: largest adapter rank R; that of the given adapters, or 16. Together with ``max_adapters`` it sizes the
             pool: that many ordinary adapters of that rank fit, and more block-diagonal ones.
+        max_local_rank: largest rank of an adapter's factors on one rank, ``max_rank`` by default. Where all are
+            block-diagonal in N blocks or a multiple of N, ``max_rank`` / N is enough: the pool is smaller and faster
+            kernels serve. An adapter that exceeds it is refused.
         pool_bytes: bytes of a rank's pool, instead of that size.
         host_bytes: bytes of host memory for a rank's copies of adapters, pinned on GPUs; four times the pool. Adapters
             beyond it are read from their folders when they are used.
@@ -160,7 +164,9 @@ def load(
     base_model = config.name_or_path or str(path_or_id)
     found = read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
+    capacity = Capacity.choose(
+        list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
+    )
     setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
     return model, _attach(model, sites, source, found, setup)
 
@@ -171,6 +177,7 @@ def attach(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    max_local_rank: int | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -209,7 +216,9 @@ def attach(
     }
     found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
+    capacity = Capacity.choose(
+        list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
+    )
     setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
     return base, _attach(base, sites, source, found, setup)
 
@@ -256,8 +265,9 @@ def _attach(
     )
     layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
     plan = plan_model(
-        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
-    )
+        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions,
+        max_local_rank=capacity.max_local_rank,
+    )  # fmt: skip
     slots, pool = capacity.pool(plan)
     transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]

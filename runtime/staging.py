@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from bdlora_compile.errors import AdapterError, AgreementError, BdloraError
-from bdlora_compile.factors import read_local
+from bdlora_compile.factors import Layout, local_shape, read_local
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.adapter_file import Adapter, read_adapter
 from bdlora_compile.runtime.adapter_version import Version, content_digest
 from bdlora_compile.runtime.agreement import Agreement
@@ -115,6 +116,7 @@ class Stager:
 
     def _part(self, adapter: Adapter, state: RankState) -> StagedAdapter:
         plan = self.deployment.plan
+        _require_local_rank(adapter, plan, state.rank)
         factors = {
             site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
             for site, found in adapter.factors.items()
@@ -124,6 +126,24 @@ class Stager:
         except AdapterError:
             adapter.check_finite()  # names the tensor, if its values themselves are at fault
             raise
+
+
+def _require_local_rank(adapter: Adapter, plan: ModelPlan, rank: int) -> None:
+    """
+    Raises:
+        AdapterError: a site of the local layout has a larger rank on this rank than the graphs were made for.
+    """
+    for name, found in adapter.factors.items():
+        if plan.layouts[name] is not Layout.LOCAL:
+            continue
+        local = local_shape(found, plan.sites[name], Layout.LOCAL, rank, plan.mesh).a_rank
+        if local > plan.max_local_rank:
+            raise AdapterError(
+                f"{adapter.source}, {name}",
+                found=f"factors of rank {local} on a rank (R = {found.rank}, G = {found.nblocks})",
+                expected=f"at most max_local_rank={plan.max_local_rank}",
+                remedy=f"load the model with max_local_rank={local} or more, or without it",
+            )
 
 
 def read_together(

@@ -45,6 +45,10 @@ class AdapterKind:
         kind = f"BD r={self.rank} G={self.nblocks}" if self.nblocks else f"ordinary r={self.rank}"
         return kind + (", attention" if self.only_attention else "")
 
+    def local_rank(self, size: int) -> int:
+        """Rank of the factors on one of ``size`` ranks."""
+        return self.rank // min(self.nblocks, size) if self.nblocks else self.rank
+
     def config(self) -> LoraConfig:
         """PEFT's configuration."""
         sites = ATTENTION_SITES if self.only_attention else COLUMN_SITES + ROW_SITES
