@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bdlora_compile.errors import AdapterError, BdloraError, UnknownAdapterError
+from bdlora_compile.factors import Layout
 from bdlora_compile.runtime.adapter_file import Adapter
 from bdlora_compile.runtime.adapter_pool import Admission
 from bdlora_compile.runtime.adapter_stats import AdapterStats, adapters_that_fit
@@ -57,9 +58,10 @@ class Tiers:
         self.element_size = pool.element_size()
         self.host = HostTier(4 * pool.nbytes if host_bytes is None else host_bytes, self.element_size)
         self._clock = 0
+        takes_ordinary = plan.max_local_rank >= plan.max_rank or Layout.LOCAL not in plan.layouts.values()
         self._fit = (
             adapters_that_fit(plan, pool.numel(), plan.max_rank, plan.mesh.size),
-            adapters_that_fit(plan, pool.numel(), plan.max_rank) or 0,
+            (adapters_that_fit(plan, pool.numel(), plan.max_rank) or 0) if takes_ordinary else 0,
         )
         self._hits = self._misses = self._disk_reads = 0
         self._stall_seconds = 0.0

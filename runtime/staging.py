@@ -108,6 +108,8 @@ class Stager:
                 expected=f"at most max_rank={plan.max_rank}",
                 remedy=f"load the model with max_rank={adapter.max_rank} or more",
             )
+        for state in self.deployment.ranks:
+            _require_local_rank(adapter, plan, state.rank)
         return adapter
 
     def _parts(self, adapter: Adapter) -> Sequence[StagedAdapter]:
@@ -116,7 +118,6 @@ class Stager:
 
     def _part(self, adapter: Adapter, state: RankState) -> StagedAdapter:
         plan = self.deployment.plan
-        _require_local_rank(adapter, plan, state.rank)
         factors = {
             site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
             for site, found in adapter.factors.items()
@@ -133,6 +134,8 @@ def _require_local_rank(adapter: Adapter, plan: ModelPlan, rank: int) -> None:
     Raises:
         AdapterError: a site of the local layout has a larger rank on this rank than the graphs were made for.
     """
+    if plan.max_local_rank >= plan.max_rank:
+        return
     for name, found in adapter.factors.items():
         if plan.layouts[name] is not Layout.LOCAL:
             continue
