@@ -137,11 +137,14 @@ class Program:
         """
         with self._deployment.step:
             try:
-                return self._run(args)
+                results = self._run(args)
             except RuntimeError as error:
                 if not is_lost_rank(error):
                     raise
                 raise self._deployment.agreement.give_up(str(error)) from error
+            if self._deployment.watch is not None:
+                self._deployment.watch.launched()
+            return results
 
     def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
