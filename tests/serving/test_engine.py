@@ -229,6 +229,13 @@ def test_refusals(engine: Engine) -> None:
             engine.submit(Request(prompt, None, GREEDY))
 
 
+@pytest.mark.parametrize("sizes", [{"max_rows": 0}, {"max_length": 513}, {"prefill_chunk": 0}, {"max_waiting": 0}])
+def test_sizes_out_of_range_are_refused(unstarted: Callable[..., Engine], sizes: dict[str, int]) -> None:
+    """By name; the model has 512 positions."""
+    with pytest.raises(bd.ConfigError, match=next(iter(sizes))):
+        unstarted(**sizes)
+
+
 @pytest.mark.parametrize(
     "settings", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1},
                  {"stop": ("",)}, {"logprobs": 21}, {"seed": 2**64}]
