@@ -1,10 +1,11 @@
-"""Decode steps that were taken before go straight to the program: Dynamo's guards and transformers' code are passed by.
+"""Forwards that were taken before go straight to the program: Dynamo's guards and transformers' code are passed by.
 
-A step is known by all that its graph depends on and that can change between calls: names, shapes and types of the
+A forward is known by all that its graph depends on and that can change between calls: names, shapes and types of the
 arguments, the shape of the cache, torch's modes, and the model's configuration. What is left out is the code and the
-submodules of a loaded model: these are not looked at again once a step has been recorded.
+submodules of a loaded model: these are not looked at again once a forward has been recorded.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,14 +57,18 @@ class KnownSteps:
     """The steps of one model; empty where none is recorded."""
 
     def __init__(self) -> None:
-        self._steps: dict[Hashable, KnownStep] = {}
+        self._steps: OrderedDict[Hashable, KnownStep] = OrderedDict()
 
     def find(self, model: PreTrainedModel, kwargs: Mapping[str, Any]) -> KnownStep | None:
         """A step like this call, if one was recorded and the configuration is what it was."""
         if not self._steps:
             return None
-        known = self._steps.get(_key(model, kwargs))
-        return known if known is not None and known.config == model.config.__dict__ else None
+        key = _key(model, kwargs)
+        known = self._steps.get(key)
+        if known is None or known.config != model.config.__dict__:
+            return None
+        self._steps.move_to_end(key)
+        return known
 
     def note(self, model: PreTrainedModel, kwargs: Mapping[str, Any], launched: Launched, output: Any) -> None:
         """Keep how a call went, if all that its program read is known to come from the call, its cache or the model."""
@@ -79,7 +84,7 @@ class KnownSteps:
         if extra or len(places) != 1 or sources is None:
             return
         if len(self._steps) >= _LIMIT:
-            self._steps.clear()
+            self._steps.popitem(last=False)
         # Results and the caller's tensors are not kept alive.
         from_call, from_cache = sources
         args = [
@@ -113,9 +118,9 @@ def _sources(
 
 
 def _key(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Hashable:
-    """What a graph of a decode step depends on; None for calls that are none, or that hold something unusual."""
+    """What a graph depends on; None for calls without ids, or that hold something unusual."""
     tokens = kwargs.get("input_ids")
-    if not isinstance(tokens, Tensor) or tokens.shape[1:] != (1,):
+    if not isinstance(tokens, Tensor):
         return None
     parts: list[Hashable] = [
         model.training,

@@ -31,6 +31,7 @@ from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.copier import copier_for
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.staging import read_together
+from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
@@ -87,6 +88,7 @@ def load(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    max_local_rank: int | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -111,6 +113,9 @@ def load(
             least 8; with ``pool_bytes`` as many block-diagonal ones of rank ``max_rank`` as these bytes hold.
         max_rank: largest adapter rank R; that of the given adapters, or 16. Together with ``max_adapters`` it sizes the
             pool: that many ordinary adapters of that rank fit, and more block-diagonal ones.
+        max_local_rank: largest rank of an adapter's factors on one rank, ``max_rank`` by default. Where all are
+            block-diagonal in N blocks or a multiple of N, ``max_rank`` / N is enough: the pool is smaller and faster
+            kernels serve. An adapter that exceeds it is refused.
         pool_bytes: bytes of a rank's pool, instead of that size.
         host_bytes: bytes of host memory for a rank's copies of adapters, pinned on GPUs; four times the pool. Adapters
             beyond it are read from their folders when they are used.
@@ -159,7 +164,9 @@ def load(
     base_model = config.name_or_path or str(path_or_id)
     found = read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
+    capacity = Capacity.choose(
+        list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
+    )
     setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
     return model, _attach(model, sites, source, found, setup)
 
@@ -170,6 +177,7 @@ def attach(
     *,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    max_local_rank: int | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -208,7 +216,9 @@ def attach(
     }
     found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
     sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
-    capacity = Capacity.choose(list(found.values()), max_adapters, max_rank, max_tokens, pool_bytes, host_bytes)
+    capacity = Capacity.choose(
+        list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
+    )
     setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
     return base, _attach(base, sites, source, found, setup)
 
@@ -255,12 +265,14 @@ def _attach(
     )
     layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
     plan = plan_model(
-        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions=decisions
-    )
+        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions,
+        max_local_rank=capacity.max_local_rank,
+    )  # fmt: skip
     slots, pool = capacity.pool(plan)
     transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
-    deployment = Deployment(plan, states, ranks.agreement, setup.strict)
+    watch = _watch_of(ranks.agreement, setup.device)
+    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
@@ -317,6 +329,13 @@ def _rank_state(
     store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
     bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
     return RankState(rank, store, bank, transport)
+
+
+def _watch_of(agreement: Agreement, device: torch.device) -> StepWatch | None:
+    """On GPUs a collective is only launched: one that never ends raises nothing."""
+    if device.type != "cuda" or not isinstance(agreement, StoreAgreement):
+        return None
+    return StepWatch(agreement.forward_limit, agreement.give_up)
 
 
 def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:

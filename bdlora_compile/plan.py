@@ -25,6 +25,7 @@ class ModelPlan:
         weights: placement of each parameter that is not replicated, by name.
         gathered: weights of linear layers whose output is gathered at once (the logits).
         max_rank: largest adapter rank R that the bank admits.
+        max_local_rank: largest rank of factors on one rank that sites of the local layout admit.
         dtype, device: of activations, weights and factors.
         decisions: why each group of sites has its layout.
     """
@@ -36,6 +37,7 @@ class ModelPlan:
     weights: Mapping[str, Placement]
     gathered: frozenset[str]
     max_rank: int
+    max_local_rank: int
     dtype: torch.dtype
     device: torch.device
     decisions: Sequence[Decision] = ()
@@ -66,8 +68,11 @@ def plan_model(
     dtype: torch.dtype,
     device: torch.device,
     decisions: Sequence[Decision] = (),
+    max_local_rank: int | None = None,
 ) -> ModelPlan:
     """Decide where every parameter of ``model`` lies; layouts were decided before (`strategy.py`).
+
+    ``max_local_rank`` is ``max_rank`` where adapters may be ordinary ones.
 
     Raises:
         PlacementError: the mesh does not divide a layer.
@@ -89,7 +94,8 @@ def plan_model(
     if mesh.size == 1:
         weights, gathered = {}, frozenset()
     name = type(model).__name__
-    return ModelPlan(name, mesh, sites, layouts, weights, gathered, max_rank, dtype, device, decisions)
+    local = max_rank if max_local_rank is None else max_local_rank
+    return ModelPlan(name, mesh, sites, layouts, weights, gathered, max_rank, local, dtype, device, decisions)
 
 
 def _site_placements(site: Site, mesh: Mesh) -> dict[str, Placement]:

@@ -73,7 +73,7 @@ class Report:
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
-        step_graphs: what became of its decode steps so far; None where they are not recorded.
+        step_graphs: what became of its forwards so far; None where they are not recorded.
     """
 
     model: str

@@ -33,7 +33,7 @@ from benchmarks.decode.files import CONTENTS, AdapterKind, model_config, roomy_f
 from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
 from benchmarks.decode.reference import STEPS, Expected, prompts, references
-from benchmarks.decode.timing import PARTS, Times, measure, prefill_time
+from benchmarks.decode.timing import PARTS, Times, measure, prefill_times
 
 KINDS = {
     "bd32": AdapterKind(32, 8),
@@ -144,12 +144,18 @@ class Bench:
 
     def run_ours(self, model: Path, adapters: Path, strategy: Strategy, expected: dict[str, Expected]) -> None:
         """Columns of one strategy, all from one load of the model."""
-        slots = max(case.adapters for case in self.cases())
+        slots = max(CONTENTS, *(case.adapters for case in self.cases()))
+        kinds = [KINDS[kind] for kind in self.columns(strategy)]
+        capacity = {
+            "max_adapters": slots,
+            "max_rank": max(kind.rank for kind in kinds),
+            "max_local_rank": max(kind.local_rank(self.size) for kind in kinds),
+        }
         start = time.perf_counter()
-        loop = OurLoop(model, strategy, self.dtype, self.device, max(slots, CONTENTS), self.options.inner)
+        loop = OurLoop(model, strategy, self.dtype, self.device, self.options.inner, capacity)
         self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
         for number, kind in enumerate(self.columns(strategy)):
-            names = [f"{kind}-{i}" for i in range(max(slots, CONTENTS))]
+            names = [f"{kind}-{i}" for i in range(slots)]
             seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
             self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
             start = time.perf_counter()
@@ -158,20 +164,18 @@ class Bench:
             if kind in expected:
                 line = expected[kind].check(logits)
                 self.say(f"  {line}")
-                self.write("check", strategy=strategy, adapters=KINDS[kind].text, result=line)
+                self.write("check", strategy=strategy, kind_of_adapters=KINDS[kind].text, result=line)
             if strategy == "local" and number == 0:
                 for case in self.cases(only_base=True):
-                    loop.choose([])
                     self.row("base", "none", case, loop, 0)
             for case in self.cases():
-                loop.choose([names[row % case.adapters] for row in range(case.batch)])
-                self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
+                with loop.chosen([names[row % case.adapters] for row in range(case.batch)]):
+                    self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
             if self.options.prefill:
-                loop.choose([])
-                with loop.adapters.use([names[0], names[1]]):
-                    milliseconds, kernels = prefill_time(loop, 2, self.options.prefill // 2)
-                self.say(f"  prefill of {self.options.prefill} tokens in two rows: {milliseconds:.2f} ms")
-                self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, ms=milliseconds, kernels=kernels)
+                with loop.chosen([names[0], names[1]]):
+                    times = prefill_times(loop, 2, self.options.prefill // 2)
+                self.say(f"  prefill of {self.options.prefill} tokens in two rows: {times.step:.2f} ms")
+                self.write("prefill", strategy=strategy, kind_of_adapters=KINDS[kind].text, **asdict(times))
         self.write("report", strategy=strategy, text=loop.report_text())
 
     def run_baseline(self, model: Path) -> None:
@@ -207,8 +211,8 @@ class Bench:
             self.base_step[case.batch] = times.step
         self.say(self.line(strategy, adapters, case, times, floor, estimate))
         shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
-        fields = {"strategy": strategy, "adapters": adapters, **asdict(case), **asdict(times), "floor": floor, **shape}
-        self.write("row", **fields)
+        names = {"strategy": strategy, "kind_of_adapters": adapters}
+        self.write("row", **names, **asdict(case), **asdict(times), floor=floor, **shape)
 
     def line(self, strategy: str, adapters: str, case: Case, times: Times, floor: float | None, estimate: float) -> str:
         """A row of the printed table."""

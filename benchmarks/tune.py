@@ -49,6 +49,7 @@ CASES = [
     *(Case("8B", 8, "rep", r, t, t, t) for t in (16, 64) for r in (16, 64)),
     *(Case("8B", 8, k, r, 2048, 8, 8) for k in ("bd", "rep") for r in (16, 64)),
     *(Case("8B", 8, "bd", r, 256, 64, 64) for r in (8, 16, 32, 64, 128)),
+    *(Case("8B", 2, "bd", 32, t, t, t, blocks=4) for t in (16, 64)),
 ]
 
 WITH_PRODUCTS = [
@@ -72,7 +73,10 @@ def one_launches(case: Case, in_features: int) -> list[Plan]:
 def shrinks(case: Case) -> list[Shrink]:
     """Shrinks of two launches."""
     if segment_tokens(case.tokens) == 0:
-        return [Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8)]
+        return [
+            Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8), Shrink(16, 1024, 8), Shrink(4, 4096, 8),
+            Shrink(16, 512, 4), Shrink(4, 2048, 4),
+        ]  # fmt: skip
     if case.tokens <= 256:
         return [
             Shrink(16, 256, 4, 4, 3), Shrink(32, 256, 4, 2, 3), Shrink(16, 256, 4, 1, 4), Shrink(32, 128, 4, 4, 4),
@@ -93,7 +97,11 @@ def expands(case: Case) -> list[Expand]:
     """Expands of two launches."""
     width = 1 << (case.width - 1).bit_length()
     if segment_tokens(case.tokens) == 0:
-        return [Expand(min(width, 64), 128, 4), Expand(8, 1024, 4), Expand(16, 1024, 4)]
+        wide = Expand(min(width, 64), 128, 4)
+        return [
+            wide, Expand(8, 1024, 4), Expand(16, 1024, 4), Expand(16, 512, 4), Expand(16, 512, 2), Expand(16, 256, 2),
+            Expand(16, 1024, 8), Expand(8, 512, 4),
+        ]  # fmt: skip
     rows = max(16, min(width, 64))
     if case.tokens <= 256:
         sizes = ((64, 2, 4), (128, 4, 1), (128, 4, 4), (256, 4, 1), (256, 8, 1), (512, 8, 1), (128, 2, 2))
@@ -296,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", type=int, nargs="+", help="only cases of these numbers of tokens")
+    parser.add_argument("--ranks", type=int, nargs="+", help="only cases of these numbers of ranks")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
     options = parser.parse_args(arguments)
     if options.table:
@@ -306,7 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, prepare, run = (
         (WITH_PRODUCTS, product_jobs, measure_products) if options.products else (CASES, jobs, measure)
     )
-    cases = [case for case in known if options.tokens is None or case.tokens in options.tokens]
+    cases = [
+        case
+        for case in known
+        if (not options.tokens or case.tokens in options.tokens) and (not options.ranks or case.ranks in options.ranks)
+    ]
     if options.workers > 1:
         in_processes(compile_one, prepare(cases), options.workers)
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)

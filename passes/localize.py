@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 
 from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, WAIT
 from bdlora_compile.errors import PassError
-from bdlora_compile.factors import Layout, local_features, rank_capacity
+from bdlora_compile.factors import Layout, local_features
 from bdlora_compile.ir import Captured, Fact, operator_name, record
 from bdlora_compile.lora_nodes import ExpandArguments, bridge_of, first_half, is_expand, is_lookup, is_shrink
 from bdlora_compile.pass_manager import PassContext, erase_unused
@@ -68,7 +68,7 @@ def _localize(graph: Graph, expand: Node, plan: ModelPlan) -> bool:
     shrink, bridge = bridge_of(expand)
     _check_bridge(bridge, expand)
     site = plan.sites[_site_of(expand)]
-    width = rank_capacity(plan.max_rank, site, Layout.LOCAL, plan.mesh)
+    width = plan.max_local_rank
     _, out_features = local_features(site, Layout.LOCAL, plan.mesh)
     before = first_half(shrink), ExpandArguments.of(expand)
     after = replace(before[0], width=width), replace(before[1], h=shrink, out_features=[out_features], parts=1)

@@ -96,6 +96,11 @@ class StoreAgreement:
         self._mine: list[list[str]] = []
         self._lost: AgreementError | None = None
 
+    @property
+    def forward_limit(self) -> timedelta:
+        """How long a forward may take, so that with the roll call of `give_up` it is over within the time limit."""
+        return max(self._timeout - _ROLL_CALL, self._timeout / 2)
+
     def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         if self._lost is not None:
             # An exchange that was given up may still have come to an end on the other ranks.

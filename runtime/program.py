@@ -28,6 +28,9 @@ from bdlora_compile.runtime.agreement import is_lost_rank
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.step_graphs import StepGraphs
 
+RECORDED_TOKENS = 2048
+"""Tokens of the largest forward that is recorded: larger ones keep a GPU busy while the host launches them."""
+
 Callee = Callable[..., Any]
 CallSource = InputSource | CacheSource | CarriedSource | SharedSource
 """What a call brings: an argument, a layer of the cache that an argument holds, or a value of an earlier region."""
@@ -115,7 +118,7 @@ class Program:
         deployment: the model's state.
         variants: this rank's graphs.
         token_index: the argument whose first two dims are [batch, seq].
-        steps: records and replays forwards of one token a row; None launches every operator.
+        steps: records and replays forwards of up to `RECORDED_TOKENS`; None launches every operator.
     """
 
     def __init__(
@@ -134,17 +137,20 @@ class Program:
         """
         with self._deployment.step:
             try:
-                return self._run(args)
+                results = self._run(args)
             except RuntimeError as error:
                 if not is_lost_rank(error):
                     raise
                 raise self._deployment.agreement.give_up(str(error)) from error
+            if self._deployment.watch is not None:
+                self._deployment.watch.launched()
+            return results
 
     def _run(self, args: Sequence[Any]) -> Any:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
         regions = self._variants.with_lora if has_adapters else self._variants.base_only
-        if self._steps is None or seq != 1:
+        if self._steps is None or batch * seq > RECORDED_TOKENS:
             return launch(regions, args)
         results = self._steps.run(has_adapters, args, partial(launch, regions))
         self._deployment.last_step = Launched(self, args, results)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from bdlora_compile.errors import AdapterError, AgreementError, BdloraError
-from bdlora_compile.factors import read_local
+from bdlora_compile.factors import Layout, local_shape, read_local
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.adapter_file import Adapter, read_adapter
 from bdlora_compile.runtime.adapter_version import Version, content_digest
 from bdlora_compile.runtime.agreement import Agreement
@@ -88,8 +89,8 @@ class Stager:
     def _stage(self, source: Path | Adapter) -> StagedContent:
         adapter = self._read(source)
         with adapter.opened():
-            parts = self._parts(adapter)
             digest = content_digest(adapter)
+            parts = self._parts(adapter)
         # Of an adapter in a file only the folder is kept: its description takes more memory than the path.
         source_again = adapter.folder or adapter
         fingerprints = [part.fingerprint() for part in parts]
@@ -107,6 +108,8 @@ class Stager:
                 expected=f"at most max_rank={plan.max_rank}",
                 remedy=f"load the model with max_rank={adapter.max_rank} or more",
             )
+        for state in self.deployment.ranks:
+            _require_local_rank(adapter, plan, state.rank)
         return adapter
 
     def _parts(self, adapter: Adapter) -> Sequence[StagedAdapter]:
@@ -119,7 +122,31 @@ class Stager:
             site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
             for site, found in adapter.factors.items()
         }
-        return state.bank.stage(factors)
+        try:
+            return state.bank.stage(factors)
+        except AdapterError:
+            adapter.check_finite()  # names the tensor, if its values themselves are at fault
+            raise
+
+
+def _require_local_rank(adapter: Adapter, plan: ModelPlan, rank: int) -> None:
+    """
+    Raises:
+        AdapterError: a site of the local layout has a larger rank on this rank than the graphs were made for.
+    """
+    if plan.max_local_rank >= plan.max_rank:
+        return
+    for name, found in adapter.factors.items():
+        if plan.layouts[name] is not Layout.LOCAL:
+            continue
+        local = local_shape(found, plan.sites[name], Layout.LOCAL, rank, plan.mesh).a_rank
+        if local > plan.max_local_rank:
+            raise AdapterError(
+                f"{adapter.source}, {name}",
+                found=f"factors of rank {local} on a rank (R = {found.rank}, G = {found.nblocks})",
+                expected=f"at most max_local_rank={plan.max_local_rank}",
+                remedy=f"load the model with max_local_rank={local} or more, or without it",
+            )
 
 
 def read_together(

@@ -1,4 +1,7 @@
-"""Decode steps recorded once as CUDA graphs and replayed: a step then costs the host a few copies and one launch."""
+"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and one launch.
+
+Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before.
+"""
 
 import logging
 from collections import OrderedDict
@@ -7,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 
 _LIMIT = 64
-"""Recorded steps that are kept; the one that was used longest ago goes first."""
+"""Recorded forwards that are kept; the one that was used longest ago goes first."""
 
-Launch = Callable[[Sequence[Any]], Any]
+_SEEN_LIMIT = 1024
+"""Forwards seen once that are remembered: prompts of all lengths must not push decode steps out."""
+
+Launch = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Recorder(Protocol):
@@ -42,13 +48,13 @@ class CudaRecorder:
 
 @dataclass(slots=True)
 class StepGraphStats:
-    """What became of decode steps.
+    """What became of forwards that may be recorded.
 
     Attributes:
-        recorded: steps recorded, one for each combination of shapes and cache.
-        replayed: steps that were one launch.
-        plain: steps that ran operator by operator: the first of each combination, and those that were refused.
-        refusals: why a step could not be recorded.
+        recorded: forwards recorded, one for each combination of shapes and cache.
+        replayed: forwards that were one launch.
+        plain: forwards that ran operator by operator: the first of each combination, and those that were refused.
+        refusals: why a forward could not be recorded.
     """
 
     recorded: int = 0
@@ -58,32 +64,56 @@ class StepGraphStats:
 
     def text(self) -> str:
         """One line."""
-        counts = f"CUDA graphs: {self.recorded} recorded, {self.replayed} steps replayed, {self.plain} plain"
+        counts = f"CUDA graphs: {self.recorded} recorded, {self.replayed} forwards replayed, {self.plain} plain"
         return counts + "".join(f"; refused: {reason}" for reason in self.refusals)
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded:
-    """A step: its own inputs by the positions of the arguments they stand for, what launches it, its results."""
+class _Input:
+    """A recorded forward's own tensor in place of an argument. Of expanded dims the first element is all there is."""
 
-    inputs: Mapping[int, torch.Tensor]
+    own: Tensor
+    expanded: Sequence[int]
+
+    @classmethod
+    def like(cls, value: Tensor) -> "_Input":
+        expanded = [dim for dim in range(value.ndim) if value.stride(dim) == 0 and value.shape[dim] > 1]
+        # Made in inference mode it could not be written to outside.
+        with torch.inference_mode(False):
+            own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        made = cls(own, expanded)
+        made.once(own).copy_(made.once(value))
+        return made
+
+    def once(self, value: Tensor) -> Tensor:
+        """A tensor like this one without its repetitions."""
+        for dim in self.expanded:
+            value = value.narrow(dim, 0, 1)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A forward: its own inputs by the positions of the arguments they stand for, what launches it, its results."""
+
+    inputs: Mapping[int, _Input]
     replay: Callable[[], None]
-    results: Any
+    results: Sequence[Any]
 
 
 class StepGraphs:
-    """Runs a program's decode steps, replaying those that it has seen before.
+    """Runs a program's forwards, replaying those that it has seen before.
 
-    A step is known by its variant, the shapes of its arguments, and the addresses of those that it writes in place
+    A forward is known by its variant, the shapes of its arguments, and the addresses of those that it writes in place
     (the cache): these are used where they are. Other arguments are copied into tensors of its own. Weights and
     adapters lie at fixed addresses and are read there, so a loaded or evicted adapter needs nothing here. Results are
-    copies: the next step does not change them.
+    copies: the next forward does not change them.
 
     Args:
         arguments: positions of the arguments that the program reads or writes; a call has hundreds that it does not.
         mutated: those that it writes to.
         recorder: what records.
-        limit: recorded steps that are kept.
+        limit: recorded forwards that are kept.
     """
 
     def __init__(
@@ -93,66 +123,59 @@ class StepGraphs:
         self._mutated = mutated
         self._recorder = recorder
         self._limit = limit
-        self._steps: OrderedDict[Hashable, _Recorded | None] = OrderedDict()
-        self._refused: set[Hashable] = set()
+        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()
         self.stats = StepGraphStats()
 
-    def run(self, variant: Hashable, args: Sequence[Any], launch: Launch) -> Any:
-        """Run a step: by itself the first time (which also warms up what it calls), recorded from the second on."""
+    def run(self, variant: Hashable, args: Sequence[Any], launch: Launch) -> Sequence[Any]:
+        """Run a forward: by itself the first time (which also warms up what it calls), recorded from the second on."""
         key = (variant, *(self._signature(index, args[index]) for index in self._arguments))
-        if key not in self._steps or key in self._refused:
-            self._remember(key, None)
-            self.stats.plain += 1
-            return launch(args)
-        recorded = self._steps[key] or self._record(key, args, launch)
+        recorded = self._recorded.get(key)
+        if recorded is None and self._may_record(key):
+            recorded = self._record(key, args, launch)
         if recorded is None:
             self.stats.plain += 1
             return launch(args)
-        self._steps.move_to_end(key)
-        for index, own in recorded.inputs.items():
-            own.copy_(args[index])
+        self._recorded.move_to_end(key)
+        if recorded.inputs:
+            own = [kept.once(kept.own) for kept in recorded.inputs.values()]
+            torch._foreach_copy_(own, [kept.once(args[index]) for index, kept in recorded.inputs.items()])
         recorded.replay()
         self.stats.replayed += 1
-        return tree_map(_copied, recorded.results)
+        return [value.clone() if isinstance(value, Tensor) else value for value in recorded.results]
+
+    def _may_record(self, key: Hashable) -> bool:
+        """Whether a forward was seen before, and not refused; it has been seen now."""
+        is_known = key in self._seen
+        may_record = self._seen.setdefault(key, True)
+        self._seen.move_to_end(key)
+        if len(self._seen) > _SEEN_LIMIT:
+            self._seen.popitem(last=False)
+        return is_known and may_record
 
     def _record(self, key: Hashable, args: Sequence[Any], launch: Launch) -> _Recorded | None:
         inputs = {
-            index: _own_copy(args[index])
+            index: _Input.like(args[index])
             for index in self._arguments
-            if index not in self._mutated and isinstance(args[index], torch.Tensor)
+            if index not in self._mutated and isinstance(args[index], Tensor)
         }
-        static = [inputs.get(index, value) for index, value in enumerate(args)]
+        static = [inputs[index].own if index in inputs else value for index, value in enumerate(args)]
         try:
             replay, results = self._recorder(lambda: launch(static))
         except RuntimeError as error:
-            self._refused.add(key)
+            self._seen[key] = False
             self.stats.refusals += (str(error).partition("\n")[0],)
-            _LOG.warning("a decode step runs operator by operator, since it cannot be recorded: %s", error)
+            _LOG.warning("a forward runs operator by operator, since it cannot be recorded: %s", error)
             return None
         self.stats.recorded += 1
-        recorded = _Recorded(inputs, replay, results)
-        self._remember(key, recorded)
+        if len(self._recorded) >= self._limit:
+            oldest, _ = self._recorded.popitem(last=False)
+            self._seen.pop(oldest, None)
+        recorded = self._recorded[key] = _Recorded(inputs, replay, results)
         return recorded
 
-    def _remember(self, key: Hashable, step: _Recorded | None) -> None:
-        self._steps[key] = step
-        if len(self._steps) > self._limit:
-            oldest, _ = self._steps.popitem(last=False)
-            self._refused.discard(oldest)
-
     def _signature(self, index: int, value: Any) -> Hashable:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Tensor):
             return value
         address = value.data_ptr() if index in self._mutated else None
         return (value.shape, value.stride(), value.dtype, value.device, address)
-
-
-def _own_copy(value: torch.Tensor) -> torch.Tensor:
-    # Made in inference mode it could not be written to outside.
-    with torch.inference_mode(False):
-        own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return own.copy_(value)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value

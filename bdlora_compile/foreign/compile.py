@@ -131,4 +131,4 @@ def _inputs(foreign: ForeignGraph) -> list[str]:
 def _plan(size: int) -> ModelPlan:
     """A plan of nothing: in such a graph everything is placed already."""
     nothing: dict[str, Any] = {}
-    return ModelPlan("", Mesh(size), nothing, nothing, nothing, frozenset(), 0, torch.float32, torch.device("cpu"))
+    return ModelPlan("", Mesh(size), nothing, nothing, nothing, frozenset(), 0, 0, torch.float32, torch.device("cpu"))

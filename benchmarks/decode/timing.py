@@ -1,9 +1,13 @@
 """Times of decode steps: on a user's clock, on the GPU's, and by kind of kernel."""
 
+import cProfile
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +23,9 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "collectives": ("nccl", "one_shot", "two_shot", "all_reduce", "allreduce", "multimem"),
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "LoRA": ("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel", "linear_tokens"),
 }
-"""Parts by what names of kernels have in them, in this order."""
+"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Times:
         host: that the host needs for a step when it waits for nothing.
         parts: of ``gpu`` by kind of kernel, from a profile; "idle" is what is left.
         kernels: the dozen that take most.
+        calls: the dozen Python functions that take most of the host's time, themselves.
     """
 
     step: float
@@ -41,6 +46,7 @@ class Times:
     host: float
     parts: Mapping[str, float] = field(default_factory=dict)
     kernels: Mapping[str, float] = field(default_factory=dict)
+    calls: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
@@ -65,9 +71,10 @@ def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
     gpu = statistics.median(gpus) * 1e3
     if parts:
         parts["idle"] = max(gpu - sum(parts.values()), 0.0)
-    return Times(
-        statistics.median(walls) * 1e3, gpu, statistics.median(hosts) * 1e3, parts, dict(list(kernels.items())[:12])
-    )
+    loop.rewind()
+    calls = _calls(lambda: loop.run(STEPS, read=False), STEPS)
+    wall, host = statistics.median(walls) * 1e3, statistics.median(hosts) * 1e3
+    return Times(wall, gpu, host, parts, _largest(kernels), _largest(calls))
 
 
 def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
@@ -89,7 +96,7 @@ def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
 
 
 def _step_kernels(loop: DecodeLoop) -> dict[str, float]:
-    """Milliseconds of each kernel in a step, the longest first."""
+    """Milliseconds of each kernel in a step."""
     steps = 4
     loop.rewind()
     loop.run(3, read=True)
@@ -98,12 +105,26 @@ def _step_kernels(loop: DecodeLoop) -> dict[str, float]:
 
 
 def _kernels(launch: Callable[[], None], times: int) -> dict[str, float]:
-    """Milliseconds of each kernel in one of so many that ``launch`` starts, the longest first."""
+    """Milliseconds of each kernel in one of so many that ``launch`` starts."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         launch()
         torch.cuda.synchronize()
-    milliseconds = {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
-    return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
+    return {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
+
+
+def _calls(launch: Callable[[], None], times: int) -> dict[str, float]:
+    """Milliseconds of the host in each Python function, in one of so many that ``launch`` starts."""
+    profiler = cProfile.Profile()
+    profiler.runcall(launch)
+    found: Any = pstats.Stats(profiler)
+    return {
+        f"{Path(file).name}:{line} {name}": own / times * 1e3
+        for (file, line, name), (_, _, own, _, _) in found.stats.items()
+    }
+
+
+def _largest(times: Mapping[str, float]) -> dict[str, float]:
+    return dict(sorted(times.items(), key=lambda item: -item[1])[:12])
 
 
 def _parts(kernels: Mapping[str, float]) -> dict[str, float]:
@@ -123,8 +144,8 @@ def kind_of(kernel: str) -> str:
     return "rest"
 
 
-def prefill_time(loop: DecodeLoop, batch: int, length: int) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a forward over prompts of ``length`` tokens: the median, and of the kernels that take most."""
+def prefill_times(loop: DecodeLoop, batch: int, length: int) -> Times:
+    """Time a forward over prompts of ``length`` tokens; step and gpu are one here."""
     ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(3)).to(loop.device)
     positions = torch.arange(length, device=loop.device).expand(batch, length).contiguous()
     loop.prepare(batch, length)
@@ -139,8 +160,10 @@ def prefill_time(loop: DecodeLoop, batch: int, length: int) -> tuple[float, dict
         start = time.perf_counter()
         forward()
         walls.append(time.perf_counter() - start)
+    wall = statistics.median(walls[1:]) * 1e3
     kernels = _kernels(forward, 1) if loop.device.type == "cuda" else {}
-    return statistics.median(walls[1:]) * 1e3, dict(list(kernels.items())[:12])
+    calls = _calls(forward, 1)
+    return Times(wall, wall, sum(calls.values()), _parts(kernels), _largest(kernels), _largest(calls))
 
 
 def _align(device: torch.device) -> None:

@@ -296,6 +296,12 @@ def default_launches(call: Call) -> TwoLaunches:
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
 
 
+def one_plane_shrink(in_features: int, width: int) -> Shrink:
+    """A shrink by token whose programs see all columns of A: a collective then reads h as it is, without a sum."""
+    depth = _power_of_two(in_features)
+    return Shrink(max(1, min(_power_of_two(width), 16384 // depth)), depth, 8)
+
+
 def _splits(call: Call, most: int) -> int:
     """Planes of h: none where A has few columns."""
     return max(1, min(most, call.in_features // 512))

@@ -53,6 +53,7 @@ def plan_of(
         weights=placements | dict(weights or {}),
         gathered=gathered,
         max_rank=4,
+        max_local_rank=4,
         dtype=torch.float64,
         device=torch.device("cpu"),
     )

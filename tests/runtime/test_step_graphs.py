@@ -95,6 +95,34 @@ def test_the_oldest_of_too_many_goes(steps: StepGraphs) -> None:
     assert steps.stats.plain == 4, "the first was forgotten, hence seen anew"
 
 
+def test_forwards_seen_once_push_no_recorded_one_out(steps: StepGraphs) -> None:
+    total = torch.zeros(1)
+    run(steps, 1.0, total)
+    run(steps, 1.0, total)
+    for size in range(2, 2000):
+        steps.run(True, (torch.ones(size), None, torch.zeros(size)), add_up)
+    run(steps, 1.0, total)
+    assert (steps.stats.recorded, steps.stats.replayed) == (1, 2)
+    assert len(steps._seen) <= 1024
+
+
+def test_expanded_arguments_are_copied_once() -> None:
+    """As positions of a prompt are, made for one row and expanded: memory that several elements share."""
+    steps = StepGraphs(frozenset({0, 1}), frozenset({1}), StandIn())
+    total = torch.zeros(3, 4)
+    steps._recorder.written = [total]  # type: ignore[attr-defined]
+    for number in (1.0, 2.0, 3.0):
+        x = torch.arange(4.0).add(number).expand(3, 4)
+        assert torch.equal(steps.run(True, (x, total), add_two)[0], total)
+    assert torch.equal(total, (3 * torch.arange(4.0) + 6).expand(3, 4))
+    assert steps.stats.replayed == 2
+
+
+def add_two(args: Sequence[Any]) -> Any:
+    x, total = args
+    return (total.add_(x).clone(),)
+
+
 def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(run: Callable[[], Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -122,11 +150,15 @@ def with_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StepGraphs]:
     return made
 
 
-def decode(model: Any, adapters: Any, graphs: list[StepGraphs]) -> torch.Tensor:
+PROMPT = torch.tensor([[5, 9, 33], [8, 8, 100]])
+
+
+def decode(model: Any, adapters: Any, graphs: list[StepGraphs], prompt: torch.Tensor = PROMPT) -> torch.Tensor:
     """Logits of a prompt and of some tokens after it; the rows' adapters change on the way."""
     cache = bd.make_cache(model, 2, 16)
-    prompt = torch.tensor([[5, 9, 33], [8, 8, 100]])
     with torch.no_grad():
+        for steps in graphs:
+            steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
         logits = [model(prompt, past_key_values=cache).logits[:, -1:]]
         for step in range(STEPS):
             for steps in graphs:
@@ -136,7 +168,11 @@ def decode(model: Any, adapters: Any, graphs: list[StepGraphs]) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def test_a_model_decodes_alike(files: Files, with_stand_in: list[StepGraphs]) -> None:  # noqa: F811
+def test_a_model_decodes_alike(
+    files: Files,  # noqa: F811
+    with_stand_in: list[StepGraphs],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Replayed with other tokens and other adapters; a cache's place, forgotten, would show in the second row."""
     options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
     model, adapters = bd.load(files.model, **options)
@@ -147,13 +183,14 @@ def test_a_model_decodes_alike(files: Files, with_stand_in: list[StepGraphs]) ->
     assert "CUDA graphs: 1 recorded" in bd.reports(model)[-1].summary()
 
     for steps in with_stand_in:
-        steps._steps.clear()
-        steps._limit = 0
+        steps._recorded.clear()
+        monkeypatch.setattr(steps, "_may_record", lambda key: False)
     assert torch.equal(found, decode(model, adapters, with_stand_in)), "the same graph, operator by operator"
 
     # Sabotage: an address left out of what a step is known by.
+    monkeypatch.undo()
     for steps in with_stand_in:
-        steps._limit, steps._mutated = 64, frozenset()
+        steps._mutated = frozenset()
     assert not torch.equal(found, decode(model, adapters, with_stand_in))
 
 
@@ -173,9 +210,13 @@ def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs
     found = decode(model, adapters, with_stand_in)
     assert len(asked) == 2, "the prompt and the first step"
     assert torch.equal(found, decode(model, adapters, with_stand_in)), "another cache"
-    assert len(asked) == 3, "another prompt, no new step"
+    assert len(asked) == 2, "the same shapes"
+    decode(model, adapters, with_stand_in, prompt=torch.tensor([[5, 9], [8, 8]]))
+    assert len(asked) == 3, "a prompt of another length, no new step"
 
     cache, token = bd.make_cache(model, 2, 16), torch.tensor([[5], [6]])
+    assert_parts_of_prompts_are_replayed(model, cache, with_stand_in)
+    cache.reset()
     for steps in with_stand_in:
         steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -189,6 +230,22 @@ def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs
         monkeypatch.undo()
     model.compile(backend="bdlora")
     assert not model.bdlora_known_steps._steps
+
+
+def assert_parts_of_prompts_are_replayed(model: Any, cache: Any, graphs: list[StepGraphs]) -> None:
+    """Parts of one size in one cache, wherever in the prompt: as an engine sends them."""
+    for steps in graphs:
+        steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
+    before, parts = graphs[0].stats.replayed, torch.arange(12).view(2, 2, 3)
+    found = []
+    for _ in range(2):
+        cache.reset()
+        with torch.no_grad():
+            found.append([model(input_ids=part, past_key_values=cache).logits for part in parts])
+    assert graphs[0].stats.replayed == before + 3, "all but the first"
+    for first, again in zip(*found, strict=True):
+        assert torch.equal(first, again)
+    assert not torch.equal(*found[0])
 
 
 def test_options_that_need_a_gpu_say_so(files: Files) -> None:  # noqa: F811

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import bdlora_compile as bd
 from bdlora_compile import model as model_module
+from bdlora_compile.backend import bdlora
 from bdlora_compile.runtime.adapter_pool import Move
 from bdlora_compile.runtime.bank import AdapterBank, StagedAdapter
 from bdlora_compile.runtime.copier import Copier, StreamCopier, Ticket, Work
@@ -204,7 +205,7 @@ def decode(folder: Path, copier: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[
     """Logits of rows that decode while adapters are loaded, reloaded, unloaded, evicted and prefetched."""
     monkeypatch.setattr(model_module, "copier_for", copier)
     model, adapters = bd.load(folder / "model", max_adapters=ROWS, max_rank=8, dtype=DTYPE, device=DEVICE)
-    model.compile(backend="bdlora", options={"inner": "eager"})
+    model.compile(backend=bdlora, options={"inner": "eager"})
     for index in range(3):
         adapters.load(f"a{index}", folder / f"a{index}")
     cache = bd.make_cache(model, ROWS, STEPS)
