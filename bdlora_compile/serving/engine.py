@@ -1,19 +1,13 @@
 """The decode engine: requests join and leave a running batch between steps, each with its own adapter.
 
-One thread runs the steps (`scheduler`); others submit requests and read streams. Between two steps the thread does what
-must not meet a forward: adapters come and go, and `Engine.check` runs a step of its own.
+One thread runs the steps (`stepping`, `scheduler`); others submit requests and read streams. Between two steps it does
+what must not meet a forward: adapters come and go, and `Engine.check` runs a step of its own.
 """
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -31,50 +25,13 @@ from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.selection import NO_ADAPTER
 from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.requests import Request
-from bdlora_compile.serving.scheduler import Counts, Limits, Scheduler
+from bdlora_compile.serving.scheduler import Limits, Scheduler
+from bdlora_compile.serving.stats import Counts, EngineStats
+from bdlora_compile.serving.stepping import POLL_SECONDS, StepThread, hangs
 from bdlora_compile.serving.stream import Stream
 from bdlora_compile.serving.text import fast_tokenizer_of
 
-_LOG = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.005
-"""How often a thread looks for what nobody announces."""
-
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine holds and what it did; counts are since `Engine.start`.
-
-    Attributes:
-        running: requests that have a row, by adapter (None: the base model).
-        waiting: requests that have none yet, by adapter.
-        rows: rows of the cache.
-        rows_in_use: of these, how many a request has.
-        cache_tokens: tokens that the rows in use hold.
-        prompt_tokens, generated_tokens: of all requests so far.
-        decode_steps: forwards of one token for each row.
-        prefill_steps: forwards of a part of a prompt.
-        step_seconds: time in all steps.
-        last_step_seconds: of the last decode step.
-        finished: requests that ended, by reason.
-        refused: requests that `Engine.submit` refused because a queue was full.
-    """
-
-    running: Mapping[str | None, int]
-    waiting: Mapping[str | None, int]
-    rows: int
-    rows_in_use: int
-    cache_tokens: int
-    prompt_tokens: int
-    generated_tokens: int
-    decode_steps: int
-    prefill_steps: int
-    step_seconds: float
-    last_step_seconds: float
-    finished: Mapping[str, int]
-    refused: int
 
 
 class Engine:
@@ -89,15 +46,11 @@ class Engine:
         adapters: its adapters.
         tokenizer: its tokenizer, for texts and stop texts; None gives tokens alone.
         max_rows: requests that run at once, each in a row of the cache.
-        max_length: tokens of prompt and completion that a row can hold.
+        max_length: tokens of prompt and completion that a row can hold; no more than the model has positions for.
         max_waiting: requests that wait at most, all together.
         max_waiting_per_adapter: of one adapter, or of the base model.
         prefill_chunk: tokens of a prompt that one step takes: running rows wait no longer than that.
         step_timeout: seconds after which a step counts as hung and the engine as failed.
-
-    Attributes:
-        failed: why the engine can serve no more (a lost rank, an error in a step, a step that hangs); None while it
-            can. Then all streams have ended with this error, and the process should exit.
     """
 
     def __init__(
@@ -114,20 +67,24 @@ class Engine:
         step_timeout: float = 30.0,
     ) -> None:
         _check_sizes(max_rows, max_length, prefill_chunk, max_waiting, max_waiting_per_adapter)
+        _check_positions(model, max_length)
         self._model = model
         self._adapters = adapters
         self._tokenizer = None if tokenizer is None else fast_tokenizer_of(tokenizer)
         self._limits = Limits(max_rows, max_length, max_waiting, max_waiting_per_adapter, prefill_chunk)
         self._step_timeout = step_timeout
-        self.failed: BdloraError | None = None
         self._state: _State = _State.NEW
-        self._lock = threading.RLock()
-        self._wake = threading.Event()
-        self._ended = threading.Event()
-        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._steps = StepThread(self._lost, step_timeout)
         self._refused = 0
         self._scheduler: Scheduler | None = None
-        self._threads: list[threading.Thread] = []
+
+    @property
+    def failed(self) -> BdloraError | None:
+        """Why the engine can serve no more: a lost rank, an error in a step, a step that hangs. None while it can.
+
+        Then all streams have ended with this error, and the process should exit.
+        """
+        return self._steps.failed
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -143,10 +100,7 @@ class Engine:
             self._model.bdlora.watch.stop()
         self._scheduler = Scheduler(batch, self._adapters, self._tokenizer, eos, self._limits)
         self._state = _State.RUNNING
-        for name, work in (("bdlora-engine", self._serve), ("bdlora-engine-watch", self._watch)):
-            # Daemons: a step that hangs in a collective must not keep the process alive.
-            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
-            self._threads[-1].start()
+        self._steps.start(self._scheduler)
 
     def drain(self, timeout: float) -> bool:
         """Take no new requests and let those that were accepted end; after ``timeout`` s the rest is cancelled.
@@ -154,14 +108,14 @@ class Engine:
         Returns:
             Whether all ended by themselves.
         """
-        with self._lock:
+        with self._steps.lock:
             if self._state is not _State.RUNNING:
                 return self.failed is None
             self._state = _State.DRAINING
         scheduler = self._running_scheduler()
         deadline = time.monotonic() + timeout
         while not scheduler.is_idle and self.failed is None and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         all_ended = scheduler.is_idle and self.failed is None
         if not all_ended and self.failed is None:
             self._call(lambda: scheduler.end_all("cancelled"))
@@ -169,13 +123,11 @@ class Engine:
 
     def close(self) -> None:
         """Cancel what runs, end the thread and free the cache. Again is nothing."""
-        with self._lock:
+        with self._steps.lock:
             was, self._state = self._state, _State.CLOSED
         if was in (_State.NEW, _State.CLOSED):
             return
-        self._wake.set()
-        self._threads[0].join(self._step_timeout)
-        self._ended.set()
+        self._steps.stop()
         self._scheduler = None
 
     def __enter__(self) -> Self:
@@ -198,8 +150,8 @@ class Engine:
             EngineClosedError: not started, draining or closed; or failed, then `failed` says why.
         """
         self._check(request)
-        stream = Stream(request, self._wake.set)
-        with self._lock:
+        stream = Stream(request, self._steps.wake)
+        with self._steps.lock:
             if self._state is not _State.RUNNING or self.failed is not None:
                 raise self._closed("a request")
             try:
@@ -207,7 +159,7 @@ class Engine:
             except QueueFullError:
                 self._refused += 1
                 raise
-        self._wake.set()
+        self._steps.wake()
         return stream
 
     def check(self, timeout: float | None = None) -> float:
@@ -222,7 +174,7 @@ class Engine:
         try:
             self._call(self._running_scheduler().check, limit)
         except TimeoutError:
-            raise _hangs(limit) from None
+            raise hangs(limit) from None
         return time.monotonic() - start
 
     def stats(self) -> EngineStats:
@@ -268,65 +220,17 @@ class Engine:
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
-    def _serve(self) -> None:
-        scheduler = self._running_scheduler()
-        try:
-            while not self._is_over:
-                self._wake.clear()
-                self._run_commands()
-                if not scheduler.step() and not self._is_over:
-                    # What waits although nothing runs waits for files, or for rows of others.
-                    self._wake.wait(_POLL_SECONDS if len(scheduler.waiting) else None)
-            if self.failed is None:
-                scheduler.end_all("cancelled")
-        except Exception as error:
-            self._fail(error if isinstance(error, BdloraError) else _broken(error))
-        finally:
-            self._run_commands()
-
-    @property
-    def _is_over(self) -> bool:
-        return self._state is _State.CLOSED or self.failed is not None
-
-    def _watch(self) -> None:
-        scheduler = self._running_scheduler()
-        while not self._ended.wait(min(self._step_timeout / 4, 1.0)):
-            leader = self._model.leader
-            if leader is not None and leader.lost is not None:
-                # A rank died while this one waits for the device, or for requests.
-                self._fail(leader.lost)
-                return
-            since = scheduler.stepping_since
-            if since is not None and time.monotonic() - since > self._step_timeout:
-                self._fail(_hangs(self._step_timeout))
-                return
-
-    def _fail(self, error: BdloraError) -> None:
-        """End everything with an error: nothing can be asked of the ranks any more."""
-        with self._lock:
-            if self.failed is None:
-                _LOG.error("the engine has failed: %s", error, exc_info=error)
-                self.failed = error
-        self._running_scheduler().abandon(self.failed)
-        self._run_commands()
-        self._ended.set()
-
     def _call(self, work: Callable[[], _T], timeout: float | None = None) -> _T:
         """Let the engine's thread do something between two steps."""
-        command: _Command = _Command(work, Future())
-        with self._lock:
-            if self.failed is not None:
-                raise self.failed
-            if self._state in (_State.NEW, _State.CLOSED):
+        with self._steps.lock:
+            if self._state in (_State.NEW, _State.CLOSED) and self.failed is None:
                 raise self._closed("a call")
-            self._commands.put(command)
-        self._wake.set()
-        return command.result.result(timeout)
+            result = self._steps.ask(work)
+        return result.result(timeout)
 
-    def _run_commands(self) -> None:
-        with suppress(Empty):
-            while True:
-                self._commands.get_nowait().run(self.failed)
+    def _lost(self) -> LostRankError | None:
+        leader = self._model.leader
+        return None if leader is None else leader.lost
 
     def _warm_up(self, batch: Batch) -> None:
         """Every graph once, and decode steps often enough to be recorded."""
@@ -379,27 +283,6 @@ class _State(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """Something for the engine's thread, and where its result goes."""
-
-    work: Callable[[], Any]
-    result: Future[Any]
-
-    def run(self, failed: BdloraError | None) -> None:
-        """Do it; raises what makes the ranks useless, after the caller has been told."""
-        try:
-            if failed is not None:
-                raise failed
-            self.result.set_result(self.work())
-        except LostRankError as error:
-            self.result.set_exception(error)
-            if failed is None:
-                raise
-        except Exception as error:
-            self.result.set_exception(error)
-
-
 def eos_of(model: Any) -> Collection[int]:
     """Tokens that end a completion, by the model's generation config."""
     found = getattr(model.generation_config, "eos_token_id", None)
@@ -416,24 +299,15 @@ def _check_sizes(max_rows: int, max_length: int, prefill_chunk: int, *queues: in
             )
 
 
-def _hangs(seconds: float) -> LostRankError:
-    return LostRankError(
-        "engine",
-        found=f"a step that has not ended after {seconds:g} s",
-        expected="an end within step_timeout",
-        remedy="look at the logs of all ranks: one died or hangs; start them again",
-    )
-
-
-def _broken(error: Exception) -> EngineClosedError:
-    broken = EngineClosedError(
-        "engine",
-        found=f"{type(error).__name__} in a step: {(str(error).splitlines() or [''])[0]:.300}",
-        expected="a step without errors",
-        remedy="look at the log, and start the process again",
-    )
-    broken.__cause__ = error
-    return broken
+def _check_positions(model: Any, max_length: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            "Engine(max_length)",
+            found=str(max_length),
+            expected=f"at most {positions}: the model's max_position_embeddings",
+            remedy="choose a smaller one",
+        )
 
 
 def _unloaded(name: str) -> UnknownAdapterError:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 
 from bdlora_compile.errors import BdloraError, ConfigError, LostRankError
@@ -55,7 +56,8 @@ def follow(model: Any, adapters: AdapterSet, timeout: timedelta = timedelta(seco
         timeout: after which a rank that takes no message, or a rank 0 that sends none, counts as lost.
 
     Raises:
-        LostRankError: a rank died, hangs, or failed alone. On rank 0 in the call that noticed; on others from here.
+        LostRankError: a rank died, hangs, or failed alone; then its message has that rank's error. On rank 0 in the
+            call that noticed; on others from here.
     """
     if not isinstance(model, ServedModel) or adapters.deployment is not model.bdlora:
         raise ConfigError(
@@ -70,7 +72,7 @@ def follow(model: Any, adapters: AdapterSet, timeout: timedelta = timedelta(seco
         return
     model.bdlora.agreement.exchange("follow", "")
     group = dist.new_group(timeout=timeout, backend="gloo")
-    channel = _Channel(group)
+    channel = _Channel(group, PrefixStore("bdlora/follow", dist.distributed_c10d._get_default_store()))
     fixed = {"model": model, "adapters": adapters}
     if dist.get_rank() == 0:
         with _Leading(channel, fixed) as leader:
@@ -86,10 +88,11 @@ def follow(model: Any, adapters: AdapterSet, timeout: timedelta = timedelta(seco
 
 
 class _Channel:
-    """Messages from rank 0 to all others."""
+    """Messages from rank 0 to all others, and the last words of one of these, which cannot send any."""
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, store: Store) -> None:
         self._group = group
+        self._store = store
         self._frame = torch.zeros(_FRAME, dtype=torch.uint8)
 
     def send(self, data: bytes) -> None:
@@ -113,6 +116,18 @@ class _Channel:
         rest = torch.empty(missing, dtype=torch.uint8)
         dist.broadcast(rest, 0, self._group)
         return data[8:] + rest.numpy().tobytes()
+
+    def leave_word(self, text: str) -> None:
+        """On the others: why this one ends, for rank 0 to find when it misses it."""
+        with suppress(RuntimeError):
+            self._store.set("word", f"rank {dist.get_rank()}: {text}")
+
+    def word(self) -> str | None:
+        """On rank 0: what a rank that ended has left."""
+        with suppress(RuntimeError):
+            if self._store.check(["word"]):
+                return bytes(self._store.get("word")).decode()
+        return None
 
 
 class _Leading:
@@ -165,7 +180,7 @@ class _Leading:
         try:
             self._channel.send(data)
         except RuntimeError as error:
-            self.lost = _lost(cause or error)
+            self.lost = _lost(cause or error, word=self._channel.word())
             raise self.lost from (cause or error)
         self._last_sent = time.monotonic()
 
@@ -195,9 +210,9 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
         try:
             message = reader.read(channel.receive(_GRACE if failure else None))
         except RuntimeError as error:
-            raise _failed_alone(failure) if failure else _lost(error, "rank 0") from (failure or error)
+            raise _failed_alone(failure, channel) if failure else _lost(error, "rank 0") from (failure or error)
         if (message is Signal.FAILED) != (failure is not None):
-            raise _failed_alone(failure) from failure
+            raise _failed_alone(failure, channel) from failure
         failure = None
         if message is Signal.END:
             return
@@ -208,25 +223,34 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
                 failure = error
 
 
-def _lost(error: Exception, who: str = "a rank that follows") -> LostRankError:
-    found = str(error) if isinstance(error, BdloraError) else (str(error).splitlines() or [""])[0]
+def _lost(error: Exception, who: str = "a rank that follows", word: str | None = None) -> LostRankError:
+    found = str(error) if isinstance(error, BdloraError) else _first_line(error)
     return LostRankError(
         who,
-        found=f"a broken connection, or no answer in time ({found:.300})",
+        found=f"an error that it had alone ({word})"
+        if word
+        else f"a broken connection, or no answer in time ({found})",
         expected="a process that takes part",
         remedy="look at the logs of all ranks for the first error; then start all of them again",
     )
 
 
-def _failed_alone(failure: Exception | None) -> LostRankError:
+def _failed_alone(failure: Exception | None, channel: _Channel) -> LostRankError:
+    """The error of a rank that cannot go on: a call had another outcome here than on rank 0."""
     who = "rank 0" if failure is None else "this rank"
-    what = "an error" if failure is None else f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]:.300}"
+    what = "an error" if failure is None else f"{type(failure).__name__}: {_first_line(failure)}"
+    if failure is not None:
+        channel.leave_word(what)
     return LostRankError(
         f"{who}, in a call that all ranks made",
         found=what,
         expected="the same outcome as on the other ranks",
         remedy="look at that rank's log; then start all ranks again",
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _dismissed() -> ConfigError:

@@ -6,19 +6,21 @@ join and leave between steps.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bdlora_compile.errors import AdapterError, BdloraError, LostRankError, RequestError
-from bdlora_compile.runtime.adapters import AdapterSet, Hold
+from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.pending import Pending
 from bdlora_compile.runtime.selection import NO_ADAPTER
 from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.queues import FairQueues, Key
 from bdlora_compile.serving.requests import Finished, FinishReason, Token, Usage
+from bdlora_compile.serving.rows import Row, Waiting
 from bdlora_compile.serving.sampling import Choice, RowSampling, choose_tokens
+from bdlora_compile.serving.stats import Counts
 from bdlora_compile.serving.stream import Stream
 from bdlora_compile.serving.text import TextStream
 
@@ -32,65 +34,6 @@ class Limits:
     max_waiting: int
     max_waiting_per_adapter: int
     prefill_chunk: int
-
-
-@dataclass(slots=True)
-class Counts:
-    """What happened since the start."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    decode_steps: int = 0
-    prefill_steps: int = 0
-    step_seconds: float = 0.0
-    last_step_seconds: float = 0.0
-    finished: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """A request without a row; ``since`` by the scheduler's clock."""
-
-    stream: Stream
-    since: float
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """A request with a row.
-
-    Attributes:
-        hold: its adapter's contents, None for the base model.
-        text: None without a tokenizer.
-        filled: tokens that the row of the cache holds; it decodes from the last token of the prompt on.
-        last: the token that the next decode step reads.
-        generated: tokens so far.
-        waited_seconds: before it had the row.
-    """
-
-    stream: Stream
-    hold: Hold | None
-    sampling: RowSampling
-    text: TextStream | None
-    waited_seconds: float
-    last: int
-    filled: int = 0
-    generated: int = 0
-
-    @property
-    def slot(self) -> int:
-        """Of its adapter, -1 for none."""
-        return NO_ADAPTER if self.hold is None else self.hold.slot
-
-    @property
-    def prompt_left(self) -> Sequence[int]:
-        """What of the prompt is to be prefilled: all but its last token, which the first decode step reads."""
-        return self.stream.request.prompt[self.filled : -1]
-
-    @property
-    def usage(self) -> Usage:
-        """Its tokens."""
-        return Usage(len(self.stream.request.prompt), self.generated)
 
 
 class Scheduler:

@@ -1,103 +1,140 @@
-"""Replicas of one model under Ray Serve; a request goes to a replica that holds its adapter.
+"""Replicas of one model under Ray Serve; a request goes to a replica that has its adapter.
 
     pip install 'bdlora-compile[serve,ray]'
-    python examples/ray_serve/replicas.py MODEL --adapter-root /srv/adapters --replicas 2 --port 8000
+    python examples/ray_serve/replicas.py MODEL --adapter-root /srv/adapters --replicas 4 --tp 2 --port 8000
+    curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"model": "law", "prompt": "Once"}'
 
-Each replica is one tensor-parallel group: its engine lives in the replica's process (one rank, as here) or behind
-``bdlora serve`` on the replica's GPUs. Ray's multiplexing keeps at most ``max_adapters`` adapters in a replica, loads
-one when a request for it comes, forgets the one unused for longest, and sends requests to replicas that have theirs. A
-request names its adapter in the header ``serve_multiplexed_model_id``; without it the base model answers.
+A replica is a tensor-parallel group: ``bdlora serve`` on GPUs of its own, with its protocol, queues and errors. Before
+the replicas stands a router, which reads the model's name in a request and lets Ray choose (model multiplexing): a
+replica that has the adapter, one that is less busy otherwise. A replica that is asked for an adapter for the first time
+loads it from the adapter root. It is not unloaded: `bdlora serve` by itself moves adapters that nobody uses to host
+memory.
 """
 
 import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 from ray import serve
-from starlette.requests import Request as HttpRequest
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
 
-MAX_ADAPTERS = 4
-"""Adapters that a replica holds at once."""
+BASE = "base"
+"""Name of the model without an adapter."""
+
+MAX_ADAPTERS = 16
+"""Adapters that Ray expects in one replica at most; as many lie on its GPUs at once."""
+
+
+class Refused(Exception):
+    """An adapter that the server does not load; what it says to requests for it is the better answer."""
 
 
 @serve.deployment(max_ongoing_requests=64)
 class Replica:
-    """One engine. Ray makes as many as it is told to.
+    """One group of ranks.
 
     Args:
         model: a Hugging Face folder.
-        adapter_root: folder of adapters; a request's adapter is looked up there and nowhere else.
+        adapter_root: where adapters are, by name.
+        tp: ranks.
+        flags: more of ``bdlora serve``.
     """
 
-    def __init__(self, model: str, adapter_root: str) -> None:
-        from transformers import AutoTokenizer  # in the replica's process, not in the driver's
-
-        import bdlora_compile as bd
-        from bdlora_compile.serving.engine import Engine
-
-        self._roots = bd.AdapterRoots(adapter_root)
-        served, adapters = bd.load(model, max_adapters=MAX_ADAPTERS, max_rank=16)
-        served.compile(backend="bdlora")
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._engine = Engine(served, adapters, self._tokenizer, max_rows=8, max_length=256)
-        self._engine.start()
+    def __init__(self, model: str, adapter_root: str, tp: int, flags: list[str]) -> None:
+        token = secrets.token_hex(24)
+        command = [sys.executable, "-m", "bdlora_compile", "serve", model, "--tp", str(tp), "--served-name", BASE]
+        command += ["--adapter-root", adapter_root, "--max-adapters", str(MAX_ADAPTERS), "--port", "0", *flags]
+        self._server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"BDLORA_ADMIN_TOKEN": token}
+        )
+        assert self._server.stdout is not None, "it is a pipe"
+        said = next((line for line in self._server.stdout if line.startswith("serving")), None)
+        if said is None:
+            raise RuntimeError(f"bdlora serve ended with status {self._server.wait()}; the replica's log says why")
+        self._http = httpx.AsyncClient(base_url=said.split()[-1], timeout=None)
+        self._admin = {"Authorization": f"Bearer {token}"}
+        self._name = serve.get_replica_context().replica_id.unique_id
 
     @serve.multiplexed(max_num_models_per_replica=MAX_ADAPTERS)
-    async def adapter(self, name: str) -> "Loaded":
-        """Load an adapter by name; Ray calls this when the replica does not have it yet."""
-        import asyncio
+    async def adapter(self, name: str) -> str:
+        """Load an adapter; Ray calls this where it has not seen the name, and remembers the replica by it."""
+        asked = {"lora_name": name, "lora_path": name}
+        answer = await self._http.post("/v1/load_lora_adapter", json=asked, headers=self._admin)
+        if answer.is_error and answer.json()["error"]["code"] != "already_loaded":
+            raise Refused(name)
+        return name
 
-        await asyncio.to_thread(self._engine.load_adapter, name, self._roots.find(name))
-        return Loaded(self._engine, name)
+    async def answer(self, path: str, body: bytes) -> AsyncIterator[Any]:
+        """(status, headers) of the server's answer, then its bytes as they come."""
+        if name := serve.get_multiplexed_model_id():
+            with suppress(Refused):
+                await self.adapter(name)
+        headers = {"Content-Type": "application/json"}
+        # Closed when the client hangs up: then the server cancels the request.
+        async with self._http.stream("POST", path, content=body, headers=headers) as answer:
+            yield answer.status_code, {"Content-Type": answer.headers["Content-Type"], "X-Replica": self._name}
+            async for part in answer.aiter_raw():
+                yield part
 
-    async def __call__(self, http: HttpRequest) -> dict[str, Any]:
-        """Complete ``prompt``; says which replica did."""
-        from bdlora_compile.serving.requests import Finished, Request, SamplingParams, Token
-
-        body = await http.json()
-        name = serve.get_multiplexed_model_id() or None
-        if name is not None:
-            await self.adapter(name)
-        prompt = tuple(self._tokenizer(body["prompt"])["input_ids"])
-        sampling = SamplingParams(max_tokens=int(body.get("max_tokens", 16)), temperature=0)
-        text, reason = "", "error"
-        with self._engine.submit(Request(prompt, name, sampling)) as stream:
-            async for event in stream:
-                if isinstance(event, Token):
-                    text += event.text
-                elif isinstance(event, Finished):
-                    reason = event.reason
-        replica = serve.get_replica_context().replica_id.unique_id
-        return {"text": text, "finish_reason": reason, "adapter": name, "replica": replica}
-
-    def check_health(self) -> None:
-        """Ray replaces a replica whose engine has failed."""
-        if self._engine.failed is not None:
-            raise self._engine.failed
-
-
-class Loaded:
-    """What Ray keeps of an adapter; when Ray lets go of it, the replica forgets the adapter.
-
-    Args:
-        engine: of the replica.
-        name: of the adapter.
-    """
-
-    def __init__(self, engine: Any, name: str) -> None:
-        self._engine = engine
-        self._name = name
+    async def check_health(self) -> None:
+        """Ray replaces a replica whose group has failed: `bdlora serve` ends all its processes then."""
+        (await self._http.get("/health", timeout=30)).raise_for_status()
 
     def __del__(self) -> None:
-        self._engine.unload_adapter(self._name)
+        self._server.terminate()
+        self._server.wait()
 
 
-def start(model: Path, adapter_root: Path, replicas: int, port: int) -> None:
+@serve.deployment(max_ongoing_requests=1000)
+class Router:
+    """The only one that clients see.
+
+    Args:
+        replicas: Ray's handle of them.
+    """
+
+    def __init__(self, replicas: Any) -> None:
+        self._replicas = replicas.options(stream=True)
+
+    async def __call__(self, http: Request) -> Response:
+        """Pass a request on to a replica, and its answer back."""
+        if http.url.path not in ("/v1/completions", "/v1/chat/completions"):
+            return Response(status_code=404)
+        body = await http.body()
+        replica = self._replicas.options(multiplexed_model_id=adapter_of(body))
+        parts = replica.answer.remote(http.url.path, body)
+        status, headers = await anext(parts)
+        return StreamingResponse(parts, status, headers)
+
+
+def adapter_of(body: bytes) -> str:
+    """The adapter that a request names; "" for the base model, and where the server will say what is wrong."""
+    try:
+        name = json.loads(body)["model"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return name if isinstance(name, str) and name != BASE else ""
+
+
+def start(model: Path, adapter_root: Path, replicas: int, tp: int, port: int, flags: list[str]) -> None:
     """Serve on this machine's Ray, or on the cluster that it is part of."""
+    import torch  # how many GPUs there are, nothing else
+
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0}}
-    deployment: Any = Replica  # the decorator's type is that of the class it replaces
-    serve.run(deployment.options(**options).bind(str(model), str(adapter_root)))
+    gpus = tp if torch.cuda.is_available() else 0
+    groups: Any = Replica  # the decorator's type is that of the class it replaces
+    groups = groups.options(num_replicas=replicas, ray_actor_options={"num_cpus": 0, "num_gpus": gpus})
+    router: Any = Router
+    serve.run(router.bind(groups.bind(str(model), str(adapter_root), tp, flags)))
 
 
 def main() -> None:
@@ -106,9 +143,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--adapter-root", type=Path, required=True)
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1, help="ranks of a replica, on as many GPUs")
     parser.add_argument("--port", type=int, default=8000)
-    options = parser.parse_args()
-    start(options.model, options.adapter_root, options.replicas, options.port)
+    options, flags = parser.parse_known_args()
+    start(options.model, options.adapter_root, options.replicas, options.tp, options.port, flags)
     input("serving; press enter to end\n")
     serve.shutdown()
 

@@ -164,21 +164,27 @@ def test_a_large_file_is_refused_by_its_shapes(tmp_path: Path) -> None:
 
 
 def test_refused_files_leave_no_memory(tmp_path: Path) -> None:
-    """After some hundreds that fill caches, three hundred more leave what ten leave."""
+    """After some hundreds that fill caches, three hundred more leave what ten leave.
+
+    A leak grows each time; what other tests of the process left behind grows once (a cache, a warning's registry).
+    """
 
     def rounds(count: int) -> None:
         for index in range(count):
             read(tmp_path, FILE[: index % len(FILE)])
             serve(CONFIG | {"r": -index, "target_modules": [f"name{index}"]})
 
-    rounds(400)
-    tracemalloc.start()
-    try:
-        rounds(10)
+    def growth() -> int:
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
         rounds(300)
         gc.collect()
-        assert tracemalloc.get_traced_memory()[0] - before < 50_000
+        return tracemalloc.get_traced_memory()[0] - before
+
+    rounds(400)
+    tracemalloc.start()
+    try:
+        rounds(10)
+        assert any(growth() < 50_000 for _ in range(3))
     finally:
         tracemalloc.stop()

@@ -5,12 +5,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import bdlora_compile as bd
 from bdlora_compile.runtime.cache import LocalCache
+from bdlora_compile.serving import batch
 from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Finished, Request, SamplingParams, Token
@@ -59,6 +61,23 @@ def test_a_long_prompt_goes_in_parts(unstarted: Callable[..., Engine], world: Wo
     with unstarted(prefill_chunk=4) as engine:
         requests = [Request(tuple(range(3, 3 + length)), "b", GREEDY) for length in (2, 6, 10, 33, 5)]
         assert wrong(world, engine, requests) == 0
+
+
+def test_parts_of_few_sizes(unstarted: Callable[..., Engine], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: what pads a part is neither seen nor kept."""
+    monkeypatch.setattr(batch, "_part_step", lambda device: 8)
+    sizes = set()
+    run = Batch._run
+
+    def seen(self: Batch, *args: Any, **inputs: Any) -> Any:
+        sizes.add(inputs["input_ids"].shape[1])
+        return run(self, *args, **inputs)
+
+    monkeypatch.setattr(Batch, "_run", seen)
+    with unstarted(prefill_chunk=16) as engine:
+        requests = [Request(tuple(range(3, 3 + length)), "b", GREEDY) for length in (2, 6, 10, 33, 18)]
+        assert wrong(world, engine, requests) == 0
+    assert sizes == {1, 8, 16}
 
 
 def test_one_row(unstarted: Callable[..., Engine], world: World) -> None:
@@ -227,6 +246,13 @@ def test_refusals(engine: Engine) -> None:
     for prompt, message in (((), "0 tokens"), (tuple([5] * 48), "48 tokens.*max_length"), ((5, 128), "vocabulary")):
         with pytest.raises(bd.RequestError, match=message):
             engine.submit(Request(prompt, None, GREEDY))
+
+
+@pytest.mark.parametrize("sizes", [{"max_rows": 0}, {"max_length": 513}, {"prefill_chunk": 0}, {"max_waiting": 0}])
+def test_sizes_out_of_range_are_refused(unstarted: Callable[..., Engine], sizes: dict[str, int]) -> None:
+    """By name; the model has 512 positions."""
+    with pytest.raises(bd.ConfigError, match=next(iter(sizes))):
+        unstarted(**sizes)
 
 
 @pytest.mark.parametrize(

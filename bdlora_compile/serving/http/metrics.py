@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from bdlora_compile.serving.engine import EngineStats
 from bdlora_compile.serving.requests import Event, Finished
+from bdlora_compile.serving.stats import EngineStats
 
 BASE_LABEL = "(base)"
 OTHER_LABEL = "(other)"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoTokenizer
 
-from bdlora_compile.errors import BdloraError
+from bdlora_compile.errors import BdloraError, ConfigError
 from bdlora_compile.model import Ranks, load
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.serving.engine import Engine
@@ -46,6 +47,7 @@ def serve(settings: ServeSettings, tokens: Tokens) -> int:
         settings.adapters,
         max_adapters=settings.max_adapters,
         max_rank=settings.max_rank,
+        max_local_rank=settings.max_local_rank,
         pool_bytes=settings.pool_bytes,
         host_bytes=settings.host_bytes,
         strategy=settings.strategy,
@@ -167,7 +169,9 @@ class _Server(uvicorn.Server):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of one rank's process, started by ``bdlora serve`` or by torchrun."""
     parser = argparse.ArgumentParser(prog="bdlora_compile.serving.http.server", description=__doc__)
-    parser.add_argument("--settings", required=True, help="ServeSettings as JSON")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="ServeSettings as a TOML file: what `bdlora serve --config` takes")
+    source.add_argument("--settings", help="ServeSettings as JSON")
     options = parser.parse_args(arguments)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(name)s %(levelname)s %(message)s")
@@ -175,9 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # These end when rank 0 has left: it may still need them for what drains.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    _prepare_device(size)
     try:
-        return serve(ServeSettings.model_validate_json(options.settings), Tokens.of_environment())
+        settings = _settings(options, size)
+        _prepare_device(size)
+        return serve(settings, Tokens.of_environment())
     except BdloraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -185,6 +190,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A lost rank would never come to a common end.
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _settings(options: argparse.Namespace, size: int) -> ServeSettings:
+    if options.settings is not None:
+        settings = ServeSettings.model_validate_json(options.settings)
+    else:
+        settings = ServeSettings.of(options.config, {})
+    if "tp" in settings.model_fields_set and settings.tp != size:
+        raise ConfigError(
+            "tp", found=str(settings.tp), expected=f"{size}, the processes that were started", remedy="leave it out"
+        )
+    return settings
 
 
 def _prepare_device(size: int) -> None:

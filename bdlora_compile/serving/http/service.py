@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from bdlora_compile.errors import BdloraError, UnknownAdapterError
 from bdlora_compile.runtime.adapter_roots import AdapterRoots
 from bdlora_compile.runtime.adapter_version import AdapterInfo
-from bdlora_compile.serving.engine import EngineStats
 from bdlora_compile.serving.http.errors import ApiError, printable
 from bdlora_compile.serving.http.metrics import Metrics
 from bdlora_compile.serving.http.settings import ServeSettings, Tokens
 from bdlora_compile.serving.http.words import Words
 from bdlora_compile.serving.requests import Request
+from bdlora_compile.serving.stats import EngineStats
 from bdlora_compile.serving.stream import Stream
 from bdlora_compile.version import __version__
 

@@ -15,13 +15,13 @@ import uvicorn
 import bdlora_compile as bd
 from bdlora_compile.errors import BdloraError
 from bdlora_compile.runtime.adapter_version import AdapterInfo
-from bdlora_compile.serving.engine import EngineStats
 from bdlora_compile.serving.http.app import build
 from bdlora_compile.serving.http.metrics import Metrics
 from bdlora_compile.serving.http.service import Service
 from bdlora_compile.serving.http.settings import ServeSettings, Tokens
 from bdlora_compile.serving.http.words import Words
 from bdlora_compile.serving.requests import Event, Finished, Request, Token, Usage
+from bdlora_compile.serving.stats import EngineStats
 from bdlora_compile.serving.stream import Stream
 from tests.serving.conftest import tokenizer_of
 

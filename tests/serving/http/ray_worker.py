@@ -1,19 +1,22 @@
-"""What `test_ray_serve` runs: two replicas, four adapters, every answer compared with PEFT's."""
+"""What `test_ray_serve` runs: two replicas, four adapters, OpenAI's client, every answer compared with PEFT's."""
 
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
-import httpx
+import openai
 import ray
 import torch
 from ray import serve
-from ray_serve.replicas import start
+from ray_serve.replicas import BASE, start
 
 from tests.models import AdapterSpec, Reference, save_adapter, save_model
 from tests.serving.conftest import SPEC, tokenizer_of
 
 NAMES = ("a", "b", "c", "d")
+TOKENS = 4
+PROMPT = 5
 
 
 def main(folder: Path) -> None:
@@ -28,24 +31,39 @@ def main(folder: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    start(model, folder / "roots", 2, port)
-    prompt = torch.tensor([[5]])
+    start(model, folder / "roots", 2, 1, port, ["--max-rank", "4", "--max-length", "64"])
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0, timeout=60)
     homes: dict[str, set[str]] = {}
-    for name in [*NAMES, "", *NAMES, *NAMES, ""]:
-        headers = {"serve_multiplexed_model_id": name} if name else {}
-        answer = httpx.post(
-            f"http://127.0.0.1:{port}/", json={"prompt": "<5>", "max_tokens": 4}, headers=headers, timeout=60
-        )
-        found = answer.raise_for_status().json()
-        tokens = reference.generate(prompt, [name or None], torch.ones_like(prompt), 4)[0].tolist()
-        expected = "".join(f"<{token}>" for token in tokens[: tokens.index(2) if 2 in tokens else 4] if token > 2)
-        assert found["text"] == expected, (name, found, expected)
-        homes.setdefault(name, set()).add(found["replica"])
+    for name in [*NAMES, BASE, *NAMES, *NAMES, BASE]:
+        home, text = ask(client, name)
+        assert text == expected(reference, None if name == BASE else name), (name, text)
+        homes.setdefault(name, set()).add(home)
     # Which replica has which adapter is Ray's choice; a replica that has it is asked again.
     assert all(len(homes[name]) == 1 for name in NAMES), homes
+    for name in ("nobody", "../a"):
+        try:
+            ask(client, name)
+        except openai.NotFoundError:
+            continue
+        raise AssertionError(f"{name} was answered")
     print("requests followed their adapters")
     serve.shutdown()
     ray.shutdown()
+
+
+def ask(client: openai.OpenAI, name: str) -> tuple[str, str]:
+    """The replica that answered, and the whole text of a streamed answer."""
+    asked: dict[str, Any] = {"model": name, "prompt": [PROMPT], "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    answer = client.completions.with_raw_response.create(**asked, extra_body={"ignore_eos": True})
+    text = "".join(chunk.choices[0].text for chunk in answer.parse())
+    return answer.headers["x-replica"], text
+
+
+def expected(reference: Reference, name: str | None) -> str:
+    """PEFT's greedy text; special tokens have none."""
+    ids = torch.tensor([[PROMPT]])
+    tokens = reference.generate(ids, [name], torch.ones_like(ids), TOKENS)[0].tolist()
+    return "".join(f"<{token}>" for token in tokens if token > 2)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.serving.http.app import build
+from bdlora_compile.serving.http.server import main
 from bdlora_compile.serving.http.service import Service
 from bdlora_compile.serving.http.settings import ServeSettings, Tokens
 from tests.serving.http.fake import ADMIN, BASE, FakeServer, fake_service, until
@@ -232,6 +233,14 @@ def test_settings_come_from_a_file_and_flags(tmp_path: Path) -> None:
             ServeSettings.of(file, {"model": "m"})
     with pytest.raises(ConfigError, match="name of the base model"):
         ServeSettings.of(None, {"model": "m", "adapters": {"m": "x"}})
+
+
+def test_ranks_that_torchrun_starts_read_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`tp` is then how many there are; here there is one."""
+    file = tmp_path / "serve.toml"
+    file.write_text('model = "m"\ntp = 8\n')
+    assert main(["--config", str(file)]) == 2
+    assert "tp: found 8, expected 1" in capsys.readouterr().err
 
 
 def test_a_slow_reader_does_not_stop_others(server: FakeServer) -> None:

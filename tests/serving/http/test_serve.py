@@ -3,10 +3,8 @@
 One start serves all tests; the last one kills a rank.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +22,10 @@ from smollm2 import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serving.http.fake import ADMIN
+from tests.serving.http.process import REPOSITORY, address, ranks_of, started
 
 pytestmark = pytest.mark.timeout(600)
 
-REPOSITORY = Path(__file__).parents[3]
 ADAPTERS = REPOSITORY / "examples" / "adapters"
 BASE = "smollm2"
 QUESTIONS = ("What is the sun?", "Tell me about the sea.")
@@ -100,49 +98,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("roots")
     shutil.copytree(ADAPTERS / "telegram", root / "telegram")
     log = root / "log"
-    command = [sys.executable, "-c", "from bdlora_compile.cli import app; app()", "serve", str(model), "--tp", "3"]
-    command += ["--adapter", f"pirate={ADAPTERS / 'pirate'}", "--adapter", f"json={ADAPTERS / 'json'}"]
-    command += ["--adapter-root", str(root), "--port", "0", "--served-name", BASE]
-    command += ["--max-rows", "4", "--max-length", "128"]
-    environment = os.environ | {"BDLORA_ADMIN_TOKEN": ADMIN, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, cwd=REPOSITORY)
-    ranks: list[psutil.Process] = []
-    try:
+    arguments: list[str | Path] = [model, "--tp", "3", "--adapter", f"pirate={ADAPTERS / 'pirate'}"]
+    arguments += ["--adapter", f"json={ADAPTERS / 'json'}", "--adapter-root", root, "--served-name", BASE]
+    arguments += ["--max-rows", "4", "--max-length", "128"]
+    with started(arguments, log) as process:
         # The reference is made while the server compiles.
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         peft: Any = PeftModel.from_pretrained(plain, ADAPTERS / "pirate", adapter_name="pirate")
         for name in ("json", "telegram"):
             peft.load_adapter(ADAPTERS / name, adapter_name=name)
-        url = _url(process, log)
-        ranks = ranks_of(process)
+        url = address(process, log, 400)
         yield Served(process, url, peft.eval(), AutoTokenizer.from_pretrained(model), {})
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        finally:
-            for rank in ranks:
-                if rank.is_running():
-                    rank.kill()
-            process.kill()
-
-
-def _url(process: subprocess.Popen[str], log: Path) -> str:
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if line.startswith("serving"):
-                return line.rpartition(" ")[2]
-        time.sleep(0.2)
-    raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The processes of the ranks, rank 0 first."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in children if "bdlora_compile.serving.http.server" in child.cmdline()]
-    return sorted(ranks, key=lambda rank: int(rank.environ()["RANK"]))
 
 
 @pytest.mark.parametrize("name", [BASE, "pirate", "json"])
@@ -216,10 +182,8 @@ def test_health_and_metrics(served: Served) -> None:
     assert 'bdlora_request_seconds_count{adapter="pirate"}' in text
 
 
-def test_a_killed_rank_ends_all(served: Served, request: pytest.FixtureRequest) -> None:
+def test_a_killed_rank_ends_all(served: Served) -> None:
     """Clients get an error event, `/health` turns 503, all processes exit, within 30 s each."""
-    if not request.config.getoption("--nightly"):
-        pytest.skip("not yet run to its end on a quiet machine: --nightly")
     ranks = ranks_of(served.process)
     assert len(ranks) == 3
     stream = chat(served, "pirate", QUESTIONS[0], max_tokens=100, stream=True, extra_body={"ignore_eos": True})
@@ -231,15 +195,7 @@ def test_a_killed_rank_ends_all(served: Served, request: pytest.FixtureRequest) 
         list(stream)
     assert not isinstance(caught.value, openai.APIConnectionError), "an event, not a connection that breaks"
     assert time.monotonic() - killed < 30
-    assert _health(served.url) != 200
+    assert httpx.get(f"{served.url}/health", timeout=10).status_code == 503
     assert served.process.wait(30) != 0
     _, alive = psutil.wait_procs(ranks, timeout=30)
     assert not alive
-
-
-def _health(url: str) -> int:
-    try:
-        return httpx.get(f"{url}/health", timeout=10).status_code
-    except httpx.TransportError:
-        # The process has ended already.
-        return 0
