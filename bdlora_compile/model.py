@@ -335,7 +335,7 @@ def _watch_of(agreement: Agreement, device: torch.device) -> StepWatch | None:
     """On GPUs a collective is only launched: one that never ends raises nothing."""
     if device.type != "cuda" or not isinstance(agreement, StoreAgreement):
         return None
-    return StepWatch(agreement.forward_limit, agreement.give_up)
+    return StepWatch(*agreement.forward_limits, agreement.give_up)
 
 
 def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
