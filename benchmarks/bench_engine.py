@@ -224,7 +224,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--least", type=float, default=0.0, help="ratio below which the exit status is 1")

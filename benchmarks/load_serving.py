@@ -183,6 +183,8 @@ class Client:
         async with self._http.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code == 429:
                 self._tally.ends["refused 429"] += 1
+                await answer.aread()
+                await asyncio.sleep(self._random.random() * float(answer.headers["Retry-After"]))
                 return
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
