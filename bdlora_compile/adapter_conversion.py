@@ -112,14 +112,17 @@ def convert_adapter(
 
     Raises:
         ConfigError: G does not divide ``rank`` or a site's features.
-        AdapterError: the adapter changes an embedding, or a site's error is above ``max_error``.
+        AdapterError: the adapter changes an embedding or holds NaN or infinity, or a site's error is above
+            ``max_error``.
     """
     new_rank = rank or -(-adapter.max_rank // nblocks) * nblocks
     _check_divides(adapter, sites, nblocks, new_rank)
+    adapter.check_finite()
     done = []
-    for name, factors in adapter.factors.items():
-        done.append(convert_site(factors, sites[name], nblocks, new_rank))
-        progress(done[-1])
+    with adapter.opened():
+        for name, factors in adapter.factors.items():
+            done.append(convert_site(factors, sites[name], nblocks, new_rank))
+            progress(done[-1])
     worst = max(done, key=lambda site: site.error)
     if worst.error > max_error:
         raise AdapterError(

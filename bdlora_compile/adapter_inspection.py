@@ -17,12 +17,10 @@ from bdlora_compile.runtime.adapter_agreement import BaseName, check_pair, facto
 from bdlora_compile.runtime.adapter_config import AdapterConfig, check_config, parse_config, read_config
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_targets import SitePlan, plan_sites
-from bdlora_compile.runtime.adapter_tensors import TensorSource, file_tensors, find_weights
+from bdlora_compile.runtime.adapter_tensors import TensorSource, check_finite
+from bdlora_compile.runtime.adapter_weights import find_weights
 from bdlora_compile.runtime.bank import chunk_elements
 from bdlora_compile.sites import Role, Site, in_module_order, vocabulary_sites
-
-_PIECE_ROWS = 4096
-"""Of a tensor that is checked for NaN at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ def _config(folder: Path, found: Inspection) -> AdapterConfig | None:
 
 def _tensors(folder: Path, found: Inspection) -> Mapping[str, TensorSource] | None:
     try:
-        return file_tensors(find_weights(folder))
+        return find_weights(folder).tensors()
     except AdapterError as error:
         found.problems.append(error)
         return None
@@ -152,8 +150,7 @@ def _inspect_site(
         return
     for tensor in (a, b):
         try:
-            for start in range(0, tensor.shape[0], _PIECE_ROWS):
-                tensor.read(slice(start, min(start + _PIECE_ROWS, tensor.shape[0])), slice(None))
+            check_finite(tensor)
         except AdapterError as error:
             found.problems.append(error)
     factors = LoraFactors(site.name, own.kind, own.rank, own.nblocks, own.scaling, a, b)

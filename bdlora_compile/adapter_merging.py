@@ -45,7 +45,7 @@ def merge_adapter(
     Raises:
         ConfigError: something is at ``out`` already, or the model has no safetensors weights.
         AdapterError: a site's weight is not in the checkpoint, is another layer's too, or has a type that cannot carry
-            the sum.
+            the sum; or the adapter holds NaN or infinity.
     """
     files = sorted(model.glob("*.safetensors"))
     if not files:
@@ -56,6 +56,7 @@ def merge_adapter(
         raise ConfigError(str(out), found="something there", expected="a new folder", remedy="move it, or name another")
     headers = {file: _header(file) for file in files}
     _check_weights(adapter, sites, headers)
+    adapter.check_finite()
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

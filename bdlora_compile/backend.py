@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from bdlora_compile.attention import attention_text
-from bdlora_compile.collectives import ordered_list, through_symmetric_memory
+from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
@@ -32,6 +32,7 @@ from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
 from bdlora_compile.runtime.ranges import RangedModule, in_range
 from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
+from bdlora_compile.transport import through_symmetric_memory
 
 _LOG = logging.getLogger(__name__)
 
@@ -207,7 +208,8 @@ def _emit(
     """Read this rank's slices, bind them, and compile what is left."""
     token_index = _token_index(captured)
     for variant in (captured, base_only):
-        through_symmetric_memory(variant, deployment.ranks[0].all_reduce)
+        first = deployment.ranks[0]
+        through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

@@ -9,11 +9,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.fx import Graph, Node
 
-from bdlora_compile.ir import Captured, SymmetricSource, operator_name, placeholders, set_record, stage_nodes
+from bdlora_compile.ir import Captured, operator_name
 from bdlora_compile.placement import Mesh, Shard
-from bdlora_compile.propagation import find_fake_mode
-from bdlora_compile.runtime.all_reduce import AllReduce
-from bdlora_compile.runtime.all_reduce import all_reduce as reduce_through_buffer
 
 _NAMES = frozenset(
     f"_c10d_functional::{name}"
@@ -40,32 +37,6 @@ def all_reduce(graph: Graph, value: Node, mesh: Mesh) -> Sequence[Node]:
     """Nodes that sum ``value`` over the mesh; the last one is the result."""
     reduced = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (value, "sum", mesh.group))
     return reduced, graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (reduced,))
-
-
-def through_symmetric_memory(captured: Captured, transport: AllReduce) -> None:
-    """Send a finished graph's all-reduces through symmetric memory; nothing where the transport has none.
-
-    Before:  r = wait_tensor(all_reduce(x, sum, group))
-    After:   r = bdlora::all_reduce(x, symmetric memory, largest one-shot, largest two-shot, group)
-    """
-    reduces = [*stage_nodes(captured.graph, ALL_REDUCE)]
-    if transport.buffer is None or transport.limits is None or not reduces:
-        return
-    graph, shape = captured.graph, transport.buffer.shape
-    with graph.inserting_after(placeholders(graph)[-1]), find_fake_mode(graph):
-        buffer = graph.placeholder("symmetric_memory")
-        buffer.meta["example_value"] = torch.empty(shape, dtype=torch.uint8, device=transport.buffer.device)
-    set_record(buffer, source=SymmetricSource(), stage="emit")
-    for node in reduces:
-        x, _, group = node.args
-        with graph.inserting_before(node):
-            arguments = (x, buffer, transport.limits.one_shot, transport.limits.two_shot, group)
-            reduced = graph.call_function(reduce_through_buffer._opoverload, arguments)
-        reduced.meta = dict(node.meta)
-        for wait in list(node.users):
-            wait.replace_all_uses_with(reduced)
-            graph.erase_node(wait)
-        graph.erase_node(node)
 
 
 def all_gather(graph: Graph, value: Node, shard: Shard, mesh: Mesh) -> Sequence[Node]:

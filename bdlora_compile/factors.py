@@ -140,10 +140,9 @@ def rank_capacity(max_rank: int, site: Site, layout: Layout, mesh: Mesh) -> int:
 
 
 def read_local(factors: LoraFactors, site: Site, layout: Layout, rank: int, mesh: Mesh) -> LocalFactors:
-    """Read from disk only what ``rank`` holds, and bring it into the layout of the pool.
+    """What ``rank`` holds, in the layout of the pool; views of the adapter's tensors where nothing is put together.
 
-    Raises:
-        AdapterError: a value that was read is not finite.
+    Of a file only the pages that are copied from a view are read.
     """
     shape = local_shape(factors, site, layout, rank, mesh)
     if layout is Layout.SLORA:
@@ -156,18 +155,18 @@ def read_local(factors: LoraFactors, site: Site, layout: Layout, rank: int, mesh
 
 
 def dense_a(factors: LoraFactors, columns: slice, in_features: int) -> torch.Tensor:
-    """A [R, D] restricted to ``columns``, zeros written out where it is stored packed."""
+    """A [R, D] restricted to ``columns``, zeros written out where it is stored packed; else a view."""
     if factors.kind is not FactorKind.BLOCK_A:
-        return factors.a.read(slice(None), columns)
+        return factors.a.view()[:, columns]
     return _unpack(factors, in_features)[:, columns]
 
 
 def dense_b(factors: LoraFactors, rows: slice, out_features: int) -> torch.Tensor:
-    """B [O, R] restricted to ``rows``, zeros written out where it is stored packed."""
+    """B [O, R] restricted to ``rows``, zeros written out where it is stored packed; else a view."""
     if factors.kind is not FactorKind.BLOCK_B:
-        return factors.b.read(rows, slice(None))
+        return factors.b.view()[rows]
     rank, width = factors.rank, factors.rank // factors.nblocks
-    packed = factors.b.read(rows, slice(None))
+    packed = factors.b.view()[rows]
     height = out_features // factors.nblocks
     block = torch.arange(rows.start, rows.stop) // height
     dense = packed.new_zeros(packed.shape[0], rank)
@@ -176,7 +175,7 @@ def dense_b(factors: LoraFactors, rows: slice, out_features: int) -> torch.Tenso
 
 
 def _unpack(factors: LoraFactors, in_features: int) -> torch.Tensor:
-    packed = factors.a.read(slice(None), slice(None))
+    packed = factors.a.view()
     width, height = in_features // factors.nblocks, factors.rank // factors.nblocks
     dense = packed.new_zeros(factors.rank, in_features)
     columns = (torch.arange(factors.rank) // height * width)[:, None] + torch.arange(width)
@@ -215,17 +214,16 @@ def _read_blocks(factors: LoraFactors, site: Site, rank: int, mesh: Mesh) -> tup
     height = factors.rank // factors.nblocks
     ranks = slice(cut.first_block * height, (cut.first_block + cut.num_blocks) * height)
     if site.role is Role.COLUMN:
-        a = factors.a.read(ranks, slice(None))
-        return a, _stack_b(factors.b.read(slice(cut.start, cut.stop), slice(None)), cut, factors, site)
-    b = factors.b.read(slice(None), ranks).t()
+        return factors.a.view()[ranks], _stack_b(factors.b.view()[cut.start : cut.stop], cut, factors, site)
+    b = factors.b.view()[:, ranks].t()
     return _stack_a(factors, ranks, cut, site), b
 
 
 def _stack_b(packed: torch.Tensor, cut: _Cut, factors: LoraFactors, site: Site) -> torch.Tensor:
     """Rows of packed B [O_loc, R/G] as transposed blocks [r, O_loc / c]; a union of blocks is written out."""
     if cut.aligned:
-        blocks = packed.chunk(cut.num_blocks, dim=0)
-        return torch.cat([block.t() for block in blocks], dim=0)
+        blocks = packed.unflatten(0, (cut.num_blocks, -1)).transpose(1, 2)
+        return blocks.flatten(0, 1)
     if cut.num_blocks == 0:
         return packed.new_zeros(0, cut.length)
     packed = _pad_rows(packed, cut.length)
@@ -242,12 +240,12 @@ def _stack_b(packed: torch.Tensor, cut: _Cut, factors: LoraFactors, site: Site) 
 def _stack_a(factors: LoraFactors, ranks: slice, cut: _Cut, site: Site) -> torch.Tensor:
     """Rows of packed A [r, D/G] as blocks [r, D_loc / c]; a part or a union of blocks is cut out or written out."""
     if cut.aligned:
-        return factors.a.read(ranks, slice(None))
+        return factors.a.view()[ranks]
     width = site.in_features // factors.nblocks
     offset = cut.first_block * width
     if cut.num_blocks == 1:
-        return factors.a.read(ranks, slice(cut.start - offset, cut.stop - offset))
-    packed = factors.a.read(ranks, slice(None))
+        return factors.a.view()[ranks, cut.start - offset : cut.stop - offset]
+    packed = factors.a.view()[ranks]
     height = factors.rank // factors.nblocks
     union = packed.new_zeros(packed.shape[0], cut.num_blocks * width)
     columns = (torch.arange(packed.shape[0]) // height * width)[:, None] + torch.arange(width)

@@ -12,6 +12,8 @@ from bdlora_compile.ir import operator_name
 SHRINK = "bdlora::lora_shrink"
 LOOKUP = "bdlora::lora_lookup"
 EXPAND = "bdlora::lora_expand"
+SHRINK_GROUPED = "bdlora::lora_shrink_grouped"
+EXPAND_IN_PLACE = "bdlora::lora_expand_"
 APPLY = "bdlora::lora_apply_"
 LINEAR = "bdlora::lora_linear"
 
@@ -84,6 +86,45 @@ class ExpandArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
+class ShrinkGroupedArguments(_Arguments):
+    """Of ``bdlora::lora_shrink_grouped``."""
+
+    x: Node
+    pool: Node
+    slots: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    sites: Sequence[int]
+    width: int
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_shrink_grouped.default, self._in_order())
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandInPlaceArguments(_Arguments):
+    """Of ``bdlora::lora_expand_``, which adds to ``y`` in place."""
+
+    y: Node
+    h: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    sites: Sequence[int]
+    out_features: Sequence[int]
+    parts: int
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(torch.ops.bdlora.lora_expand_.default, self._in_order())
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyArguments(_Arguments):
     """Of ``bdlora::lora_apply_``, which adds to ``y`` in place."""
 
@@ -146,9 +187,9 @@ def is_expand(node: Node) -> bool:
     return operator_name(node) == EXPAND
 
 
-def is_apply(node: Node) -> bool:
-    """Whether the node is a whole LoRA path that adds in place."""
-    return operator_name(node) == APPLY
+def is_in_place(node: Node) -> bool:
+    """Whether the node is a LoRA path, or its second half, that adds in place."""
+    return operator_name(node) in (APPLY, EXPAND_IN_PLACE)
 
 
 def is_lora_linear(node: Node) -> bool:

@@ -31,6 +31,7 @@ from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.copier import copier_for
 from bdlora_compile.runtime.deployment import Deployment, RankState
 from bdlora_compile.runtime.staging import read_together
+from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
 from bdlora_compile.served import ServedModel, serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
@@ -270,7 +271,8 @@ def _attach(
     slots, pool = capacity.pool(plan)
     transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
-    deployment = Deployment(plan, states, ranks.agreement, setup.strict)
+    watch = _watch_of(ranks.agreement, setup.device)
+    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
@@ -327,6 +329,13 @@ def _rank_state(
     store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
     bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
     return RankState(rank, store, bank, transport)
+
+
+def _watch_of(agreement: Agreement, device: torch.device) -> StepWatch | None:
+    """On GPUs a collective is only launched: one that never ends raises nothing."""
+    if device.type != "cuda" or not isinstance(agreement, StoreAgreement):
+        return None
+    return StepWatch(*agreement.forward_limits, agreement.give_up)
 
 
 def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:

@@ -164,20 +164,18 @@ class Bench:
             if kind in expected:
                 line = expected[kind].check(logits)
                 self.say(f"  {line}")
-                self.write("check", strategy=strategy, adapters=KINDS[kind].text, result=line)
+                self.write("check", strategy=strategy, kind_of_adapters=KINDS[kind].text, result=line)
             if strategy == "local" and number == 0:
                 for case in self.cases(only_base=True):
-                    loop.choose([])
                     self.row("base", "none", case, loop, 0)
             for case in self.cases():
-                loop.choose([names[row % case.adapters] for row in range(case.batch)])
-                self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
+                with loop.chosen([names[row % case.adapters] for row in range(case.batch)]):
+                    self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
             if self.options.prefill:
-                loop.choose([])
-                with loop.adapters.use([names[0], names[1]]):
+                with loop.chosen([names[0], names[1]]):
                     times = prefill_times(loop, 2, self.options.prefill // 2)
                 self.say(f"  prefill of {self.options.prefill} tokens in two rows: {times.step:.2f} ms")
-                self.write("prefill", strategy=strategy, adapters=KINDS[kind].text, **asdict(times))
+                self.write("prefill", strategy=strategy, kind_of_adapters=KINDS[kind].text, **asdict(times))
         self.write("report", strategy=strategy, text=loop.report_text())
 
     def run_baseline(self, model: Path) -> None:
@@ -213,8 +211,8 @@ class Bench:
             self.base_step[case.batch] = times.step
         self.say(self.line(strategy, adapters, case, times, floor, estimate))
         shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
-        fields = {"strategy": strategy, "adapters": adapters, **asdict(case), **asdict(times), "floor": floor, **shape}
-        self.write("row", **fields)
+        names = {"strategy": strategy, "kind_of_adapters": adapters}
+        self.write("row", **names, **asdict(case), **asdict(times), floor=floor, **shape)
 
     def line(self, strategy: str, adapters: str, case: Case, times: Times, floor: float | None, estimate: float) -> str:
         """A row of the printed table."""

@@ -49,6 +49,9 @@ SWEEP = [Case("8B", 8, "bd", r, t, min(t, 64), 64) for r in (8, 24, 64, 128) for
 TABLE = [*MAIN, *SWEEP]
 WITH_VLLM = MAIN[:2]
 
+SHORTEST = 0.2
+"""Microseconds that the plot, whose scale is logarithmic, shows for less: LoRA inside a product may cost none."""
+
 
 def measure(case: Case, peers: Path | None) -> dict[str, Any]:
     """One row: microseconds a layer."""
@@ -111,7 +114,7 @@ def plot(file: Path, *newer: Path) -> None:
         "byte floor": [row["floor_us"] for row in rows],
     }
     for offset, (name, values) in zip((0.27, 0, -0.27), series.items(), strict=True):
-        axes.barh([place + offset for place in places], values, height=0.25, label=name)
+        axes.barh([place + offset for place in places], [max(us, SHORTEST) for us in values], height=0.25, label=name)
     names = [
         f"{r['model']} N={r['ranks']} {r['kind']} r={r['r']}, {r['tokens']} tokens, {r['active']} of {r['slots']}"
         for r in rows
@@ -119,6 +122,7 @@ def plot(file: Path, *newer: Path) -> None:
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(left=SHORTEST / 2)
     axes.set_xlabel(f"LoRA adds, microseconds a layer (log scale), {rows[0]['device']}")
     axes.legend()
     figure.savefig(file.with_suffix(".svg"))

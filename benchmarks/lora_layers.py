@@ -123,6 +123,8 @@ class Layers:
         size = segment_tokens(case.tokens)
         self.work = launch.segment_work(self.token_slot, size) if size else None
         self.counters = lora_counters(self.token_slot)
+        self.products = [product_for(self.call(group)) for group in range(len(self.groups))]
+        """For each group the plan of its one product with LoRA inside, or None; `benchmarks/tune.py` sets others."""
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=self.dtype)
@@ -161,8 +163,8 @@ class Layers:
         )  # fmt: skip
 
     def both(self, layer: int, group: int) -> Tensor:
-        """The product with LoRA, as the operator `lora_linear` does it: in one launch where a plan says so."""
-        plan = product_for(self.call(group))
+        """The product with LoRA, as the operator `lora_linear` does it: in one where a plan says so."""
+        plan = self.products[group]
         if plan is None:
             self.base(layer, group)
             self.lora(layer, group)
@@ -193,13 +195,16 @@ class Layers:
 
     def error(self) -> float:
         """Largest relative error of a group of the first layer against float64, product and LoRA."""
-        errors = []
-        for index in range(len(self.groups)):
-            x = self.x[index].double()
-            wanted = self._with_lora(index, x @ self.weights[0][index].double().t())
-            self.y[index].fill_(float("nan"))
-            errors.append(float((self.both(0, index).double() - wanted).norm() / wanted.norm()))
-        return max(errors)
+        return max(self.product_error(index, self.wanted(index)) for index in range(len(self.groups)))
+
+    def wanted(self, index: int) -> Tensor:
+        """A group's product with LoRA of the first layer in float64."""
+        return self._with_lora(index, self.x[index].double() @ self.weights[0][index].double().t())
+
+    def product_error(self, index: int, wanted: Tensor) -> float:
+        """Relative error of a group's product with LoRA."""
+        self.y[index].fill_(float("nan"))
+        return float((self.both(0, index).double() - wanted).norm() / wanted.norm())
 
     def group_error(self, index: int, plan: Plan | None = None) -> float:
         """Relative error of LoRA alone on one group of the first layer against float64."""

@@ -1,10 +1,12 @@
 """Find plans and tile sizes for the LoRA kernels on this GPU, and write them into the package's table.
 
-    python -m benchmarks.tune --rows FILE       measure; one JSON line for each plan tried
-    python -m benchmarks.tune --table FILE      write runtime/kernels/tuned.py from such a file
+    python -m benchmarks.tune --rows FILE               measure; one JSON line for each plan tried
+    python -m benchmarks.tune --products --rows FILE    the same for products with LoRA inside
+    python -m benchmarks.tune --table FILE [FILE ...]   write runtime/kernels/tuned.py from such files
 
 A plan's time is that of a whole layer, products and LoRA on all sites, with the plan for one group of sites and the
-table's for the others: weights and factors come from memory as in use. Each plan is also checked against float64.
+table's for the others (of products: the best found so far): weights and factors come from memory as in use. Each plan
+is also checked against float64.
 """
 
 import argparse
@@ -24,16 +26,19 @@ from triton.runtime.errors import OutOfResources
 from bdlora_compile.runtime.kernels import launch, tuned
 from bdlora_compile.runtime.kernels.tiles import (
     NARROW,
+    Call,
     Expand,
     OneLaunch,
     Plan,
+    Product,
     Shrink,
     TwoLaunches,
     bucket_of,
     can_overlap,
+    product_for,
     segment_tokens,
 )
-from benchmarks.lora_layers import Case, Layers, groups_of, in_processes
+from benchmarks.lora_layers import Case, Group, Layers, groups_of, in_processes
 
 TABLE = Path(tuned.__file__).resolve()
 TOLERANCE = 4e-3
@@ -46,6 +51,14 @@ CASES = [
     *(Case("8B", 8, "bd", r, 256, 64, 64) for r in (8, 16, 32, 64, 128)),
     *(Case("8B", 2, "bd", 32, t, t, t, blocks=4) for t in (16, 64)),
 ]
+
+WITH_PRODUCTS = [
+    *(Case(m, 8, "bd", r, t, t, t) for t in (64, 16) for m in ("70B", "8B") for r in (64, 16)),
+    *(Case("8B", 8, "rep", r, t, t, t) for t in (64, 16) for r in (64, 16)),
+    *(Case("8B", 1, "bd", r, t, t, t) for r, t in ((16, 16), (64, 16), (16, 64))),
+    Case("8B", 2, "bd", 32, 16, 16, 16),
+]
+"""Cases whose products are tried with LoRA inside, the most wanted first."""
 
 
 def one_launches(case: Case, in_features: int) -> list[Plan]:
@@ -96,6 +109,53 @@ def expands(case: Case) -> list[Expand]:
     return [Expand(rows, columns, 4, repeat) for columns, repeat in ((64, 4), (64, 8), (128, 1), (128, 4), (64, 1))]
 
 
+def products(case: Case, group: Group) -> list[Product]:
+    """Products with LoRA inside: tiles by splits, with programs enough for all multiprocessors and not many more."""
+    rows, found = sum(group.out_features), []
+    if case.tokens <= 16:
+        fewest, tried = 200, ((64, 64, 5, 4), (64, 128, 5, 4), (32, 128, 5, 4), (128, 128, 4, 8))
+    else:
+        fewest, tried = 112, ((64, 64, 5, 4), (64, 128, 4, 4), (128, 64, 4, 8), (32, 128, 4, 4))
+    for columns, depth, stages, warps in tried:
+        if any(size % columns for size in group.out_features):
+            continue
+        tiles, steps = rows // columns, group.in_features // depth
+        splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= fewest and steps % s == 0 and steps // s >= 2][:2]
+        plans = [(columns, depth, s, min(stages, steps // s + 1), warps) for s in splits if tiles * s <= 528]
+        found += [Product(*plan, ahead=True) for plan in plans]
+    return found
+
+
+def measure_products(case: Case) -> Iterator[dict[str, Any]]:
+    """Every product of every group of sites of a case, and the same in launches of their own."""
+    layers = Layers(case)
+    base = layers.us(False)
+    for group, description in enumerate(layers.groups):
+        wanted, found = layers.wanted(group), []
+        for product in candidates(case, description):
+            layers.products[group] = product
+            try:
+                error = layers.product_error(group, wanted)
+                found.append((layers.us(True) - base, error, product))
+            except OutOfResources:
+                continue
+            yield {
+                "device": torch.cuda.get_device_name(),
+                **asdict(layers.call(group)),
+                "product": product and astuple(product),
+                "us": found[-1][0],
+                "base_us": base,
+                "error": error,
+            }
+        layers.products[group] = min((row for row in found if row[1] < TOLERANCE), key=lambda row: row[0])[2]
+
+
+def candidates(case: Case, group: Group) -> list[Product | None]:
+    """What is tried for a group: two launches, today's plan, and others."""
+    today = product_for(Call(case.tokens, group.in_features, group.out_features, case.width))
+    return list(dict.fromkeys([None, today, *products(case, group)]))
+
+
 def run_piece(layers: Layers, group: int, piece: Plan | Shrink | Expand, planes: int) -> None:
     """One launch of a part of a plan, so that it is compiled."""
     bank = (layers.pool, layers.slots)
@@ -132,7 +192,7 @@ def planes_of(shrink: Shrink, case: Case, in_features: int) -> int:
     return shrink.splits if segment_tokens(case.tokens) else -(-in_features // shrink.depth)
 
 
-Job = tuple[Case, Plan | Shrink | Expand, int, int]
+Job = tuple[Case, Plan | Shrink | Expand | Product, int, int]
 
 
 def jobs(cases: Sequence[Case]) -> list[Job]:
@@ -145,12 +205,27 @@ def jobs(cases: Sequence[Case]) -> list[Job]:
     return [*found.values()]
 
 
+def product_jobs(cases: Sequence[Case]) -> list[Job]:
+    """The same for products."""
+    found: dict[object, Job] = {}
+    for case in cases:
+        for number, group in enumerate(groups_of(case)):
+            for product in candidates(case, group):
+                if product:
+                    found[product, case.tokens, group, case.width] = (case, product, number, 1)
+    return [*found.values()]
+
+
 def compile_one(job: Job) -> None:
     """Run a piece once."""
     case, piece, group, planes = job
     layers = Layers(case, num_layers=1)
     with contextlib.suppress(OutOfResources):
-        run_piece(layers, group, piece, planes)
+        if isinstance(piece, Product):
+            layers.products[group] = piece
+            layers.both(0, group)
+        else:
+            run_piece(layers, group, piece, planes)
     torch.cuda.synchronize()
 
 
@@ -192,50 +267,68 @@ def fields_of(plan: Plan) -> list[Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The text of the table: the fastest right plan of each shape."""
+    """The text of the tables: the fastest right plan of each shape."""
+    text = TABLE.read_text().partition("TUNED:")[0]
+    text += "TUNED: dict[str, dict[Key, Fields]] = " + _entries([row for row in rows if "plan" in row], "plan")
+    found = _entries([row for row in rows if "product" in row], "product")
+    return text + "\nPRODUCTS: dict[str, dict[Key, ProductFields | None]] = " + found
+
+
+def _entries(rows: list[dict[str, Any]], name: str) -> str:
+    """One table, from rows whose plan is the field ``name``."""
     best: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         width = 1 << (row["width"] - 1).bit_length()
         key = (bucket_of(row["tokens"]), row["in_features"], tuple(row["out_features"]), width)
         if row["error"] < TOLERANCE and row["us"] < best[row["device"]].get(key, {"us": float("inf")})["us"]:
             best[row["device"]][key] = row
-    text = TABLE.read_text().partition("TUNED:")[0] + "TUNED: dict[str, dict[Key, Fields]] = {\n"
+    text = "{\n"
     for device, plans in best.items():
         text += f'    "{device}": {{\n'
         for key, row in sorted(plans.items()):
-            plan = tuple(tuple(part) if isinstance(part, list) else part for part in row["plan"])
-            text += f"        {key}: {plan},  # layer {row['us']:.1f} us\n"
+            text += f"        {key}: {_as_tuples(row[name])},  # layer {row['us']:.1f} us\n"
         text += "    },\n"
     return text + "}\n"
+
+
+def _as_tuples(plan: Any) -> Any:
+    """A plan of a row, whose lists were tuples."""
+    return tuple(_as_tuples(part) for part in plan) if isinstance(plan, list) else plan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--table", type=Path, nargs="+")
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", type=int, nargs="+", help="only cases of these numbers of tokens")
     parser.add_argument("--ranks", type=int, nargs="+", help="only cases of these numbers of ranks")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
     options = parser.parse_args(arguments)
     if options.table:
-        TABLE.write_text(table([json.loads(line) for line in options.table.read_text().splitlines()]))
+        lines = [line for file in options.table for line in file.read_text().splitlines()]
+        TABLE.write_text(table([json.loads(line) for line in lines]))
         return
     begin = time.monotonic()
+    known, prepare, run = (
+        (WITH_PRODUCTS, product_jobs, measure_products) if options.products else (CASES, jobs, measure)
+    )
     cases = [
         case
-        for case in CASES
+        for case in known
         if (not options.tokens or case.tokens in options.tokens) and (not options.ranks or case.ranks in options.ranks)
     ]
-    in_processes(compile_one, jobs(cases), options.workers)
-    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    if options.workers > 1:
+        in_processes(compile_one, prepare(cases), options.workers)
+        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     with options.rows.open("w") as file:
         for case in cases:
             if time.monotonic() - begin > options.seconds:
                 print(f"time is up before {case}")
                 break
-            for row in measure(case):
+            for row in run(case):
                 file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{time.monotonic() - begin:.0f} s: {case}", flush=True)

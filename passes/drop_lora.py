@@ -18,11 +18,10 @@ from torch.fx import Graph, Node
 from bdlora_compile.errors import PassError
 from bdlora_compile.ir import BankSource, Captured, Fact, Origin, record, set_record
 from bdlora_compile.lora_nodes import (
-    ApplyArguments,
     ExpandArguments,
     LinearArguments,
-    is_apply,
     is_expand,
+    is_in_place,
     is_lora_linear,
 )
 from bdlora_compile.pass_manager import PassContext, erase_unused
@@ -59,8 +58,8 @@ def _drop(graph: Graph, node: Node) -> bool:
     """Use the base product where the LoRA path was added to it; False for other nodes."""
     if is_expand(node):
         node.replace_all_uses_with(ExpandArguments.of(node).y)
-    elif is_apply(node):
-        assert ApplyArguments.of(node).y.users, "an in-place operator adds to a product that is read"
+    elif is_in_place(node):
+        assert not node.users, "an in-place operator has no result"
     elif is_lora_linear(node):
         node.replace_all_uses_with(_base_product(graph, node))
     else:

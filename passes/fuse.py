@@ -5,9 +5,11 @@
              y = linear(x, W);  lora_apply_(x, y, A, B, order, segments)              y is used itself
     On GPUs: counters = lora_counters(token_slot)                      once a forward
              y = lora_linear(x, W, A, B, order, segments, counters)    where y has no bias
+    and where a collective lies between the factors:
+             h = lora_shrink_grouped(x, A, order, segments);  lora_expand_(y, collective(h), B, order, segments)
 
-Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs; the last
-is one launch for few tokens, and the two before it for more.
+Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs;
+`lora_linear` has LoRA inside the product for few tokens, and is the two before it for more.
 """
 
 import operator
@@ -21,8 +23,10 @@ from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, operator_name
 from bdlora_compile.lora_nodes import (
     ApplyArguments,
     ExpandArguments,
+    ExpandInPlaceArguments,
     LinearArguments,
     ShrinkArguments,
+    ShrinkGroupedArguments,
     bridge_of,
     is_expand,
     is_lookup,
@@ -31,7 +35,9 @@ from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.propagation import number_key
 from bdlora_compile.regions import is_boundary
 from bdlora_compile.report import PassStats, Refusal
-from bdlora_compile.runtime import linear_op  # noqa: F401 - registers its operators
+from bdlora_compile.runtime import bridged_ops, linear_op  # noqa: F401 - registers their operators
+
+_BRIDGED = "a collective lies between its factors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +52,32 @@ class Fuse:
         graph = captured.graph
         matches, refusals = 0, []
         work: dict[object, _Work] = {}
-        on_gpu = context.plan.device.type == "cuda"
+        on_gpu = _is_for_gpu(context)
         for expand in [node for node in graph.nodes if is_expand(node)]:
             reason = _refusal(expand)
             if reason:
                 refusals.append(Refusal(record(expand).site or expand.name, reason))
-                continue
-            _fuse(graph, expand, work, on_gpu)
-            matches += 1
+            if on_gpu and reason == _BRIDGED and len(ExpandArguments.of(expand).y.users) == 1:
+                _share_work(graph, expand, work)
+            elif not reason:
+                _fuse(graph, expand, work, on_gpu)
+                matches += 1
+        erase_unused(graph, [shared.counters for shared in work.values() if shared.counters is not None])
         return PassStats(matches=matches, refusals=refusals)
 
     def verify(self, captured: Captured, context: PassContext) -> None:
         """Nothing beyond shapes: y keeps its own."""
 
 
+def _is_for_gpu(context: PassContext) -> bool:
+    return context.plan.device.type == "cuda"
+
+
 def _refusal(expand: Node) -> str:
     """Why a path stays two operators; empty if nothing is in the way."""
     _, bridge = bridge_of(expand)
     if bridge:
-        return "a collective lies between its factors"
+        return _BRIDGED
     y = ExpandArguments.of(expand).y
     if is_lookup(ExpandArguments.of(expand).h):
         return "its A is looked up by token id: there is nothing to multiply"
@@ -85,14 +98,64 @@ class _Work:
 def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -> None:
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
+    shared = _work_of(graph, second.h, work, on_gpu)
+    if shared.counters is not None and _is_product(second.y, first.x):
+        _insert_product(graph, expand, first, second, shared)
+    else:
+        _insert_apply(graph, expand, first, second, shared)
+
+
+def _work_of(graph: Graph, shrink: Node, work: dict[object, _Work], on_gpu: bool) -> _Work:
+    """What the path of a shrink shares with the others, made where it is needed first."""
+    first = ShrinkArguments.of(shrink)
     # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each choice.
     tokens = (first.token_slot, *(number_key(size) for size in fake_tensor(first.x).shape[:-1]))
     if tokens not in work:
-        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or second.h, on_gpu)
-    if work[tokens].counters is not None and _is_product(second.y, first.x):
-        _insert_product(graph, expand, first, second, work[tokens])
-    else:
-        _insert_apply(graph, expand, first, second, work[tokens])
+        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or shrink, on_gpu)
+    return work[tokens]
+
+
+def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:
+    """Two operators that group no tokens themselves, and of which the second adds in place."""
+    shrink, _ = bridge_of(expand)
+    if is_lookup(shrink):
+        return
+    shared = _work_of(graph, shrink, work, on_gpu=True)
+    first, second = ShrinkArguments.of(shrink), ExpandArguments.of(expand)
+    grouped_arguments = ShrinkGroupedArguments(
+        x=first.x,
+        pool=first.pool,
+        slots=first.slots,
+        token_slot=first.token_slot,
+        order=shared.order,
+        segments=shared.segments,
+        sites=first.sites,
+        width=first.width,
+    )
+    with graph.inserting_before(shrink):
+        grouped = grouped_arguments.insert(graph)
+    added_arguments = ExpandInPlaceArguments(
+        y=second.y,
+        h=second.h,
+        pool=second.pool,
+        slots=second.slots,
+        scales=second.scales,
+        token_slot=second.token_slot,
+        order=shared.order,
+        segments=shared.segments,
+        sites=second.sites,
+        out_features=second.out_features,
+        parts=second.parts,
+    )
+    with graph.inserting_before(expand):
+        added = added_arguments.insert(graph)
+    for new, old in ((grouped, shrink), (added, expand)):
+        new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
+        set_record(new, origin=Origin.LORA, site=record(old).site, placement=record(old).placement, stage="fuse")
+    set_record(second.y, site=record(expand).site)
+    shrink.replace_all_uses_with(grouped)
+    expand.replace_all_uses_with(second.y)
+    erase_unused(graph, [expand, shrink])
 
 
 def _is_product(y: Node, x: Node) -> bool:

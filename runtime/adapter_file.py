@@ -8,7 +8,7 @@ Legend: D/O in/out features, R rank, G blocks of a block-diagonal factor.  y = W
     BLOCK_B   [R, D]       [O, R/G]     packed: block g of the dense B is rows [g O/G, (g+1) O/G), columns of R/G
 
 The tensors decide which sites carry LoRA and the configuration says how; the two must agree tensor by tensor. Values
-are read later, slice by slice, and are checked to be finite then.
+are read later, and whoever copies them checks that they are finite.
 """
 
 import dataclasses
@@ -25,14 +25,8 @@ from bdlora_compile.errors import AdapterError
 from bdlora_compile.runtime.adapter_agreement import BaseName, check_pair, pair_factors
 from bdlora_compile.runtime.adapter_config import parse_config, read_config
 from bdlora_compile.runtime.adapter_targets import FactorKind, plan_sites
-from bdlora_compile.runtime.adapter_tensors import (
-    TensorSource,
-    WeightsFile,
-    check_finite,
-    file_tensors,
-    find_weights,
-    memory_tensors,
-)
+from bdlora_compile.runtime.adapter_tensors import TensorSource, check_finite, memory_tensors
+from bdlora_compile.runtime.adapter_weights import WeightsFile, find_weights
 from bdlora_compile.sites import Site
 
 __all__ = [
@@ -41,7 +35,6 @@ __all__ = [
     "LoraFactors",
     "TensorSource",
     "adapter_from_tensors",
-    "check_finite",
     "read_adapter",
 ]
 
@@ -95,12 +88,23 @@ class Adapter:
         return None if self._file is None else self._file.path.parent
 
     def opened(self) -> AbstractContextManager[object]:
-        """Keep the file open around many reads, which saves opening it for each.
+        """Keep the file open around many views, which saves opening it for each. Let them all go before the end.
 
         Raises:
-            AdapterError: the file changed since it was checked.
+            AdapterError: the file changed since it was checked, or while it was read.
         """
         return nullcontext() if self._file is None else self._file.opened()
+
+    def check_finite(self) -> None:
+        """Look at all values.
+
+        Raises:
+            AdapterError: one is NaN or infinite, or the file changed since it was checked.
+        """
+        with self.opened():
+            for factors in self.factors.values():
+                check_finite(factors.a)
+                check_finite(factors.b)
 
 
 def read_adapter(path: str | Path, sites: Mapping[str, Site], *, base_model: str | None = None) -> Adapter:
@@ -124,7 +128,7 @@ def read_adapter(path: str | Path, sites: Mapping[str, Site], *, base_model: str
         )
     config = read_config(folder / "adapter_config.json")
     file = find_weights(folder)
-    return _assemble(config, file_tensors(file), sites, str(folder), base_model, file)
+    return _assemble(config, file.tensors(), sites, str(folder), base_model, file)
 
 
 def adapter_from_tensors(

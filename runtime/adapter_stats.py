@@ -32,8 +32,9 @@ class AdapterStats:
         disk_reads: adapters that were read again since their copy in host memory had been given up.
         stall_seconds: time that `use` spent bringing adapters in.
         block_diagonal_fit, ordinary_fit: adapters of rank ``max_rank`` on all sites that the pool's bytes hold: with
-            one block for each rank, and without blocks. None where blocks do not divide the model or the rank. At an
-            embedding only ordinary adapters have factors: PEFT has no blocks there.
+            one block for each rank, and without blocks. None where blocks do not divide the model or the rank, 0 where
+            ``max_local_rank`` admits no ordinary ones. At an embedding only ordinary adapters have factors: PEFT has no
+            blocks there.
     """
 
     known: int

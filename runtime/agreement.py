@@ -96,6 +96,12 @@ class StoreAgreement:
         self._mine: list[list[str]] = []
         self._lost: AgreementError | None = None
 
+    @property
+    def forward_limits(self) -> tuple[timedelta, timedelta]:
+        """How long a forward may take, and the first of a graph: with `give_up`'s roll call it is over in time."""
+        serving, setup = (max(limit - _ROLL_CALL, limit / 2) for limit in (self._timeout, self._setup_timeout))
+        return serving, setup
+
     def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         if self._lost is not None:
             # An exchange that was given up may still have come to an end on the other ranks.

@@ -6,7 +6,6 @@ compiled or captured keep the addresses of ``pool``, ``slots``, ``scales`` and `
 decided elsewhere, once for all ranks (`adapter_pool`); the bank does it.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,13 @@ from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime.adapter_pool import Move
 from bdlora_compile.runtime.adapter_tensors import is_finite
 from bdlora_compile.runtime.copier import Copier, PlainCopier, Ticket
+from bdlora_compile.runtime.hashing import sha256_of
 from bdlora_compile.runtime.ops import SlotField
 
 _ALIGNMENT = 16
 """Elements: 32 bytes of bf16, so that a kernel may load 16 bytes at a time from the start of any factor."""
+_HASHED_AT_ONCE = 1_000_000
+"""Elements of a chunk."""
 _BOUNCE_BYTES = 16_000_000
 """Room through which chunks are moved: the old and the new place may overlap. 16 MB take an H100 some 10 us."""
 
@@ -46,10 +48,7 @@ class StagedAdapter:
 
     def fingerprint(self) -> str:
         """SHA-256 of what a rank would copy, to tell whether a later reading found the same."""
-        digest = hashlib.sha256()
-        for tensor in (self.chunk, self.rows, self.scales):
-            digest.update(tensor.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return sha256_of([[self.rows, self.scales], *([piece] for piece in self.chunk.split(_HASHED_AT_ONCE))])
 
 
 class AdapterBank:
@@ -103,9 +102,8 @@ class AdapterBank:
         Raises:
             AdapterError: a value is out of range for the pool's dtype.
         """
-        rows = self.slots.new_zeros(self.slots.shape[0], len(SlotField), device="cpu")
-        rows[:, SlotField.A_BLOCKS] = rows[:, SlotField.B_BLOCKS] = 1
-        scales = torch.zeros(self.slots.shape[0], dtype=torch.float32)
+        num_sites = self.slots.shape[0]
+        rows, scales = [_EMPTY_ROW] * num_sites, [0.0] * num_sites
         chunk = self._copier.host_memory(
             chunk_elements([local.shape for local, _ in factors.values()]), self.pool.dtype
         )
@@ -115,11 +113,19 @@ class AdapterBank:
             a_offset = end
             b_offset = a_offset + _aligned(local.shape.a_numel)
             end = b_offset + _aligned(local.shape.b_numel)
-            _fill(chunk[a_offset:b_offset], local.a, name)
-            _fill(chunk[b_offset:end], local.b, name)
+            _fill(chunk[a_offset:b_offset], local.a)
+            _fill(chunk[b_offset:end], local.b)
             rows[index] = _row(local.shape, a_offset, b_offset)
             scales[index] = scaling
-        return StagedAdapter(chunk, self._in_host_memory(rows), self._in_host_memory(scales))
+        if not is_finite(chunk):
+            raise _overflow(
+                [name for name, (local, _) in factors.items() if not _fits(local, chunk.dtype)], chunk.dtype
+            )
+        return StagedAdapter(
+            chunk,
+            self._in_host_memory(torch.tensor(rows, dtype=torch.int64)),
+            self._in_host_memory(torch.tensor(scales, dtype=torch.float32)),
+        )
 
     def write(self, slot: int, staged: StagedAdapter, start: int) -> None:
         """Put a staged adapter into a free slot and the free room from ``start`` on, in place, beside forwards."""
@@ -181,22 +187,25 @@ class AdapterBank:
         return self._copier.host_memory(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _fill(room: torch.Tensor, factor: torch.Tensor, site: str) -> None:
-    """Write a factor into its room of a chunk, in the chunk's dtype, zeros behind it.
+def _fill(room: torch.Tensor, factor: torch.Tensor) -> None:
+    """Write a factor into its room of a chunk, in the chunk's dtype, zeros behind it."""
+    size = factor.numel()
+    room[:size].view(factor.shape).copy_(factor)
+    if size < room.numel():
+        room[size:].zero_()
 
-    Raises:
-        AdapterError: a value is out of range for the dtype.
-    """
-    own = room[: factor.numel()]
-    own.view(factor.shape).copy_(factor)
-    room[factor.numel() :].zero_()
-    if not is_finite(own):
-        raise AdapterError(
-            f"factor of {site}",
-            found="a value that overflows",
-            expected=f"values in the range of {room.dtype}",
-            remedy="load the model in a wider dtype or train the adapter again",
-        )
+
+def _fits(local: LocalFactors, dtype: torch.dtype) -> bool:
+    return all(is_finite(factor.to(dtype)) for factor in (local.a, local.b))
+
+
+def _overflow(sites: Sequence[str], dtype: torch.dtype) -> AdapterError:
+    return AdapterError(
+        f"factors of {sites[0]}" + (f" and {len(sites) - 1} more sites" if sites[1:] else ""),
+        found="a value that overflows",
+        expected=f"values in the range of {dtype}",
+        remedy="load the model in a wider dtype or train the adapter again",
+    )
 
 
 def chunk_elements(shapes: Sequence[LocalShape]) -> int:
@@ -208,7 +217,7 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _row(shape: LocalShape, a_offset: int, b_offset: int) -> torch.Tensor:
+def _row(shape: LocalShape, a_offset: int, b_offset: int) -> list[int]:
     fields = {
         SlotField.A_OFFSET: a_offset,
         SlotField.B_OFFSET: b_offset,
@@ -218,4 +227,8 @@ def _row(shape: LocalShape, a_offset: int, b_offset: int) -> torch.Tensor:
         SlotField.B_BLOCKS: shape.b_blocks,
         SlotField.OUT_START: shape.out_start,
     }
-    return torch.tensor([fields[field] for field in SlotField], dtype=torch.int64)
+    return [fields[field] for field in SlotField]
+
+
+_EMPTY_ROW = _row(LocalShape(0, 0, 1, 1, 0, 0), 0, 0)
+"""Of a site without LoRA: rank 0."""

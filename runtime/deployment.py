@@ -15,6 +15,7 @@ from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.leading import Leader
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
+from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import ShardStore
 
 
@@ -42,6 +43,7 @@ class Deployment:
             two forwards.
         last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
         leader: on rank 0, while the other ranks follow its calls.
+        watch: notices forwards that never end; None where the transport does so itself, or there is one rank.
     """
 
     plan: ModelPlan
@@ -51,6 +53,7 @@ class Deployment:
     reports: list[Report] = field(default_factory=list)
     step: threading.RLock = field(default_factory=threading.RLock)
     leader: Leader | None = None
+    watch: StepWatch | None = None
     # Each thread, and each task of an event loop, has its own choice.
     _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))
     _num_choices: int = 0

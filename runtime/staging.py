@@ -89,8 +89,8 @@ class Stager:
     def _stage(self, source: Path | Adapter) -> StagedContent:
         adapter = self._read(source)
         with adapter.opened():
-            parts = self._parts(adapter)
             digest = content_digest(adapter)
+            parts = self._parts(adapter)
         # Of an adapter in a file only the folder is kept: its description takes more memory than the path.
         source_again = adapter.folder or adapter
         fingerprints = [part.fingerprint() for part in parts]
@@ -108,6 +108,8 @@ class Stager:
                 expected=f"at most max_rank={plan.max_rank}",
                 remedy=f"load the model with max_rank={adapter.max_rank} or more",
             )
+        for state in self.deployment.ranks:
+            _require_local_rank(adapter, plan, state.rank)
         return adapter
 
     def _parts(self, adapter: Adapter) -> Sequence[StagedAdapter]:
@@ -116,12 +118,15 @@ class Stager:
 
     def _part(self, adapter: Adapter, state: RankState) -> StagedAdapter:
         plan = self.deployment.plan
-        _require_local_rank(adapter, plan, state.rank)
         factors = {
             site: (read_local(found, plan.sites[site], plan.layouts[site], state.rank, plan.mesh), found.scaling)
             for site, found in adapter.factors.items()
         }
-        return state.bank.stage(factors)
+        try:
+            return state.bank.stage(factors)
+        except AdapterError:
+            adapter.check_finite()  # names the tensor, if its values themselves are at fault
+            raise
 
 
 def _require_local_rank(adapter: Adapter, plan: ModelPlan, rank: int) -> None:
@@ -129,6 +134,8 @@ def _require_local_rank(adapter: Adapter, plan: ModelPlan, rank: int) -> None:
     Raises:
         AdapterError: a site of the local layout has a larger rank on this rank than the graphs were made for.
     """
+    if plan.max_local_rank >= plan.max_rank:
+        return
     for name, found in adapter.factors.items():
         if plan.layouts[name] is not Layout.LOCAL:
             continue

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--nightly",
         action="store_true",
-        help="500 random examples instead of 50 that are always the same, and what takes minutes (make nightly)",
+        help="hundreds of new random examples instead of a few, and what takes minutes (make nightly)",
     )
     parser.addoption("--screenshots", help="folder for screenshots of the inspector (make screenshots)")
 

@@ -23,6 +23,9 @@ def serve(
     ] = None,
     max_adapters: Annotated[int | None, typer.Option(min=1, help="Adapters on the device at once.")] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="Largest adapter rank.")] = None,
+    max_local_rank: Annotated[
+        int | None, typer.Option(min=1, help="Largest rank of factors on one rank; max-rank / TP if all are BD.")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Requests that run at once (16).")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion (2048).")] = None,
     strategy: Annotated[StrategyName | None, typer.Option(help="As in bdlora run (local).")] = None,
@@ -59,6 +62,7 @@ def serve(
         "adapter_roots": adapter_root or None,
         "max_adapters": max_adapters,
         "max_rank": max_rank,
+        "max_local_rank": max_local_rank,
         "max_rows": max_rows,
         "max_length": max_length,
         "strategy": strategy.value if strategy else None,

@@ -17,6 +17,9 @@ AS_CHOSEN = -1
 _LENGTH_STEP = 64
 """Cache lengths are rounded up to a multiple of this."""
 
+_PART_STEP = 64
+"""On GPUs parts of prompts are padded to a multiple of this."""
+
 
 class Batch:
     """Rows that requests fill and leave; every rank has one, and makes the same calls (`runtime.leading`).
@@ -41,8 +44,10 @@ class Batch:
         # One row more of one token would be the other kind of graph.
         padded = max(num_rows, 2)
         self._cache = make_cache(model, padded, _round_up(length))
-        self._prompt = make_cache(model, 1, _round_up(length + 1))
         device = self._cache.lengths.device
+        # On GPUs forwards of a size that was seen before are one launch: parts of prompts come in few sizes there.
+        self._part_step = _part_step(device)
+        self._prompt = make_cache(model, 1, _round_up(length + max(self._part_step, 2)))
         self._tokens = torch.zeros(padded, 1, dtype=torch.int64, device=device)
         self._chosen = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._selection = Selection(torch.full((padded,), NO_ADAPTER, dtype=torch.int32))
@@ -78,8 +83,9 @@ class Batch:
             row: where it goes. Its length is not changed: `decode` is told.
         """
         stop = start + len(tokens)
-        # A token that nobody sees: a sequence of one would be another graph. The next part overwrites it.
-        padded = [*tokens, 0] if len(tokens) == 1 else list(tokens)
+        # Tokens that nobody sees: a sequence of one would be another graph. The next part overwrites them.
+        size = max(_round_up(len(tokens), self._part_step), 2)
+        padded = [*tokens, *[0] * (size - len(tokens))]
         ids = torch.tensor([padded]).to(self._tokens.device, non_blocking=True)
         positions = torch.arange(start, start + len(padded), device=ids.device)[None]
         self._prompt.set_lengths([start])
@@ -133,5 +139,9 @@ class Batch:
             return self._model(use_cache=True, **inputs)
 
 
-def _round_up(length: int) -> int:
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+def _part_step(device: torch.device) -> int:
+    return _PART_STEP if device.type == "cuda" else 1
+
+
+def _round_up(length: int, step: int = _LENGTH_STEP) -> int:
+    return -(-length // step) * step

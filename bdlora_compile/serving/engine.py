@@ -95,6 +95,9 @@ class Engine:
         batch = Batch(self._model, self._limits.max_rows, self._limits.max_length)
         self._warm_up(batch)
         eos = eos_of(self._model)
+        if self._model.bdlora.watch is not None:
+            # This engine watches its steps itself, and ends its streams before the process ends.
+            self._model.bdlora.watch.stop()
         self._scheduler = Scheduler(batch, self._adapters, self._tokenizer, eos, self._limits)
         self._state = _State.RUNNING
         self._steps.start(self._scheduler)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,6 +98,25 @@ def write_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype, devi
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.architectures = [type(model).__name__]
     config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def write_sparse_model(config: PretrainedConfig, folder: Path) -> None:
+    """A checkpoint in bf16 whose data is one hole of the file system: it reads as zeros, and takes no room on disk."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        size = 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16
     config.save_pretrained(folder)
 
 

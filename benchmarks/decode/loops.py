@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,6 @@ class OurLoop(DecodeLoop):
         self.model, self.adapters = bd.load(folder, host_bytes=2 << 30, max_tokens=8192, **options)
         # The function, not its name: a checkout that was not installed has no entry point.
         self.model.compile(backend=bdlora, options={"inner": inner})
-        self._names: Sequence[str | None] = []
 
     def load(self, paths: Mapping[str, Path]) -> float:
         """Make exactly these adapters resident; returns the seconds that it took."""
@@ -111,9 +110,9 @@ class OurLoop(DecodeLoop):
             self.adapters.load(name, path)
         return time.perf_counter() - start
 
-    def choose(self, names: Sequence[str | None]) -> None:
-        """The adapters of the rows of coming steps."""
-        self._names = names
+    def chosen(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """The adapters of the rows inside a block; without names the base model."""
+        return self.adapters.use(names) if any(names) else nullcontext()
 
     def new_cache(self, batch: int, length: int) -> Any:
         return bd.make_cache(self.model, batch, length)
@@ -126,10 +125,6 @@ class OurLoop(DecodeLoop):
 
     def batch_of(self, cache: Any) -> int:
         return int(cache.batch)
-
-    def run(self, steps: int, *, read: bool) -> None:
-        with self.adapters.use(self._names) if any(self._names) else nullcontext():
-            super().run(steps, read=read)
 
     def logits(self, ids: Tensor, names: Sequence[str | None], steps: int) -> Tensor:
         """Logits of the last token of a prompt and of ``steps`` given tokens after it, by decode steps."""

@@ -23,9 +23,9 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "collectives": ("nccl", "one_shot", "two_shot", "all_reduce", "allreduce", "multimem"),
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "LoRA": ("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel", "linear_tokens"),
 }
-"""Parts by what names of kernels have in them, in this order."""
+"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA."""
 
 
 @dataclass(frozen=True)

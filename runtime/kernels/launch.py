@@ -29,6 +29,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     default_launches,
     plan_for,
     segment_tokens,
+    shrink_ahead,
 )
 
 _ONE_GROUPING_LAUNCH = 1024
@@ -99,6 +100,12 @@ def _apply_by_token(
 _ROWS_OF_A = 8
 """Rows of A that a program of `linear` holds at once, at most; 64 elements a thread."""
 
+_ELEMENTS_OF_B = 2048
+"""Elements of B that a warp of `linear` holds from the start, at most: 64 a thread."""
+
+_ELEMENTS_A_TURN = 512
+"""Elements of B that it holds at once where they are more than that: several turns, their loads in shared memory."""
+
 
 def linear(
     x: Tensor,
@@ -120,21 +127,35 @@ def linear(
     width = max(2, triton.next_power_of_2(width))
     rows = min(width, _ROWS_OF_A)
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
-    planes = triton.cdiv(in_features, a_columns)
-    parts = tokens * len(sites) * (width // rows) * planes
+    if plan.ahead:
+        tiles = shrink_ahead(in_features, width)
+        h = shrink(x, pool, slots, token_slot, None, sites, width, tiles, overlap=overlap, early=overlap)
+        parts = 0
+    else:
+        h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, len(sites), width, dtype=torch.float32)
+        parts = tokens * len(sites) * (width // rows) * h.shape[0]
     y = x.new_empty(tokens, columns)
-    h = x.new_empty(tokens, len(sites), planes, width, dtype=torch.float32)
     shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
+    block_t = max(16, triton.next_power_of_2(tokens))
     grid = (parts + columns // plan.columns * plan.splits,)
     linear_tokens[grid](
         x, weight, y, shares, h, counters, pool, slots, scales, token_slot,
         tokens, x.stride(0), slots.shape[1], *_three(sites), len(sites), in_features, *_three(out_features),
-        WIDTH=width, A_ROWS=rows, PLANES=planes, A_COLUMNS=a_columns,
-        B_ROWS=triton.next_power_of_2(triton.cdiv(width, plan.splits)),
-        BLOCK_T=max(16, triton.next_power_of_2(tokens)), BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, OVERLAP=overlap, num_warps=plan.warps, **_pdl(overlap),
+        WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
+        B_ROWS=_rows_of_b(width, block_t, plan),
+        BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
+        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **_pdl(overlap),
     )  # fmt: skip
     return y
+
+
+def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
+    """Rows of B that a program of `linear` holds at once."""
+    rows = triton.next_power_of_2(triton.cdiv(width, plan.splits))
+    elements_a_warp = block_t * plan.columns // plan.warps
+    if rows * elements_a_warp <= _ELEMENTS_OF_B:
+        return rows
+    return min(rows, max(1, _ELEMENTS_A_TURN // elements_a_warp))
 
 
 def shrink(

@@ -1,8 +1,11 @@
 """y = x W^T + scale * (B (A x)) in one launch, for few tokens: a product bound by the bytes of W, with LoRA inside.
 
-The first programs of the grid make h = A x, one (token, site, rows of A, part of its columns) each. The others stream
-W: each has a tile of y's columns and a share of the sum. They hold some rows of B, wait for h, and add B h to their
-share; the last one to arrive at a tile adds its shares up, in a fixed order.
+Programs stream W: each has a tile of y's columns and a share of the sum. They hold some rows of B, wait for h = A x,
+and add B h to their share; the last one to arrive at a tile adds its shares up, in a fixed order.
+
+h is made by the first programs of the grid, one (token, site, rows of A, part of its columns) each, or (AHEAD) by
+`shrink_tokens` in a launch of its own, beside which this one starts. The first saves a launch; the second leaves the
+multiprocessors to the programs that stream W sooner, which pays where h is much work.
 
 Programs that wait come later in the grid than those they wait for, which wait for none of them: no deadlock where not
 all fit the GPU at once. Whoever is last sets the counters to zero again, so that no launch has to.
@@ -21,6 +24,7 @@ from bdlora_compile.runtime.kernels.fields import (
     NUM_FIELDS,
     OUT_START,
     choose,
+    known_multiple_of_8,
     let_next_kernel_start,
     slot_row,
     wait_for_kernel_ahead,
@@ -37,11 +41,11 @@ FIRST_TILE: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def _make_h(
-    x, h, counters, pool, slots, token_slot, x_stride, num_slots, site0, site1, site2, number,
+    x, h, counters, pool, slots, token_slot, tokens, x_stride, num_slots, site0, site1, site2, number,
     N_SITES: tl.constexpr, IN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Some of a token's h at a site over some columns of A, h [T, N_SITES, PLANES, WIDTH]; then count it."""
+    """Some of a token's h at a site over some columns of A, h [PLANES, T, N_SITES, WIDTH]; then count it."""
     plane, rest = number % PLANES, number // PLANES
     first_row, rest = rest % (WIDTH // ROWS) * ROWS, rest // (WIDTH // ROWS)
     index, token = rest % N_SITES, rest // N_SITES
@@ -76,7 +80,7 @@ def _make_h(
             factors = tl.load(a + row[:, None] * columns + k_part[None, :], mask=inside, other=0.0)
             values = tl.load(x_row + first_column[:, None] + k_part[None, :], mask=inside, other=0.0)
             total += tl.sum(factors.to(tl.float32) * values.to(tl.float32), axis=1)
-    at = h + ((token * N_SITES + index) * PLANES + plane) * WIDTH + row
+    at = h + ((plane * tokens + token) * N_SITES + index) * WIDTH + row
     tl.store(at, total, mask=row < rank)
     tl.debug_barrier()
     tl.atomic_add(counters + H_READY, 1, sem="release")
@@ -93,21 +97,44 @@ def _load_b(pool, b_offset, rank, columns, height, within, j):
 
 
 @triton.jit
-def _wait_for_h(
-    h, counters, goal, readers, rank, t, j, index, N_SITES: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr,
-):  # fmt: skip
-    """Elements ``j`` [J] of each token's h, [J, T]."""
-    while tl.atomic_add(counters + H_READY, 0, sem="acquire") < goal:
-        pass
-    # Nobody waits any more once all have come here.
-    if tl.atomic_add(counters + H_READ, 1, sem="relaxed") == readers - 1:
-        tl.store(counters + H_READY, 0)
-        tl.store(counters + H_READ, 0)
-    at = h + ((t * N_SITES + index) * (PLANES * WIDTH))[None, :] + j[:, None]
-    value = tl.zeros([j.shape[0], t.shape[0]], dtype=tl.float32)
+def _wait_for_h(counters, goal, readers, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):
+    """Until all of h is there."""
+    if AHEAD:
+        wait_for_kernel_ahead(OVERLAP)
+    else:
+        while tl.atomic_add(counters + H_READY, 0, sem="acquire") < goal:
+            pass
+        # Nobody waits any more once all have come here.
+        if tl.atomic_add(counters + H_READ, 1, sem="relaxed") == readers - 1:
+            tl.store(counters + H_READY, 0)
+            tl.store(counters + H_READ, 0)
+
+
+@triton.jit
+def _load_h(h_token, plane_stride, rank, j, PLANES: tl.constexpr):
+    """Elements ``j`` [J] of each token's h, [J, T]; the planes are summed."""
+    is_row = j[:, None] < rank[None, :]
+    value = tl.zeros([j.shape[0], rank.shape[0]], dtype=tl.float32)
     for plane in tl.static_range(PLANES):
-        value += tl.load(at + plane * WIDTH, mask=j[:, None] < rank[None, :], other=0.0, cache_modifier=".cg")
+        at = h_token[None, :] + plane * plane_stride + j[:, None]
+        value += tl.load(at, mask=is_row, other=0.0, cache_modifier=".cg")
     return value
+
+
+@triton.jit
+def _b_h(
+    pool, b_offset, rank, columns, height, within, factor, h_token, plane_stride, j,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """B h [T, O] of a program's rows of B: ``j`` and every STEP rows on. ``factor`` holds the first of them."""
+    value = _load_h(h_token, plane_stride, rank, j, PLANES)
+    total = tl.sum(value[:, :, None] * factor.to(tl.float32), axis=0)
+    if STEP < WIDTH:
+        for first in tl.range(STEP, tl.max(rank, axis=0), STEP, num_stages=STAGES):
+            more = _load_b(pool, b_offset, rank, columns, height, within, j + first)
+            value = _load_h(h_token, plane_stride, rank, j + first, PLANES)
+            total += tl.sum(value[:, :, None] * more.to(tl.float32), axis=0)
+    return total
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -117,25 +144,29 @@ def linear_tokens(
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens * N_SITES * row groups * PLANES + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O].
+    """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
     O is the sum of OUT*, each a multiple of BLOCK_O; IN is one of SPLITS * BLOCK_K. shares float32 [SPLITS, T, O].
+    Those that make h are tokens * N_SITES * row groups * PLANES; none if AHEAD.
     counters int32 [2 + column tiles] are zero, and are so again at the end.
-    OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended.
+    OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended. If
+    AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for.
     """
     OUT: tl.constexpr = OUT0 + OUT1 + OUT2
     TILES: tl.constexpr = OUT // BLOCK_O
     DEPTH: tl.constexpr = IN // SPLITS
     program = tl.program_id(0)
-    goal = tokens * (N_SITES * (WIDTH // A_ROWS) * PLANES)
-    if program < goal:
-        _make_h(
-            x, h, counters, pool, slots, token_slot, x_stride, num_slots, site0, site1, site2, program,
-            N_SITES, IN, WIDTH, A_ROWS, PLANES, A_COLUMNS, OVERLAP,
-        )  # fmt: skip
-        return
+    goal = 0
+    if not AHEAD:
+        goal = tokens * (N_SITES * (WIDTH // A_ROWS) * PLANES)
+        if program < goal:
+            _make_h(
+                x, h, counters, pool, slots, token_slot, tokens, x_stride, num_slots, site0, site1, site2, program,
+                N_SITES, IN, WIDTH, A_ROWS, PLANES, A_COLUMNS, OVERLAP,
+            )  # fmt: skip
+            return
     tile = (program - goal) % TILES
     split = (program - goal) // TILES
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -154,14 +185,22 @@ def linear_tokens(
     scale = tl.load(scales + site * num_slots + slot)
     within = o[None, :] - choose(index, 0, OUT0, OUT0 + OUT1)
     j = split + SPLITS * tl.arange(0, B_ROWS)
-    # B is read before x is waited for, if no slot is packed: then sizes are multiples of 8 and loads 16 bytes wide.
-    is_plain = (tl.max(blocks, axis=0) == 1) & (tl.max(start % 8, axis=0) == 0)
-    columns = tl.multiple_of(tl.zeros_like(rank) + size, 8)
-    factor = _load_b(
-        pool, b_offset, tl.where(is_plain, rank, 0), columns, tl.zeros_like(rank) + WIDTH,
-        within - (start // 8 * 8)[:, None], j,
-    )  # fmt: skip
-    wait_for_kernel_ahead(OVERLAP)
+    # B is read before x is waited for, where the tile lies in one block of every slot's B: that block is then a factor
+    # of its own, with fewer rows and columns. Its sizes are multiples of 8, and loads 16 bytes wide.
+    columns = size // blocks
+    is_in_one = (start % 8 == 0) & ((blocks == 1) | ((columns % BLOCK_O == 0) & (start == 0)))
+    is_plain = tl.min(is_in_one.to(tl.int32), axis=0) == 1
+    first_column = tile * BLOCK_O - choose(index, 0, OUT0, OUT0 + OUT1)
+    block = tl.where(blocks == 1, 0, first_column // columns)
+    own_rank = rank // blocks
+    first_row = block * own_rank
+    own_columns = known_multiple_of_8(columns)
+    own_offset = b_offset + tl.multiple_of(first_row * own_columns, 8)
+    own_within = within - tl.multiple_of(start // 8 * 8 + block * own_columns, 8)[:, None]
+    one_block = tl.zeros_like(rank) + WIDTH
+    factor = _load_b(pool, own_offset, tl.where(is_plain, own_rank, 0), own_columns, one_block, own_within, j)
+    if not AHEAD:
+        wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     k = split * DEPTH + tl.arange(0, BLOCK_K)
@@ -173,12 +212,23 @@ def linear_tokens(
         total = tl.dot(x_tile, w_tile, total)
         x_at += BLOCK_K
         w_at += BLOCK_K
-    value = _wait_for_h(h, counters, goal, TILES * SPLITS, rank, t, j, index, N_SITES, WIDTH, PLANES)
-    if not is_plain:
-        factor = _load_b(
-            pool, b_offset, rank, size // blocks, tl.maximum(rank // blocks, 1), within - start[:, None], j
+    _wait_for_h(counters, goal, TILES * SPLITS, AHEAD, OVERLAP)
+    h_token = h + (t * N_SITES + index) * WIDTH
+    plane_stride = tokens * (N_SITES * WIDTH)
+    if is_plain:
+        added = _b_h(
+            pool, own_offset, own_rank, own_columns, one_block, own_within, factor, h_token + first_row, plane_stride,
+            j, SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
         )  # fmt: skip
-    total += tl.sum((value * scale[None, :])[:, :, None] * factor.to(tl.float32), axis=0)
+    else:
+        height = tl.maximum(own_rank, 1)
+        moved = within - start[:, None]
+        first = _load_b(pool, b_offset, rank, columns, height, moved, j)
+        added = _b_h(
+            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, j,
+            SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
+        )  # fmt: skip
+    total += scale[:, None] * added
     at = t[:, None] * OUT + o[None, :]
     if SPLITS > 1:
         tl.store(shares + split * tokens * OUT + at, total, mask=is_token[:, None], cache_modifier=".cg")

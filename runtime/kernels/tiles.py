@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from bdlora_compile.runtime.kernels.tuned import TUNED
+from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +114,22 @@ _MOST_OF_A = 65536
 
 
 PRODUCT_LIMIT = 16
-"""Tokens up to which the base product and LoRA are one launch: the rows of one tensor-core instruction."""
+"""Tokens of a product with LoRA inside whatever the width: the rows of one tensor-core instruction."""
 
-_PRODUCT_WIDTH = 16
-"""Largest local rank that such a launch serves."""
-
-_PRODUCT_ROWS = 8
-"""Most rows of B that a program of such a launch holds."""
+_FEW_ROWS = 2
+"""Largest width of such a product for more tokens, up to `BY_TOKEN_LIMIT`, where nothing was measured."""
 
 _PRODUCT_SIZE = 27_000_000
-"""Most elements of W. A larger product is near memory's speed by itself, and LoRA inside only slows it."""
+"""Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
 
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
 
-_SEPARATE = {(1024, (8192,), 2), (2048, (4096,), 16)}
-"""(in_features, out_features, width) measured to cost less in two launches: o of 70B at N = 8, of 8B at N = 2."""
+_FEWEST_AHEAD = 200
+"""The same where h is made ahead."""
+
+_WIDEST_IN_TABLE = 64
+"""Largest width that the table of products has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ class Product:
         splits: programs that share the sum of a tile.
         stages: 1 more than the tiles of W under way.
         warps: of a program.
+        ahead: h is made by a launch of its own ahead of this one, not by its first programs.
     """
 
     columns: int
@@ -148,16 +149,38 @@ class Product:
     splits: int
     stages: int
     warps: int = 4
+    ahead: bool = False
 
 
 def product_for(call: Call) -> Product | None:
-    """Tile sizes with which one launch computes a base product and its LoRA; None where two serve better or must.
+    """The plan of a base product with its LoRA inside; None where launches of their own serve better or must.
 
-    Programs enough that memory is kept busy, few enough that all are on the GPU at once, and sums not too long.
+    The table's for this GPU and shape, of the next larger width that it has; or the default.
     """
-    rows, columns, width = sum(call.out_features), call.in_features, _power_of_two(call.width)
-    if call.tokens > PRODUCT_LIMIT or width > _PRODUCT_WIDTH or rows * columns > _PRODUCT_SIZE:
-        return None
+    table, width = _products(), _power_of_two(call.width)
+    while width <= _WIDEST_IN_TABLE and call.tokens <= BY_TOKEN_LIMIT:
+        key = (bucket_of(call.tokens), call.in_features, call.out_features, width)
+        if key in table:
+            return table[key]
+        width *= 2
+    return default_product(call)
+
+
+def default_product(call: Call) -> Product | None:
+    """What is good where nothing was measured: h made here where that is little work, else ahead, else no product."""
+    width = _power_of_two(call.width)
+    few_tokens = call.tokens <= PRODUCT_LIMIT
+    is_small = sum(call.out_features) * call.in_features <= _PRODUCT_SIZE
+    if few_tokens and is_small and width <= NARROW:
+        return _product_making_h(call)
+    if few_tokens or (width <= _FEW_ROWS and call.tokens <= BY_TOKEN_LIMIT):
+        return _product_behind_h(call)
+    return None
+
+
+def _product_making_h(call: Call) -> Product | None:
+    """Programs enough that memory is kept busy, few enough that all are on the GPU at once, and sums not too long."""
+    rows, columns = sum(call.out_features), call.in_features
     tile = 64 if min(rows, columns) >= 2048 else 32 if rows >= 1024 else 16
     # Each program reads its part of x: narrow tiles read it more often.
     depth, most_programs = {64: (64, 512), 32: (128, 256), 16: (256, 256)}[tile]
@@ -166,11 +189,32 @@ def product_for(call: Call) -> Product | None:
         splits *= 2
         if columns % (splits * depth):
             return None
-    if any(size % tile for size in call.out_features) or columns % (splits * depth) or width > _PRODUCT_ROWS * splits:
-        return None
-    if (call.in_features, call.out_features, width) in _SEPARATE:
-        return None
-    return Product(tile, depth, splits, min(5, columns // (splits * depth) + 1))
+    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1)))
+
+
+def _product_behind_h(call: Call) -> Product | None:
+    """Narrow tiles and long sums: few shares to add up, and a long part of a row of W at once."""
+    rows, columns = sum(call.out_features), call.in_features
+    tile, depth, splits = 64 if rows >= 64 * _FEWEST_AHEAD else 32, 128, 1
+    while rows // tile * splits < _FEWEST_AHEAD or columns // splits > 4096:
+        splits *= 2
+        if columns % (splits * depth):
+            return None
+    stages = min(5 if call.tokens <= PRODUCT_LIMIT else 4, columns // (splits * depth) + 1)
+    return _product_of(call, Product(tile, depth, splits, stages, ahead=True))
+
+
+def _product_of(call: Call, product: Product) -> Product | None:
+    """The product, if its tiles divide the call's sizes."""
+    divides = call.in_features % (product.splits * product.depth) == 0
+    return product if divides and not any(size % product.columns for size in call.out_features) else None
+
+
+def shrink_ahead(in_features: int, width: int) -> Shrink:
+    """The launch ahead of such a product: 64 elements of A a thread, and few planes of h."""
+    rows = min(width, 8)
+    depth = min(_power_of_two(in_features), 16384 // rows)
+    return Shrink(rows, depth, max(2, rows * depth // 2048))
 
 
 def segment_tokens(tokens: int) -> int:
@@ -200,6 +244,14 @@ def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
         return {}
     plans = TUNED.get(torch.cuda.get_device_name(), {})
     return {key: _plan(*fields) for key, fields in plans.items()}
+
+
+@cache
+def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
+    if not torch.cuda.is_available():
+        return {}
+    plans = PRODUCTS.get(torch.cuda.get_device_name(), {})
+    return {key: Product(*fields) if fields else None for key, fields in plans.items()}
 
 
 def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool) -> Plan:
@@ -242,6 +294,12 @@ def default_launches(call: Call) -> TwoLaunches:
     rows = 64 if width > 16 else 32
     shrink = Shrink(rows, 64 if rows == 64 else 128, 4, splits=_splits(call, 2 if rows == 64 else 4), stages=4)
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
+
+
+def one_plane_shrink(in_features: int, width: int) -> Shrink:
+    """A shrink by token whose programs see all columns of A: a collective then reads h as it is, without a sum."""
+    depth = _power_of_two(in_features)
+    return Shrink(max(1, min(_power_of_two(width), 16384 // depth)), depth, 8)
 
 
 def _splits(call: Call, most: int) -> int:

@@ -136,6 +136,21 @@ def test_stats_say_how_many_of_a_kind_the_budget_holds(served: Served, files: Fi
     assert adapters.stats().resident == stats.ordinary_fit
 
 
+def test_a_deployment_of_blocks_alone_has_a_smaller_pool(served: Served, files: Files) -> None:
+    """Ordinary adapters of its rank are refused, before their data are read, and the statistics say that none fits."""
+    ranks = bd.Ranks.lockstep(2)
+    _, adapters = bd.load(files.model, dtype=torch.float64, max_adapters=2, max_rank=4, max_local_rank=2, ranks=ranks)
+    stats = adapters.stats()
+    assert stats.pool_bytes < served.adapters.stats().pool_bytes
+    assert stats.ordinary_fit == 0
+    assert stats.block_diagonal_fit is not None
+    adapters.load("a1", served.paths["a1"])
+    adapters.load("a3", served.paths["a3"])
+    assert adapters.stats().resident == 2 <= stats.block_diagonal_fit
+    with pytest.raises(bd.AdapterError, match=r"factors of rank 4 on a rank .* at most max_local_rank=2"):
+        adapters.load("a0", served.paths["a0"])
+
+
 def test_an_adapter_larger_than_the_pool_is_refused_at_load(served: Served, files: Files) -> None:
     _, adapters = bd.load(files.model, max_rank=4, pool_bytes=1000)
     with pytest.raises(bd.AdapterError, match="larger pool"):

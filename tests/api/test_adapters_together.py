@@ -106,7 +106,16 @@ def change(folder: Path) -> None:
 
 
 def spoil(folder: Path) -> None:
-    """Not a number, in a part that the other rank holds."""
+    """Not a number, in what either rank holds."""
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "q_proj.lora_B" in name)
+    tensors[name][:, -1] = torch.nan
+    save_file(tensors, weights)
+
+
+def spoil_the_end(folder: Path) -> None:
+    """Not a number, in what rank 1 holds alone."""
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
     name = next(name for name in tensors if "q_proj.lora_B" in name)
@@ -139,6 +148,19 @@ def test_a_load_that_one_rank_cannot_do_is_done_by_none(
     pair.paths[rank]["a1"] = pair.paths[1 - rank]["a1"]
     pair.load("a1")
     assert pair.known_and_resident() == [("a0", True), ("a1", True)]
+
+
+def test_a_value_that_one_rank_alone_copies_stops_all(pair: Pair) -> None:
+    """A rank looks at what it holds itself; both have the same file, and nobody misses the value."""
+    pair.load("a0")
+    before = pair.state()
+    for rank in (0, 1):
+        spoil_the_end(pair.paths[rank]["a1"])
+    errors = pair.both(lambda adapters, at: adapters.load("a1", pair.paths[at]["a1"]))
+    assert "q_proj.lora_B.weight" in errors[1]
+    assert "1 values that are NaN or infinite" in errors[1]
+    assert "load of adapter 'a1' on rank 1: found" in errors[0]
+    assert pair.state() == before
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -181,7 +203,7 @@ def test_a_cold_adapter_that_one_rank_lost_is_brought_in_by_none(pair: Pair) -> 
     """The copies in host memory are gone, and so is one rank's folder: nobody is evicted for it."""
     pair.load("a0", "a1", "a2")
     for own in pair.sets:
-        own._host.forget(own._current["a2"])
+        own._tiers.host.forget(own._tiers.current["a2"])
     shutil.rmtree(pair.paths[1]["a2"])
     before = pair.state()
     errors = pair.both(lambda own, rank: own.prefetch("a2"))

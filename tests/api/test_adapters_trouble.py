@@ -1,6 +1,9 @@
 """Loads that fail, come at once or run beside rows that decode: what runs stays as it is, bit by bit."""
 
 import gc
+import inspect
+import os
+import resource
 import shutil
 import threading
 import tracemalloc
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bdlora_compile as bd
 from tests.api.conftest import TOLERANCE, Files, Served
@@ -48,14 +52,56 @@ def test_no_host_memory_is_an_error_of_the_load(served: Served, monkeypatch: pyt
 def test_ten_thousand_unknown_names_leave_nothing(served: Served) -> None:
     served.load("a0")
 
-    def sizes() -> dict[str, int]:
-        return {name: len(value) for name, value in vars(served.adapters).items() if hasattr(value, "__len__")}
+    adapters = served.adapters
+    calls = (adapters.unload, adapters.pin, adapters.unpin, adapters.prefetch, adapters.begin_prefetch, adapters.hold)
 
-    before = served.adapters.stats(), sizes()
+    def sizes() -> dict[str, int]:
+        holders = (adapters, adapters._tiers, adapters._tiers.host, adapters._tiers.residents, served.model.bdlora)
+        return {
+            f"{type(holder).__name__}.{name}": len(value)
+            for holder in holders
+            for name, value in inspect.getmembers(holder)
+            if name != "versions" and isinstance(value, dict | list | set) and not name.startswith("__")
+        }
+
+    before = adapters.stats(), sizes()
+    assert before[1]["Tiers.current"] == 1, "the control: what is looked at is what would grow"
     for index in range(10_000):
-        with pytest.raises(bd.AdapterError, match="no adapter of this name"), served.adapters.use(f"nobody-{index}"):
+        with pytest.raises(bd.AdapterError, match="no adapter of this name"), adapters.use(f"nobody-{index}"):
             pytest.fail("entered")
-    assert (served.adapters.stats(), sizes()) == before
+    for index in range(200):
+        for call in calls:
+            with pytest.raises(bd.AdapterError, match="no adapter of this name"):
+                call(f"nobody-{index}")
+    assert (adapters.stats(), sizes()) == before
+
+
+def test_an_adapter_of_zeros_is_the_base_model(served: Served, tmp_path: Path) -> None:
+    """Bit by bit; so is one of the smallest numbers there are, in the model's float64."""
+    for name, value in (("zeros", 0.0), ("denormal", 1e-45)):
+        folder = shutil.copytree(served.paths["a1"], tmp_path / name)
+        weights = folder / "adapter_model.safetensors"
+        save_file({key: torch.full_like(tensor, value) for key, tensor in load_file(weights).items()}, weights)
+        served.adapters.load(name, folder)
+        with served.adapters.use([name, None]):
+            found = served.logits()
+        with served.adapters.use(None):
+            assert torch.equal(found, served.logits())
+        served.adapters.unload(name)
+
+
+def test_no_descriptor_left_is_an_error_of_the_load(served: Served) -> None:
+    """As a process runs out of them: the load fails by an error of ours, and works when there are some again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(served.paths["a0"], os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(bd.AdapterError, match="Too many open files"):
+            served.load("a0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    served.load("a0")
 
 
 def test_two_loads_of_one_name_at_once(served: Served) -> None:
@@ -132,7 +178,7 @@ def test_a_change_falls_between_two_forwards(served: Served, files: Files, size:
             thread.start()
             thread.join(0.3)
             assert thread.is_alive()
-            assert {version.name for version in served.adapters._residents.versions} == {"a0", "a1"}
+            assert {version.name for version in served.adapters._tiers.residents.versions} == {"a0", "a1"}
         thread.join(60)
         assert not thread.is_alive()
     assert "a2" in served.resident()

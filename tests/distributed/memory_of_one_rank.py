@@ -4,7 +4,6 @@ The fake process group stands for the other ranks: collectives return at once. T
 """
 
 import json
-import struct
 import sys
 import threading
 import time
@@ -13,9 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 import bdlora_compile as bd
+from benchmarks.decode.files import write_sparse_model
 
 RANKS = 8
 CONFIG = LlamaConfig(
@@ -29,26 +29,6 @@ CONFIG = LlamaConfig(
     dtype="bfloat16",
     architectures=["LlamaForCausalLM"],
 )
-
-
-def write_sparse(folder: Path) -> None:
-    """A checkpoint whose data is one hole: a safetensors header, then nothing written."""
-    with torch.device("meta"):
-        shapes = {
-            name: list(parameter.shape)
-            for name, parameter in AutoModelForCausalLM.from_config(CONFIG).named_parameters()
-        }
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(file.tell() + end)
-    CONFIG.save_pretrained(folder)
 
 
 def anonymous_bytes() -> int:
@@ -83,7 +63,7 @@ class Peak:
 
 def main(folder: Path) -> None:
     """Print one line of JSON: bytes before, at the peak, and of this rank's shards and adapter pool."""
-    write_sparse(folder)
+    write_sparse_model(CONFIG, folder)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     before = anonymous_bytes()
     with Peak() as peak, torch.no_grad():

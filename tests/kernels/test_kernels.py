@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bdlora_compile.factors import LocalFactors, LocalShape
+from bdlora_compile.runtime import bridged_ops
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink, TwoLaunches
+from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink, TwoLaunches, segment_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = ("q", "k", "v")
@@ -206,3 +207,25 @@ def test_shares_of_several_ranks() -> None:
     arguments = (bank.pool, bank.slots, bank.scales, tokens, None, sites, case.out_features, 2, plan.expand)
     launch.expand(found, gathered, *arguments)
     assert error(found, expected(case, x, y, torch.zeros(5, dtype=torch.int64), dense)) < 4 * ROUNDING[case.dtype]
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_halves_with_a_collective_between_them(tokens: int) -> None:
+    """As the compiled forward of an S-LoRA layout runs them; columns of h that nobody writes are poisoned."""
+    case = Case(((8, 4, 2), (3, 0, 8)), 64, (64, 24, 24), 1, 1, tokens, 0, torch.float16, False)
+    bank, dense = bank_of(case)
+    x, y, _ = inputs(case)
+    chosen = torch.arange(tokens, device=DEVICE) % 3 - 1
+    slots = bank.token_slot[:tokens].copy_(chosen)
+    size = segment_tokens(tokens)
+    order, segments = launch.segment_work(slots, size)[:2] if size else (slots, slots)
+    shared, sites = (slots, order, segments), [0, 1, 2]
+    h = bridged_ops.shrink_by_kernels(x, bank.pool, bank.slots, *shared, sites, 8)
+    assert h.shape == (tokens, 24)
+    for token, slot in enumerate(chosen.tolist()):
+        for site, rank in enumerate(case.ranks[slot] if slot >= 0 else (0, 0, 0)):
+            h[token, site * 8 + rank : (site + 1) * 8] = float("nan")
+    found = y.clone()
+    bridged_ops.expand_by_kernels(found, h, bank.pool, bank.slots, bank.scales, *shared, sites, case.out_features, 1)
+    assert error(found, expected(case, x, y, chosen, dense)) < 4 * ROUNDING[case.dtype]
+    assert error(y, expected(case, x, y, chosen, dense)) > 40 * ROUNDING[case.dtype], "LoRA is seen"

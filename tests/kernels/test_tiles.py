@@ -1,10 +1,13 @@
 """Which kernels serve a call: every shape has a plan that fits it, and the table's entries are plans."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from bdlora_compile.runtime.kernels import tiles
 from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, TwoLaunches, default_plan
-from bdlora_compile.runtime.kernels.tuned import TUNED
+from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
+from bdlora_compile.runtime.linear_op import NUM_COUNTERS
 
 MOST_ELEMENTS = 16384
 """Elements of a tile: 128 a thread with 4 warps; more would leave the registers."""
@@ -56,3 +59,37 @@ def test_the_table_holds_plans_for_its_keys(device: str, monkeypatch: pytest.Mon
         assert tiles.plan_for(Call(16, 24, (24,), 2)) == default_plan(Call(16, 24, (24,), 2))
     finally:
         tiles._table.cache_clear()
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Choose as on a GPU of this name."""
+
+    def choose(device: str) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+        tiles._products.cache_clear()
+
+    yield choose
+    tiles._products.cache_clear()
+
+
+@pytest.mark.parametrize("device", PRODUCTS)
+def test_the_table_of_products_holds_plans_for_its_keys(device: str, on_device: Callable[[str], None]) -> None:
+    """Tiles divide the sizes, and there are counters enough; a width that is not there takes the next larger one's."""
+    on_device(device)
+    for tokens, in_features, out_features, width in PRODUCTS[device]:
+        product = tiles.product_for(Call(tokens, in_features, out_features, width))
+        assert product == tiles.product_for(Call(tokens - 1, in_features, out_features, width - width // 4))
+        if product is None:
+            continue
+        assert not any(size % product.columns for size in out_features)
+        assert in_features % (product.splits * product.depth) == 0
+        assert sum(out_features) // product.columns + 2 <= NUM_COUNTERS
+        assert tokens <= tiles.BY_TOKEN_LIMIT
+
+
+def test_products_off_the_table_take_the_default(on_device: Callable[[str], None]) -> None:
+    on_device("a GPU that nobody measured")
+    call = Call(16, 4096, (512, 128, 128), 2)
+    assert tiles.product_for(call) == tiles.default_product(call)

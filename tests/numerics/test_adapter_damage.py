@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bdlora_compile.errors import AdapterError
-from bdlora_compile.runtime import adapter_targets, adapter_tensors
-from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors, check_finite, read_adapter
+from bdlora_compile.runtime import adapter_targets, adapter_weights
+from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors, read_adapter
+from bdlora_compile.runtime.adapter_tensors import check_finite, is_finite
 from bdlora_compile.sites import Role, Site
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -158,8 +159,7 @@ def test_a_swap_while_a_file_is_opened_changes_nothing(
 ) -> None:
     """Another file comes to the path after the one there was compared with the checked one, and before it is mapped."""
     adapter = read_adapter(folder, SITES)
-    whole = slice(None), slice(None)
-    checked = adapter.factors[SITE].a.read(*whole)
+    checked = adapter.factors[SITE].a.view().clone()
     other = tmp_path / "other.safetensors"
     save_file(make_tensors(), other)
 
@@ -167,10 +167,10 @@ def test_a_swap_while_a_file_is_opened_changes_nothing(
         other.replace(folder / WEIGHTS)
         return safe_open(folder / WEIGHTS if sabotage else name, framework=framework)
 
-    monkeypatch.setattr(adapter_tensors, "safe_open", swap_and_open)
-    assert torch.equal(adapter.factors[SITE].a.read(*whole), checked) is not sabotage
+    monkeypatch.setattr(adapter_weights, "safe_open", swap_and_open)
+    assert torch.equal(adapter.factors[SITE].a.view(), checked) is not sabotage
     with pytest.raises(AdapterError, match="another file than the one that was checked"):
-        adapter.factors[SITE].a.read(*whole)
+        adapter.factors[SITE].a.view()
 
 
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(folder: Path) -> None:
@@ -197,25 +197,33 @@ def test_dtype_of_a_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("in_memory", [False, True], ids=["file", "memory"])
-def test_only_finite_values_are_read(value: float, in_memory: bool, folder: Path) -> None:
+def test_values_that_are_not_finite_are_named(value: float, in_memory: bool, folder: Path) -> None:
     tensors = make_tensors()
     tensors[f"base_model.model.{SITE}.lora_A.weight"][2, 7] = value
     save_file(tensors, folder / WEIGHTS)
     adapter: Adapter = read_adapter(folder, SITES)
     if in_memory:
         adapter = adapter_from_tensors(CONFIG, tensors, SITES, source=str(folder))
-    a = adapter.factors[SITE].a
-    assert a.read(slice(0, 2), slice(None)).shape == (2, 24)
+    check_finite(adapter.factors[SITE].b)
     with pytest.raises(AdapterError) as info:
-        a.read(slice(2, 4), slice(None))
+        adapter.check_finite()
     assert f"{SITE}.lora_A.weight of {folder}" in info.value.where
     assert info.value.found == "1 values that are NaN or infinite"
     assert info.value.expected == "finite numbers"
 
 
-def test_check_finite_returns_what_it_was_given() -> None:
-    tensor = torch.tensor([1e30, -1e-40, 0.0])
-    assert check_finite(tensor, "a") is tensor
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype: torch.dtype) -> None:
+    """Also between values that are huge, denormal or zero: their sum may overflow, and they are finite."""
+    info = torch.finfo(dtype)
+    values = torch.tensor([info.max, info.max, info.min, info.tiny / 2, -0.0, 1.0], dtype=dtype).repeat(20)
+    assert is_finite(values)
+    assert is_finite(values[:0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for place in range(len(values)):
+            changed = values.clone()
+            changed[place] = value
+            assert not is_finite(changed), (value, place)
 
 
 BOMBS = ["(a+)+$", "(?:(?:(?:.|a)*)*)*!", r"(\w+\.?)+[^\w.]", "(.*)*q(.*)*9", "(?:a{1000}){1000}", "(x+x+)+y"]

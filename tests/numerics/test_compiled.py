@@ -10,6 +10,7 @@ from torch.fx import Graph
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin, operator_name
+from bdlora_compile.passes import fuse
 from bdlora_compile.runtime import lockstep
 from bdlora_compile.strategy import Strategy
 from tests.models import ATTENTION, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
@@ -112,6 +113,13 @@ def test_logits_equal_peft(files: Any, shape: tuple[int, int, int], strategy: St
     if degree > 1:
         assert set(census.per_layer(Origin.BASE)) == {2}
         assert set(census.per_layer(Origin.LORA)) == {4 if strategy == "slora" else 0}
+
+
+@pytest.mark.parametrize("strategy", ["local", "slora"])
+def test_the_form_for_gpus_equals_peft(files: Any, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators that the graph has on GPUs, by their plain implementations."""
+    monkeypatch.setattr(fuse, "_is_for_gpu", lambda context: True)
+    test_logits_equal_peft(files, (4, 2, 2), strategy)
 
 
 def test_three_blocks_on_two_ranks(files: Any) -> None:

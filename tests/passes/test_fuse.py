@@ -64,6 +64,17 @@ def test_on_gpus_a_product_with_a_bias_stays() -> None:
     assert count(captured, "bdlora::lora_linear") == 0
 
 
+def test_on_gpus_paths_with_a_collective_share_their_grouping(golden: GoldenCheck) -> None:
+    plan = on_gpu(plan_of(2, (UP, DOWN), Layout.SLORA))
+    captured = merged(column_and_row(), plan)
+    stats = run(Fuse(), captured, plan)
+    assert {refusal.reason for refusal in stats.refusals} == {"a collective lies between its factors"}
+    golden("fuse_slora_gpu", print_graph(captured.graph))
+    require_idempotent(Fuse(), captured, plan)
+    run(DropLora(), captured, plan)
+    golden("drop_lora_column_and_row", print_graph(captured.graph))
+
+
 def test_paths_with_a_collective_are_left_and_say_why() -> None:
     plan = plan_of(2, (UP, DOWN), Layout.SLORA)
     captured = merged(column_and_row(), plan)

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import bdlora_compile as bd
-from bdlora_compile.collectives import through_symmetric_memory
-from bdlora_compile.ir import stage_nodes
+from bdlora_compile.factors import Layout
+from bdlora_compile.ir import fake_tensor, stage_nodes
 from bdlora_compile.machine import SymmetricLimits, find_machine
 from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import print_graph
 from bdlora_compile.runtime import all_reduce
 from bdlora_compile.runtime.agreement import Agreement, Alone
 from bdlora_compile.runtime.all_reduce import AllReduce, Wanted, way
+from bdlora_compile.transport import reduce_instead_of_gather, through_symmetric_memory
 from tests.conftest import GoldenCheck
 from tests.passes.graphs import plan_of
 from tests.passes.test_fuse import merged
@@ -98,14 +99,37 @@ def test_limits_of_the_nearest_measured_number_of_ranks() -> None:
     assert find_machine("cpu-gloo").symmetric_limits(2) is None
 
 
+def test_gathers_of_h_become_reduces_of_shares(golden: GoldenCheck) -> None:
+    """What every rank puts in adds up to what a gather would put side by side; a wrong rank's share does not."""
+    plan = plan_of(2, (UP, DOWN), Layout.SLORA)
+    shares = [torch.randn(6, 4), torch.randn(6, 4)]
+
+    def padded(rank: int, share: torch.Tensor) -> torch.Tensor:
+        captured = merged(column_and_row(), plan)
+        assert [*stage_nodes(captured.graph, "_c10d_functional::all_gather_into_tensor")]
+        reduce_instead_of_gather(captured, plan.mesh, rank)
+        captured.graph.lint()
+        assert not [*stage_nodes(captured.graph, "_c10d_functional::all_gather_into_tensor")]
+        if rank == 0:
+            golden("gathers_as_reduces", print_graph(captured.graph))
+        (pad,) = stage_nodes(captured.graph, "pad")
+        width = fake_tensor(pad.args[0]).shape[1]  # type: ignore[arg-type]
+        return torch.nn.functional.pad(share[:, :width], pad.args[1])  # type: ignore[arg-type]
+
+    both = padded(0, shares[0]) + padded(1, shares[1])
+    width = both.shape[1] // 2
+    assert torch.equal(both, torch.cat([share[:, :width] for share in shares], 1))
+    assert not torch.equal(padded(1, shares[0]) + padded(1, shares[1]), both)
+
+
 def test_the_graph_calls_it(golden: GoldenCheck) -> None:
     """Each all-reduce and its wait become one call that reads the buffer; without one nothing changes."""
     plan = plan_of(2, (UP, DOWN))
     captured = merged(column_and_row(), plan)
     before = print_graph(captured.graph)
-    through_symmetric_memory(captured, AllReduce("gloo: asked for"))
+    through_symmetric_memory(captured, AllReduce("gloo: asked for"), plan.mesh, 0)
     assert print_graph(captured.graph) == before
-    through_symmetric_memory(captured, AllReduce("", torch.zeros(4096, dtype=torch.uint8), LIMITS))
+    through_symmetric_memory(captured, AllReduce("", torch.zeros(4096, dtype=torch.uint8), LIMITS), plan.mesh, 0)
     captured.graph.lint()
     golden("symmetric_memory", print_graph(captured.graph))
     assert not [*stage_nodes(captured.graph, "_c10d_functional::all_reduce")]

@@ -12,6 +12,7 @@ import torch
 
 import bdlora_compile as bd
 from bdlora_compile.runtime.cache import LocalCache
+from bdlora_compile.serving import batch
 from bdlora_compile.serving.batch import AS_CHOSEN, Batch
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Finished, Request, SamplingParams, Token
@@ -80,6 +81,23 @@ def test_a_long_prompt_goes_in_parts(unstarted: Callable[..., Engine], world: Wo
     with unstarted(prefill_chunk=4) as engine:
         requests = [Request(tuple(range(3, 3 + length)), "b", GREEDY) for length in (2, 6, 10, 33, 5)]
         assert wrong(world, engine, requests) == 0
+
+
+def test_parts_of_few_sizes(unstarted: Callable[..., Engine], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: what pads a part is neither seen nor kept."""
+    monkeypatch.setattr(batch, "_part_step", lambda device: 8)
+    sizes = set()
+    run = Batch._run
+
+    def seen(self: Batch, *args: Any, **inputs: Any) -> Any:
+        sizes.add(inputs["input_ids"].shape[1])
+        return run(self, *args, **inputs)
+
+    monkeypatch.setattr(Batch, "_run", seen)
+    with unstarted(prefill_chunk=16) as engine:
+        requests = [Request(tuple(range(3, 3 + length)), "b", GREEDY) for length in (2, 6, 10, 33, 18)]
+        assert wrong(world, engine, requests) == 0
+    assert sizes == {1, 8, 16}
 
 
 def test_one_row(unstarted: Callable[..., Engine], world: World) -> None:

@@ -1,0 +1,81 @@
+"""Pictures of `bench_decode`'s results, as SVG beside the file: steps by part, and their ratio to the base model's.
+
+python -m benchmarks.plot_decode RESULTS.jsonl                 needs matplotlib
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decode.timing import PARTS
+
+WAIT = "waiting for the host"
+"""What a loop that reads every token adds to the same steps launched one behind the other."""
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's column and batch."""
+    kind = "" if row["kind_of_adapters"] == "none" else f", {row['kind_of_adapters']}"
+    adapters = "" if row["kind_of_adapters"] == "none" else f", {row['adapters']} adapters"
+    return f"{row['strategy']}{kind}\n{row['batch']} rows{adapters}"
+
+
+def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """A bar for each row, from the parts that a profile found to the wall time of a step."""
+    places = range(len(rows))
+    ends = [0.0] * len(rows)
+    for part in (*PARTS, WAIT):
+        values = [row["step"] - row["gpu"] if part == WAIT else row["parts"].get(part, 0.0) for row in rows]
+        axes.barh(places, values, left=ends, label=part)
+        ends = [end + value for end, value in zip(ends, values, strict=True)]
+    axes.set_yticks(places, [label(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of a decode step")
+    axes.legend(ncols=2, fontsize="small")
+
+
+def ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Step time over the base model's, by rows of the batch, for as many adapters as rows."""
+    base = {row["batch"]: row["step"] for row in rows if row["strategy"] == "base"}
+    full = [row for row in rows if row["kind_of_adapters"] != "none" and row["adapters"] == row["batch"]]
+    for column in dict.fromkeys((row["strategy"], row["kind_of_adapters"]) for row in full):
+        points = sorted(
+            (row["batch"], row["step"] / base[row["batch"]])
+            for row in full
+            if (row["strategy"], row["kind_of_adapters"]) == column
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", label=", ".join(column))
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(base), [str(batch) for batch in sorted(base)])
+    axes.set_xlabel("rows, each with an adapter of its own")
+    axes.set_ylabel("step, base is 1")
+    axes.legend(fontsize="small")
+
+
+def main() -> None:
+    """Write both pictures into one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    file = parser.parse_args().results
+    import matplotlib  # wanted here alone
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [line for line in lines if line["kind"] == "row"]
+    run = next(line for line in lines if line["kind"] == "run")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13, 0.45 * len(rows) + 1.5), width_ratios=[2, 1], layout="constrained"
+    )
+    stacked(left, rows)
+    ratios(right, rows)
+    figure.suptitle(f"{run['options']['model']}, {run['tp']} ranks, {run['device']}, {run['date']}")
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

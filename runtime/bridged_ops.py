@@ -1,0 +1,174 @@
+"""The two halves of a LoRA path with a collective between them, as a compiled forward on a GPU runs them.
+
+They differ from `ops.lora_shrink` and `ops.lora_expand`: tokens are grouped once a forward for all of them, h holds
+anything where no slot writes (no expand reads that), and y is added to in place.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdlora_compile.runtime.kernels.tiles import one_plane_shrink
+from bdlora_compile.runtime.ops import accumulate_dtype, lora_expand, lora_shrink
+
+
+@torch.library.custom_op("bdlora::lora_shrink_grouped", mutates_args=())
+def lora_shrink_grouped(
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+) -> Tensor:
+    """h = A x, each token with the A of its slot.
+
+    Args:
+        x, pool, slots, token_slot, sites, width: as for `ops.lora_shrink`.
+        order, segments: from `ops.lora_work`.
+
+    Returns:
+        [T, n * width], float32. Columns past a slot's rank and tokens of slot -1 hold anything.
+    """
+    return lora_shrink(x, pool, slots, token_slot, sites, width)
+
+
+@lora_shrink_grouped.register_fake
+def _(
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), len(sites) * width, dtype=accumulate_dtype(x.dtype))
+
+
+@lora_shrink_grouped.register_kernel("cuda")
+def _(
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+) -> Tensor:
+    if not _has_kernels(x):
+        return lora_shrink(x, pool, slots, token_slot, sites, width)
+    return shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width)
+
+
+def shrink_by_kernels(
+    x: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+) -> Tensor:
+    """`lora_shrink_grouped` by the Triton kernels; by token in one launch."""
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows = x.reshape(-1, x.shape[-1])
+    work = launch.work_for(rows.shape[0], order, segments)
+    tiles = one_plane_shrink(rows.shape[1], width) if work is None else None
+    planes = launch.shrink(rows, pool, slots, token_slot, work, sites, width, tiles)
+    h = planes[0] if planes.shape[0] == 1 else planes.sum(0)
+    return h.flatten(1)
+
+
+@torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))
+def lora_expand_(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> None:
+    """y += scale * (B h), in place.
+
+    Args:
+        y, h, pool, slots, scales, token_slot, sites, out_features, parts: as for `ops.lora_expand`.
+        order, segments: from `ops.lora_work`.
+    """
+    y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, parts))
+
+
+@lora_expand_.register_fake
+def _(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> None:
+    return None
+
+
+@lora_expand_.register_kernel("cuda")
+def _(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> None:
+    if not _has_kernels(y):
+        y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, parts))
+    else:
+        expand_by_kernels(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
+
+
+def expand_by_kernels(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> None:
+    """`lora_expand_` by the Triton kernels."""
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows = y.view(-1, y.shape[-1])
+    work = launch.work_for(rows.shape[0], order, segments)
+    planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
+    launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,195 @@
+"""A rank on a GPU dies or hangs while rows decode from CUDA graphs, at idle, and while adapters are loaded.
+
+    python -m tests.distributed.nccl_faults FOLDER             on two GPUs
+    python -m tests.distributed.nccl_faults FOLDER --gloo      to see it run on a CPU
+
+Two ranks a case, all cases at the same time. The other rank must end by itself, in time, and say which rank is lost.
+NCCL's own limit is longer than that: torch's watchdog is not what ends it.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
+from tests.distributed.launch import free_port
+from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
+
+NOTES = timedelta(seconds=16)
+"""How long ranks wait for one another; a forward may take 5 s less. All cases share the GPUs: steps are slow."""
+COLLECTIVES = {"nccl": timedelta(seconds=300), "gloo": timedelta(seconds=10)}
+ALLOWED = 30.0
+"""Seconds from the signal to the end of the other rank."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What both ranks do, and what happens to one of them.
+
+    Attributes:
+        name: of the case.
+        act: what a rank does; it says when it is ready.
+        victim: the rank that gets the signal; 0 holds the store.
+        sign: SIGKILL (it died) or SIGSTOP (it hangs).
+        said: what the other rank's error holds.
+        all_reduce: as for `bdlora_compile.load`.
+    """
+
+    name: str
+    act: Callable[[Any, bd.AdapterSet, Path], object]
+    victim: int
+    sign: signal.Signals
+    said: str
+    all_reduce: Any = "auto"
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+def decode(model: Any, adapters: bd.AdapterSet, folder: Path) -> None:
+    """One token after the other; each is waited for, as whoever samples it does."""
+    model.compile(backend=bdlora, options={"inner": "eager"})
+    cache = bd.make_cache(model, 1, 8192)
+    token = torch.tensor([[5]], device=model.bdlora.plan.device)
+    with adapters.use("first"), torch.no_grad():
+        for step in range(8000):
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token.item()
+            if step == 8:
+                replayed = sum(report.step_graphs.replayed for report in bd.reports(model) if report.step_graphs)
+                assert token.device.type == "cpu" or replayed > 2, [one.summary() for one in bd.reports(model)]
+                ready()
+            time.sleep(0.005)
+
+
+def load_later(model: Any, adapters: bd.AdapterSet, folder: Path) -> None:
+    ready()
+    time.sleep(1.5)
+    adapters.load("second", folder / "second")
+
+
+def load_often(model: Any, adapters: bd.AdapterSet, folder: Path) -> None:
+    for number in range(10**6):
+        adapters.load("second", folder / "second")
+        adapters.unload("second")
+        if number == 2:
+            ready()
+
+
+CASES = [
+    Fault("killed while rows decode", decode, 1, signal.SIGKILL, "rank 1"),
+    Fault("stopped while rows decode", decode, 1, signal.SIGSTOP, "rank 1"),
+    Fault("killed while rows decode, sums by NCCL", decode, 1, signal.SIGKILL, "rank 1", "nccl"),
+    Fault("stopped while rows decode, sums by NCCL", decode, 1, signal.SIGSTOP, "rank 1", "nccl"),
+    Fault("holder of the store killed while rows decode", decode, 0, signal.SIGKILL, "store"),
+    Fault("killed at idle", load_later, 1, signal.SIGKILL, "rank 1"),
+    Fault("stopped while adapters are loaded", load_often, 1, signal.SIGSTOP, "rank 1"),
+]
+
+
+def run_rank(fault: Fault, rank: int, port: int, folder: Path, backend: str) -> int:
+    """The life of one rank; it ends by an error."""
+    try:
+        torch.set_num_threads(1)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+            os.environ["LOCAL_RANK"] = str(rank)
+        store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=COLLECTIVES[backend])
+        ranks = bd.Ranks.of_process_group(timeout=NOTES)
+        dtype = torch.bfloat16 if backend == "nccl" else torch.float32
+        paths = {"first": folder / "first"}
+        model, adapters = bd.load(folder / "model", paths, dtype=dtype, all_reduce=fault.all_reduce, ranks=ranks)
+        fault.act(model, adapters, folder)
+        print("ended without an error", flush=True)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+    # Nothing is cleaned up: that would wait for the other rank.
+    os._exit(1)
+
+
+def run_case(fault: Fault, folder: Path, backend: str) -> str:
+    """Start both ranks, send the signal when both are ready, and wait for the end of the other one."""
+    port = free_port()
+    where = [sys.executable, "-m", "tests.distributed.nccl_faults", str(folder), "--backend", backend]
+    command = [*where, "--case", str(CASES.index(fault)), "--port", str(port), "--rank"]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    other = ranks[1 - fault.victim]
+    try:
+        for process in ranks:
+            _wait_until_ready(fault, process)
+        at = time.monotonic()
+        ranks[fault.victim].send_signal(fault.sign)
+        try:
+            said, _ = other.communicate(timeout=ALLOWED)
+        except subprocess.TimeoutExpired as hangs:
+            raise AssertionError(f"{fault.name}: the other rank still runs after {ALLOWED:g} s") from hangs
+        seconds = time.monotonic() - at
+        assert other.returncode != 0, f"{fault.name}: {said[-2000:]}"
+        assert "AgreementError: " in said, f"{fault.name}: {said[-2000:]}"
+        text = said[said.index("AgreementError: ") :].splitlines()[0]
+        assert fault.said in text, f"{fault.name}: {text}"
+        return f"{fault.name}: the other rank ended after {seconds:.1f} s: {text[:160]}"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(fault: Fault, process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        if line == "ready\n":
+            return
+        said.append(line)
+    raise AssertionError(f"{fault.name}: a rank did not get ready: {''.join(said)[-3000:]}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all cases; a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gloo", dest="backend", action="store_const", const="gloo", default="nccl")
+    parser.add_argument("--backend", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.rank is not None:
+        return run_rank(CASES[options.case], options.rank, options.port, options.folder, options.backend)
+    folder = options.folder
+    model = save_model(ModelSpec(heads=4, kv_heads=2, head_dim=16, layers=2, intermediate=96), folder / "model")
+    for seed, name in enumerate(("first", "second")):
+        save_adapter(AdapterSpec(rank=4, nblocks=2), model, folder / name, seed)
+    failed = 0
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        for case in [pool.submit(run_case, fault, folder, options.backend) for fault in CASES]:
+            try:
+                print(f"case: {case.result()}", flush=True)
+            except AssertionError as error:
+                failed += 1
+                print(f"FAILED {error}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
