@@ -41,10 +41,10 @@ def test_no_request_is_a_server_error(case: Any) -> None:
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_no_request_ends_the_engine(shared_engine: Engine, world: World, route: str) -> None:
     """Over the real engine: whatever is accepted is computed. All name its model, so that they come that far."""
-    options = ServeSettings(model="unused", served_name=BASE, request_timeout=20)
+    options = ServeSettings.of(None, {"model": "unused", "served_name": BASE, "request_timeout": 20})
     tokenizer = tokenizer_of(SPEC.vocabulary)
     tokenizer.chat_template = TEMPLATE
-    service = service_of(shared_engine, world.adapters, tokenizer, options, Tokens())
+    service = service_of(shared_engine, world.adapters, tokenizer, options, Tokens.model_validate({}))
     operation = schemathesis.openapi.from_asgi("/openapi.json", build(service))[f"/v1/{route}"]["POST"]
 
     @settings(as_usual, max_examples=12)
