@@ -132,7 +132,7 @@ def main() -> int:
 def files_of(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[Files]:
     """Files that were named, random ones, or SmolLM2's."""
     if options.shapes is not None:
-        with random_files(options, dtype or torch.float32) as files:
+        with random_files(options, dtype) as files:
             yield files
     elif options.model is not None:
         adapters = {name: Path(path) for name, path in (pair.split("=", 1) for pair in options.adapter)}
@@ -147,10 +147,11 @@ def files_of(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator
 
 
 @contextmanager
-def random_files(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Files]:
-    """A model of known shapes, adapters, and a tokenizer in which token i is the text "<i>"."""
+def random_files(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[Files]:
+    """A model of known shapes (in bf16 on a GPU), adapters, and a tokenizer in which token i is the text "<i>"."""
     config = model_config(options.shapes, options.layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     num_bytes = dtype.itemsize * config.num_hidden_layers * config.hidden_size * 4 * config.intermediate_size
     folder = roomy_folder(num_bytes)
     try:
