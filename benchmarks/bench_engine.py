@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Request, SamplingParams, Token
 from benchmarks.decode.files import CONTENTS, AdapterKind, model_config, roomy_folder, write_adapters, write_model
@@ -169,7 +170,7 @@ def random_files(options: argparse.Namespace, dtype: torch.dtype | None) -> Iter
 def compare(files: Files, options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Run both in turns; the exit status."""
     model, adapters = bd.load(files.model, files.adapters, dtype=dtype)
-    model.compile(backend="bdlora")
+    model.compile(backend=bdlora)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(5, 1000, (options.rows, options.prompt_tokens), generator=generator)
     choices: list[str | None] = [None, *files.adapters]
