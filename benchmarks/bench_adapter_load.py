@@ -186,7 +186,7 @@ def run(options: argparse.Namespace, nblocks: int) -> dict[str, Any]:
             replay()
             clock.mark()
         times = clock.between()
-        if upload:
+        if uploads:
             bank.clear(2)
         return times, [own() for own in uploads]
 
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="at least 6: the first upload is beside the sixth")
     options = parser.parse_args()
     on = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{date.today()}, {on}, torch {torch.__version__}")
