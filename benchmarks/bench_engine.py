@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
 from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Request, SamplingParams, Token
@@ -138,7 +139,7 @@ def main() -> int:
 def files_of(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[Files]:
     """Files that were named, random ones, or SmolLM2's."""
     if options.shapes is not None:
-        with random_files(options, dtype or torch.float32) as files:
+        with random_files(options, dtype) as files:
             yield files
     elif options.model is not None:
         adapters = {name: Path(path) for name, path in (pair.split("=", 1) for pair in options.adapter)}
@@ -153,10 +154,11 @@ def files_of(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator
 
 
 @contextmanager
-def random_files(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Files]:
-    """A model of known shapes, adapters, and a tokenizer in which token i is the text "<i>"."""
+def random_files(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[Files]:
+    """A model of known shapes (in bf16 on a GPU), adapters, and a tokenizer in which token i is the text "<i>"."""
     config = model_config(options.shapes, options.layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     num_bytes = dtype.itemsize * config.num_hidden_layers * config.hidden_size * 4 * config.intermediate_size
     folder = roomy_folder(num_bytes)
     try:
@@ -174,7 +176,7 @@ def random_files(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Fi
 def compare(files: Files, options: argparse.Namespace, dtype: torch.dtype | None) -> int:
     """Run both in turns; the exit status."""
     model, adapters = bd.load(files.model, files.adapters, dtype=dtype)
-    model.compile(backend="bdlora")
+    model.compile(backend=bdlora)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(5, 1000, (options.rows, options.prompt_tokens), generator=generator)
     choices: list[str | None] = [None, *files.adapters]

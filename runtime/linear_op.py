@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
-from bdlora_compile.runtime.ops import lora_apply_
+from bdlora_compile.runtime.ops import has_kernels, lora_apply_
 
 NUM_COUNTERS = 1024
 """Counters of a forward: two, and one for each tile of a product's columns."""
@@ -119,7 +119,7 @@ def _in_two(
 
 def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:
     """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
+    if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
     plan = product_for(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width))
     covers = plan is not None and weight.shape[0] == sum(out_features)
