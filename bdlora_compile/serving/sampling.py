@@ -49,7 +49,7 @@ class Chosen:
     """Tokens that the device chooses, on their way to the host: nobody waits before `read`.
 
     Attributes:
-        ids: int64 [rows of the logits], on their device; of rows that were not asked for anything.
+        ids: int64 [rows of the logits], on their device; those of rows that were not asked for are of no use.
     """
 
     def __init__(self, logits: Tensor, ids: Tensor, rows: Mapping[int, RowSampling]) -> None:

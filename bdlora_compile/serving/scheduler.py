@@ -248,7 +248,7 @@ class Scheduler:
         """Launch a step of every row whose prompt is in, and take its tokens.
 
         Where launches return before the device is done, those of the step before are taken instead: what the host does
-        falls into the device's time. A row whose last token that was has run once more then, for nobody.
+        falls into the device's time. A row that ends by such a token has then run once more, for nobody.
         """
         start = self._clock()
         launched = step = self._launch()

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,12 @@ def main(folder: Path) -> None:
 
 def ranks() -> set[int]:
     """Process ids of the ranks of all groups."""
-    children = psutil.Process().children(recursive=True)
-    return {child.pid for child in children if "bdlora_compile.serving.http.server" in " ".join(child.cmdline())}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "bdlora_compile.serving.http.server" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 def lose_a_group() -> None:
