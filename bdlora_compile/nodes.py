@@ -401,7 +401,7 @@ _TORCH = "torch/"
 
 def source_line(stack_trace: str) -> tuple[str, str]:
     """(``file:line``, code) of the innermost frame of the model's own code; no folder of this machine is named."""
-    frames = [(_short_file(file), line, code) for file, line, code in _FRAME.findall(stack_trace)]
+    frames = [(short_file(file), line, code) for file, line, code in _FRAME.findall(stack_trace)]
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     if not own:
         return "", ""
@@ -409,7 +409,7 @@ def source_line(stack_trace: str) -> tuple[str, str]:
     return f"{file}:{line}", code.strip()
 
 
-def _short_file(file: str) -> str:
+def short_file(file: str) -> str:
     """Behind ``site-packages``, or below the working folder, or the name and its folder's."""
     _, found, inner = file.rpartition("site-packages/")
     if found:

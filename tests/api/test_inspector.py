@@ -49,7 +49,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> _Records:
         return bd.explain(model, tp_size=4, adapter_rank=8, nblocks=4, strategy=strategy, load=load)
 
     found = {"local": told("local"), "slora": told("slora")}
-    found["mixed_bank_few_kv_heads"] = bd.explain(narrow, adapters, tp_size=4, load=load)
+    found["mixed_bank_few_kv_heads"] = bd.explain(narrow, adapters=adapters, tp_size=4, load=load)
     # No folder of this machine, and no times: both differ from run to run.
     return {name: timeless(replace(one, name="model")) for name, one in found.items()}
 
