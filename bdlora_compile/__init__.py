@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from bdlora_compile.explaining import Load, explain
     from bdlora_compile.explanation import Explanation
+    from bdlora_compile.foreign.pretend import pretend_ranks
     from bdlora_compile.machine import Machine
     from bdlora_compile.model import Ranks, attach, load, make_cache, reports
     from bdlora_compile.report import Report
@@ -74,6 +75,7 @@ __all__ = [
     "follow",
     "load",
     "make_cache",
+    "pretend_ranks",
     "reports",
 ]
 
@@ -95,6 +97,7 @@ _HOMES = {
     ),
     "explaining": ("Load", "explain"),
     "explanation": ("Explanation",),
+    "foreign.pretend": ("pretend_ranks",),
     "machine": ("Machine",),
     "model": ("Ranks", "attach", "load", "make_cache", "reports"),
     "report": ("Report",),
