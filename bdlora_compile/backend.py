@@ -15,6 +15,7 @@ from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
+from bdlora_compile.generated_code import CodeOfRegion, code_of
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
@@ -25,7 +26,7 @@ from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
 from bdlora_compile.printer import dtype_text, type_text
 from bdlora_compile.regions import Regions, split
 from bdlora_compile.report import Report
-from bdlora_compile.run_report import trace_stages, write_report
+from bdlora_compile.run_report import WrittenReport, trace_stages, write_report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
@@ -131,22 +132,24 @@ def bdlora(
     if chosen.on_report is not None:
         chosen.on_report(report)
     trace_stages(report)
-    if chosen.report is not None:
-        _write_report(Path(chosen.report), captured, report, deployment)
+    written = _write_report(Path(chosen.report), captured, report, deployment) if chosen.report is not None else None
     for refusal in report.stage("partition").stats.refusals:
         _LOG.warning("gather that nobody asked for: %s, because %s", refusal.where, refusal.reason)
     lists = "\nbase only\n".join(ordered_list(variant) for variant in (captured, base_only))
     require_equal(deployment.agreement, f"collectives of graph {len(deployment.reports)}", lists)
     start = time.perf_counter()
-    program = _emit(captured, base_only, deployment, chosen, report)
+    code: list[CodeOfRegion] | None = None if written is None else []
+    program = _emit(captured, base_only, deployment, chosen, report, code)
     report.emit_seconds = time.perf_counter() - start
+    if written is not None:
+        written.add_code([one.record() for one in code or () if one.texts])
     return program
 
 
-def _write_report(folder: Path, captured: Captured, report: Report, deployment: Deployment) -> None:
+def _write_report(folder: Path, captured: Captured, report: Report, deployment: Deployment) -> WrittenReport:
     tokens = fake_value(captured.token_input) if captured.token_input is not None else None
     is_decode = isinstance(tokens, torch.Tensor) and isinstance(tokens.shape[1], int) and tokens.shape[1] == 1
-    write_report(
+    return write_report(
         folder,
         report,
         deployment.agreement,
@@ -205,8 +208,9 @@ def _emit(
     deployment: Deployment,
     options: CompileOptions,
     report: Report,
+    code: list[CodeOfRegion] | None,
 ) -> Program | LockStepProgram:
-    """Read this rank's slices, bind them, and compile what is left."""
+    """Read this rank's slices, bind them, and compile what is left; ``code`` collects what Inductor makes of it."""
     token_index = _token_index(captured)
     for variant in (captured, base_only):
         first = deployment.ranks[0]
@@ -216,7 +220,10 @@ def _emit(
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]
         return LockStepProgram(deployment, with_lora, without, token_index)
     inner = options.inner or ("inductor" if deployment.plan.device.type == "cuda" else "eager")
-    bound = (_bind_and_compile(regions, deployment, inner, options.nvtx) for regions in variants)
+    bound = (
+        _bind_and_compile(regions, deployment, inner, options.nvtx, own)
+        for regions, own in zip(variants, _listeners(variants, code), strict=True)
+    )
     # A recorded step is replayed without the ranges.
     is_recorded = False if options.nvtx and options.cuda_graphs is None else options.cuda_graphs
     steps = _step_graphs(captured, deployment, is_recorded)
@@ -253,7 +260,18 @@ def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRe
     ]
 
 
-def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner, is_ranged: bool) -> list[BoundRegion]:
+def _listeners(variants: Sequence[Regions], code: list[CodeOfRegion] | None) -> list[list[CodeOfRegion] | None]:
+    """For each variant what collects the code of its regions; nothing where nobody asked for reports."""
+    if code is None:
+        return [None] * len(variants)
+    found = [code_of(regions, is_base_only=at > 0) for at, regions in enumerate(variants)]
+    code += [one for own in found for one in own]
+    return [*found]
+
+
+def _bind_and_compile(
+    regions: Regions, deployment: Deployment, inner: Inner, is_ranged: bool, code: Sequence[CodeOfRegion] | None
+) -> list[BoundRegion]:
     """This rank's values for every step; each region is compiled once, with those of its first step."""
     (state,) = deployment.ranks
     compiled: dict[int, Callable[..., Any]] = {}
@@ -263,7 +281,8 @@ def _bind_and_compile(regions: Regions, deployment: Deployment, inner: Inner, is
         module = regions.modules[step.region]
         if step.region not in compiled:
             eager = RangedModule(module) if is_ranged else module.forward
-            compiled[step.region] = eager if inner == "eager" else compile_region(module, values)
+            on_code = code[step.region].texts.append if code is not None else None
+            compiled[step.region] = eager if inner == "eager" else compile_region(module, values, on_code)
         run = compiled[step.region]
         bound.append(BoundRegion(in_range(regions.label(step), run) if is_ranged else run, values))
     return bound

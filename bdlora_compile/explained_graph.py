@@ -20,7 +20,7 @@ _REMOVING = ("localize", "tag paths", "localize declared")
 def explain_graph(report: Report, phase: Phase) -> ExplainedGraph:
     """One graph's record; numbers are for the forward that ``phase`` describes."""
     rename = renamed(report.symbols)
-    return ExplainedGraph(
+    told = ExplainedGraph(
         phase.name,
         phase.batch,
         phase.seq,
@@ -28,6 +28,18 @@ def explain_graph(report: Report, phase: Phase) -> ExplainedGraph:
         _explain_stages(report.stages, phase, rename),
         _explain_stages(report.base_only, phase, rename),
     )
+    # Where rows are a fixed number, or nobody knows which size they are, there are no bytes of one token.
+    return told if "batch" in report.symbols.values() else _without_tokens(told)
+
+
+def _without_tokens(told: ExplainedGraph) -> ExplainedGraph:
+    def without(stages: Sequence[ExplainedStage]) -> list[ExplainedStage]:
+        return [
+            replace(stage, collectives=[replace(one, wire_bytes_per_token=None) for one in stage.collectives])
+            for stage in stages
+        ]
+
+    return replace(told, stages=without(told.stages), base_only=without(told.base_only))
 
 
 def _explain_stages(stages: Sequence[StageReport], phase: Phase, rename: Callable[[str], str]) -> list[ExplainedStage]:

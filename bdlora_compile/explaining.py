@@ -5,12 +5,10 @@ The model is built on the meta device and hollowed out; Dynamo traces a prefill 
 """
 
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,16 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
+from bdlora_compile.deploying import cache_shape, offered_sites, served_sites
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.estimate import Estimate, ModelShape, estimate, phases
 from bdlora_compile.explained_graph import explain_graph
 from bdlora_compile.explained_sites import adapter_bytes, explain_sites, weight_bytes
 from bdlora_compile.explanation import ExplainedEstimate, Explanation
 from bdlora_compile.factors import Layout
+from bdlora_compile.foreign.explaining import Inputs, explain_sharded, is_of_others
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.model import cache_shape, offered_sites, served_sites
+from bdlora_compile.own_code import with_own_code
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -69,10 +69,11 @@ class Load:
 
 
 def explain(
-    model: str | Path | PretrainedConfig | PreTrainedModel,
-    adapters: Mapping[str, str | Path] | None = None,
+    model: str | Path | PretrainedConfig | PreTrainedModel | Callable[..., Any],
+    inputs: Inputs | None = None,
     *,
     tp_size: int,
+    adapters: Mapping[str, str | Path] | None = None,
     adapter_rank: int | None = None,
     nblocks: int = 1,
     strategy: Strategy = "local",
@@ -84,7 +85,11 @@ def explain(
 
     Args:
         model: a known name (`known_models.known_models`), a ``config.json``, a model folder, a transformers
-            configuration, or a model, of which the configuration is taken.
+            configuration, or a model, of which the configuration is taken. With ``inputs`` also a module or a function
+            that its owner sharded (see `foreign.explaining`): the record tells which of its collectives for LoRA go,
+            and why the others stay; the arguments below are not for such a model.
+        inputs: of a sharded model, the arguments of one forward: a tensor, a sequence, or a mapping by name. Of another
+            model token ids [B, S], whose sizes are taken for ``load``.
         adapters: PEFT folders by name; only their headers are read.
         tp_size: N, the number of ranks.
         adapter_rank: without ``adapters``: R of an adapter on every site; 16 by default.
@@ -99,8 +104,11 @@ def explain(
         PlacementError: the number of ranks does not divide the model, or a value cannot stay on its rank.
         AdapterError: an adapter cannot be served.
     """
+    if not isinstance(model, (str, Path, PretrainedConfig)) and is_of_others(model):
+        is_plain = not (adapters or adapter_rank or machine or load) and (nblocks, strategy) == (1, "local")
+        return _explain_sharded(model, inputs, tp_size, is_plain)
     start = time.perf_counter()
-    load = load or Load()
+    load = load or _load_of(inputs)
     config, name = _config_of(model)
     hollow = _meta_model(config)
     mesh = Mesh(tp_size, "explain")
@@ -157,15 +165,39 @@ def explain(
     )
 
 
+def _explain_sharded(model: Callable[..., Any], inputs: Inputs | None, tp_size: int, is_plain: bool) -> Explanation:
+    if inputs is None or not is_plain:
+        raise ConfigError(
+            "explain of a model that its owner sharded",
+            found="no inputs" if inputs is None else "arguments for a model that bdlora shards",
+            expected="explain(model, inputs, tp_size=...)",
+            remedy="give the arguments of one forward, and nothing else",
+        )
+    return explain_sharded(model, inputs, tp_size)
+
+
+def _load_of(inputs: Inputs | None) -> Load:
+    """The sizes of token ids [B, S]."""
+    if inputs is None:
+        return Load()
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise ConfigError(
+            "inputs", found=type(ids).__name__, expected="token ids [B, S]", remedy="give them, or load=Load(B, S)"
+        )
+    return Load(*ids.shape)
+
+
 # --- what is explained ------------------------------------------------------------------------------------------------
 
 
-def _config_of(model: str | Path | PretrainedConfig | PreTrainedModel) -> tuple[PretrainedConfig, str]:
+def _config_of(model: str | Path | PretrainedConfig | Callable[..., Any]) -> tuple[PretrainedConfig, str]:
     """The configuration and what to call it."""
     if isinstance(model, PreTrainedModel):
         return model.config, type(model).__name__
     if isinstance(model, PretrainedConfig):
         return model, type(model).__name__
+    assert isinstance(model, (str, Path)), "others were explained before"
     path = Path(model)
     if path.is_dir() or path.is_file():
         return AutoConfig.from_pretrained(path), str(model)
@@ -264,18 +296,13 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
 
 
 def _forward_of(model: PreTrainedModel) -> Callable[[torch.Tensor, LocalCache], object]:
-    """The model's forward as a function with code of its own.
-
-    Dynamo keeps compiled graphs, their limit and what it learned of sizes by code: those of an explanation shall not
-    count for models that share theirs.
-    """
+    """The model's forward as a function with code of its own."""
 
     def forward(ids: torch.Tensor, cache: LocalCache) -> object:
         # As a served model is called: its cache remembers the padding.
         return model(ids, attention_mask=cache.starts, past_key_values=cache, logits_to_keep=1)
 
-    code = forward.__code__.replace(co_name=f"explained_{uuid.uuid4().hex}")
-    return FunctionType(code, forward.__globals__, closure=forward.__closure__)
+    return with_own_code(forward)
 
 
 def _explain_estimate(one: Estimate) -> ExplainedEstimate:

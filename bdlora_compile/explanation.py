@@ -43,7 +43,7 @@ class ExplainedCollective:
         sizes: the same in numbers, for the explained batch; None where only a run can tell, as for bytes.
         payload, wire: bytes of one run as expressions.
         payload_bytes, wire_bytes: the same in numbers.
-        wire_bytes_per_token: for one row of one token.
+        wire_bytes_per_token: for one row of one token; None where the graph does not say which size the rows are.
         key: of its node.
         reason: why a pass that could have removed it did not; None if none could.
     """
@@ -203,6 +203,26 @@ class RankComparison:
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratedCode:
+    """What Inductor made of one region of a graph: the part before the layers, a kind of layer, the part after them.
+
+    Attributes:
+        region: path of the first layer that it is for, "before layers", "after layers", or "graph".
+        layers: all layers that it is run for.
+        is_base_only: whether it is for batches without adapters.
+        text: Python with the kernels in it, without folders of the machine.
+        nodes: numbers of the lines (from 1) that name a node as their source, by the node's key; empty for a node that
+            Inductor does not name.
+    """
+
+    region: str
+    layers: Sequence[str]
+    is_base_only: bool
+    text: str
+    nodes: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """What the compiler does to a model on a number of ranks.
 
@@ -233,6 +253,7 @@ class Explanation:
         formulas: of a decode step with each strategy.
         constants: names of the formulas' symbols with their values here.
         ranks: how the ranks of a run compare.
+        code: what Inductor made of the regions of a run's graph.
         seconds: time that the explanation took, measured.
     """
 
@@ -259,6 +280,7 @@ class Explanation:
     formulas: Sequence[StepFormula] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
     ranks: RankComparison | None = None
+    code: Sequence[GeneratedCode] = ()
     kind: Literal["explained", "run", "foreign"] = "explained"
     version: Literal[2] = VERSION
 

@@ -1,6 +1,7 @@
 """An explanation as tables on a console."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +21,9 @@ from bdlora_compile.timing import Seconds
 
 _OPERATORS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 _PHASES = {"prefill": "prefill (the prompts)", "decode": "decode (one token for each row)"}
+
+
+_LOADS = {"run": "one token of one row", "foreign": "one forward with the inputs that were traced"}
 
 
 def show(told: Explanation, console: Console) -> None:
@@ -54,7 +58,7 @@ def _show_head(told: Explanation, console: Console) -> None:
 
 
 def _show_head_of_run(told: Explanation, console: Console) -> None:
-    console.print(f"[bold]{escape(told.name)}[/bold] on {told.tp_size} ranks; numbers are of one token of one row")
+    console.print(f"[bold]{escape(told.name)}[/bold] on {told.tp_size} ranks; numbers are of {_LOADS[told.kind]}")
     if told.ranks is not None:
         alone = "nobody to compare with" if told.ranks.size == 1 else f"all {told.ranks.size} ranks have the same graph"
         same = told.ranks.difference or alone
@@ -96,24 +100,44 @@ def _show_collectives(graph: ExplainedGraph, console: Console) -> None:
         table.add_column(name, justify="right")
     start, end = _first_placed(graph), graph.stages[-1]
     for label, stage in (("before localize", start), ("at the end", end)):
-        collectives = stage.collectives
+        collectives = _folded(stage.collectives)
         for one in collectives:
             where = _layers_text(one.layers)
-            what = f"LoRA {(one.site or '').rpartition('.')[2]}" if one.origin is Origin.LORA else one.origin.value
+            what = f"LoRA {_site_name(one.site or '')}" if one.origin is Origin.LORA else one.origin.value
             operand = f"{one.dtype} [{', '.join(one.shape)}]"
-            sizes = (_count(one.wire_bytes_per_token), _count(one.wire_bytes), str(one.runs))
+            token = "" if one.wire_bytes_per_token is None else f"{one.wire_bytes_per_token:,}"
+            sizes = (token, _count(one.wire_bytes), str(one.runs))
             table.add_row(label, where, what, _OPERATORS.get(one.kind, one.kind), escape(operand), *sizes)
         for layers in dict.fromkeys(tuple(one.layers) for one in collectives if one.layers):
             own = [one for one in collectives if tuple(one.layers) == layers]
-            token = sum(one.wire_bytes_per_token or 0 for one in own)
+            tokens = [one.wire_bytes_per_token for one in own if one.wire_bytes_per_token is not None]
+            token = f"{sum(tokens):,}" if tokens else ""
             step = sum(one.wire_bytes or 0 for one in own)
-            table.add_row(label, f"one of {_layers_text(layers)}", "", "", "", f"{token:,}", f"{step:,}", "")
+            table.add_row(label, f"one of {_layers_text(layers)}", "", "", "", token, f"{step:,}", "")
         total = f"[bold]{_sent(collectives):,}[/bold]"
         runs = sum(one.runs for one in collectives)
         table.add_row(label, "a forward", "", "", "", "", total, str(runs), end_section=True)
     console.print(table)
     before, after = (_sent(stage.collectives) for stage in (start, end))
     console.print(f"a step sends {_size(before)} a rank before localize and {_size(after)} at the end\n")
+
+
+def _folded(collectives: Iterable[ExplainedCollective]) -> list[ExplainedCollective]:
+    """Those that differ in their layer alone as one; a graph whose layers were not deduplicated has each of them."""
+    rows: dict[object, ExplainedCollective] = {}
+    for one in collectives:
+        inside = (_short(one.site or ""), _short(one.key)) if one.layers else (one.site, one.key)
+        like = (one.kind, one.origin, tuple(one.shape), one.dtype, one.group_size, one.reason is None, *inside)
+        before = rows.get(like)
+        rows[like] = one if before is None else replace(one, layers=[*before.layers, *one.layers])
+    return [*rows.values()]
+
+
+def _site_name(site: str) -> str:
+    """``o_proj`` of ``model.layers.0.self_attn.o_proj``, and of the parameter ``...o_proj.lora_B.default.weight``."""
+    parts = site.split(".")
+    of_factor = next((parts[at] for at in range(len(parts) - 1) if parts[at + 1].lower().startswith("lora_")), None)
+    return of_factor or parts[-1]
 
 
 def _first_placed(graph: ExplainedGraph) -> ExplainedStage:

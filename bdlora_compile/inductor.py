@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch._functorch.config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -12,29 +13,29 @@ from bdlora_compile.ir import fake_value, is_symbol, placeholders
 from bdlora_compile.runtime.program import CallSource
 
 
-def compile_region(module: GraphModule, values: Sequence[torch.Tensor | CallSource]) -> Callable[..., Any]:
+def compile_region(
+    module: GraphModule,
+    values: Sequence[torch.Tensor | CallSource],
+    on_code: Callable[[str], None] | None = None,
+) -> Callable[..., Any]:
     """Compile a region; constants enter as fakes of fixed shape, arguments in the sizes that Dynamo gave them.
 
     Args:
         module: the region.
         values: what fills its placeholders (in its first step).
+        on_code: called with the code that Inductor made.
     """
-    from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
-
     outer = TracingContext.get()
     mode = outer.fake_mode
     assert mode is not None, "Dynamo traces under a fake mode"
     inputs = [_example_input(value, node, mode) for value, node in zip(values, placeholders(module.graph), strict=True)]
-    # A context of its own: the compiler notes facts about one graph in it (strides of outputs, parameters).
-    with tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(module, inputs)
-    return cast(Callable[..., Any], compiled)
+    return _compile(module, inputs, mode, on_code)
 
 
-def compile_flat(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_flat(
+    module: GraphModule, inputs: Sequence[Any], on_code: Callable[[str], None] | None = None
+) -> Callable[..., Any]:
     """Compile a graph in ATen operators; inputs are fakes, symbols and real tensors of fixed shape."""
-    from torch._inductor.compile_fx import compile_fx  # importing Inductor takes seconds
-
     mode = TracingContext.get().fake_mode
     assert mode is not None, "AOTAutograd traces under a fake mode"
     fakes = [
@@ -43,9 +44,28 @@ def compile_flat(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., An
         else value
         for value in inputs
     ]
+    return _compile(module, fakes, mode, on_code)
+
+
+def _compile(
+    module: GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, on_code: Callable[[str], None] | None
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner  # importing Inductor takes seconds
+
+    def tell(graph: GraphModule, examples: Sequence[Any], **settings: Any) -> Any:
+        result = compile_fx_inner(graph, examples, **settings)
+        # Also where it comes from Inductor's own cache.
+        if on_code is not None and isinstance(code := getattr(result, "source_code", None), str):
+            on_code(code)
+        return result
+
+    # A context of its own: the compiler notes facts about one graph in it (strides of outputs, parameters).
     with tracing(TracingContext(mode)):
-        compiled: Any = compile_fx(module, fakes)
-    return cast(Callable[..., Any], compiled)
+        if on_code is None:
+            return cast(Callable[..., Any], compile_fx(module, inputs))
+        # AOTAutograd's cache would answer before Inductor is asked.
+        with functorch_config.patch(enable_autograd_cache=False):
+            return cast(Callable[..., Any], compile_fx(module, inputs, inner_compile=tell))
 
 
 def _example_input(value: torch.Tensor | CallSource, node: Node, mode: FakeTensorMode) -> Any:

@@ -66,7 +66,8 @@ def find_layers(graph: Graph) -> LayerStack:
         raise UnlikeLayersError(
             "layers of the graph", f"found {text}; two or more of one list, run once each in order, wanted"
         )
-    calls[paths[-1]], writes = _without_trailing_writes(calls[paths[-1]])
+    writes = trailing_writes(calls[paths[-1]])
+    calls[paths[-1]] = [node for node in calls[paths[-1]] if node not in writes]
     carried = _carried(calls)
     results = _results(calls)
     layers = [
@@ -105,8 +106,11 @@ def _calls_by_layer(graph: Graph) -> tuple[dict[str, list[Node]], list[Node]]:
     return calls, tail
 
 
-def _without_trailing_writes(nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """Split off writes to values from before the layer that nothing reads afterwards (a cache's lengths grow)."""
+def trailing_writes(nodes: Sequence[Node]) -> list[Node]:
+    """Those of the last layer's calls that are no part of it: a cache that counts its tokens after its last layer.
+
+    They write to values from before the layer, read nothing of it, and nothing reads what they wrote.
+    """
     own = {*nodes}
     position = {node: index for index, node in enumerate(nodes)}
 
@@ -114,8 +118,8 @@ def _without_trailing_writes(nodes: Sequence[Node]) -> tuple[list[Node], list[No
         written = filter(is_tensor, write.all_input_nodes)
         return all(position.get(user, -1) <= position[write] for value in written for user in value.users)
 
-    writes = [node for node in nodes if not node.users and own.isdisjoint(node.all_input_nodes) and is_last_use(node)]
-    return [node for node in nodes if node not in writes], writes
+    calls = [node for node in nodes if node.op != "placeholder" and not node.users]
+    return [node for node in calls if own.isdisjoint(node.all_input_nodes) and is_last_use(node)]
 
 
 def _carried(calls: Mapping[str, Sequence[Node]]) -> list[Node]:

@@ -33,6 +33,7 @@ from bdlora_compile.ir import (
     record,
     set_node_key,
 )
+from bdlora_compile.layers import trailing_writes
 from bdlora_compile.printer import source_text, type_text
 
 Kind = Literal["collective", "lora-a", "lora-b", "lora", "product", "attention", "move", "input", "output", "other"]
@@ -146,14 +147,26 @@ class GraphView:
 def view_graph(captured: Captured) -> GraphView:
     """The nodes of a graph as a reader sees them; nodes that have no key yet get one."""
     keys = name_nodes(captured.graph)
+    by_layer = _nodes_by_layer(captured.graph)
+    alike = _known_layers(captured) if captured.layers is not None else _group_layers(by_layer, keys)
+    layers = {node: layer for layer, nodes in by_layer.items() for node in nodes}
+    shown = {None, *(one.shown for one in alike)}
+    nodes = [node for node in captured.graph.nodes if layers.get(node) in shown]
+    return GraphView([_view(node, keys, layers.get(node)) for node in nodes], alike)
+
+
+def _nodes_by_layer(graph: Graph) -> dict[str, list[Node]]:
     by_layer: dict[str, list[Node]] = {}
-    for node in captured.graph.nodes:
+    for node in graph.nodes:
         layer = _layer_of_node(node)
         if layer is not None:
             by_layer.setdefault(layer, []).append(node)
-    alike = _known_layers(captured) if captured.layers is not None else _group_layers(by_layer, keys)
-    hidden = {node for one in alike for layer in one.layers if layer != one.shown for node in by_layer.get(layer, ())}
-    return GraphView([_view(node, keys) for node in captured.graph.nodes if node not in hidden], alike)
+    # What the cache does after its last layer makes that layer no other kind.
+    calls = [layer for layer, nodes in by_layer.items() if any(node.op != "placeholder" for node in nodes)]
+    for layer in calls[-1:]:
+        writes = trailing_writes(by_layer[layer])
+        by_layer[layer] = [node for node in by_layer[layer] if node not in writes]
+    return by_layer
 
 
 def name_nodes(graph: Graph) -> dict[Node, str]:
@@ -313,7 +326,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _view(node: Node, keys: Mapping[Node, str]) -> NodeView:
+def _view(node: Node, keys: Mapping[Node, str], layer: str | None) -> NodeView:
     info, kind = record(node), _kind(node)
     file, code = source_line(node.meta.get("stack_trace") or "")
     return NodeView(
@@ -327,7 +340,7 @@ def _view(node: Node, keys: Mapping[Node, str]) -> NodeView:
         _text_of_source(info.source, node) if node.op == "placeholder" else None,
         [keys[operand] for operand in node.all_input_nodes],
         ", ".join(_literals(node)),
-        _layer_of_node(node),
+        layer,
         file if node.op not in ("placeholder", "output") else "",
         code if node.op not in ("placeholder", "output") else "",
         info.stage,
@@ -388,7 +401,7 @@ _TORCH = "torch/"
 
 def source_line(stack_trace: str) -> tuple[str, str]:
     """(``file:line``, code) of the innermost frame of the model's own code; no folder of this machine is named."""
-    frames = [(_short_file(file), line, code) for file, line, code in _FRAME.findall(stack_trace)]
+    frames = [(short_file(file), line, code) for file, line, code in _FRAME.findall(stack_trace)]
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     if not own:
         return "", ""
@@ -396,7 +409,7 @@ def source_line(stack_trace: str) -> tuple[str, str]:
     return f"{file}:{line}", code.strip()
 
 
-def _short_file(file: str) -> str:
+def short_file(file: str) -> str:
     """Behind ``site-packages``, or below the working folder, or the name and its folder's."""
     _, found, inner = file.rpartition("site-packages/")
     if found:

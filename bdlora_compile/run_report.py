@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,12 +10,36 @@ from torch._logging._internal import trace_structured
 
 from bdlora_compile.estimate import Phase
 from bdlora_compile.explained_graph import explain_graph
-from bdlora_compile.explanation import Explanation, RankComparison
-from bdlora_compile.nodes import renamed
+from bdlora_compile.explanation import Explanation, GeneratedCode, RankComparison
+from bdlora_compile.nodes import NodeView, renamed
 from bdlora_compile.report import Report, StageReport
 from bdlora_compile.runtime.agreement import Agreement, first_difference
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class WrittenReport:
+    """The files of one graph: ``graph-<number>.rank-<rank>.json`` and ``.html``."""
+
+    folder: Path
+    stem: str
+    told: Explanation
+
+    def write(self) -> None:
+        """A file that cannot be written is logged as a warning: a run does not end for lack of a report."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{self.stem}.json").write_text(self.told.to_json(), encoding="utf-8")
+            (self.folder / f"{self.stem}.html").write_text(self.told.html(), encoding="utf-8")
+        except OSError as error:
+            _LOG.warning("no report written to %s: %s", self.folder, error)
+
+    def add_code(self, code: Sequence[GeneratedCode]) -> None:
+        """Write again, with what Inductor made of the graph."""
+        if code:
+            self.told = replace(self.told, code=code)
+            self.write()
 
 
 def write_report(
@@ -26,24 +51,24 @@ def write_report(
     kind: Literal["run", "foreign"],
     phase: str,
     dtype: str = "",
-) -> None:
-    """Write ``graph-<number>.rank-<rank>.json`` and ``.html``; every rank of a run must call it for every graph.
+) -> WrittenReport:
+    """Write the report of one graph; every rank of a run must call it for every graph, in the same order.
 
-    Numbers are those of one token of one row. A file that cannot be written is logged as a warning: a run does not end
-    for lack of a report.
+    It is written before anything is compiled: a difference between ranks may end the run. Numbers are those of one
+    token of one row.
     """
-    texts = agreement.exchange("report of a graph", _comparable(report))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob(f"graph-*.rank-{rank}.json")))
-        told = record_of(
-            report, f"{phase} (graph {number})", RankComparison(rank, len(texts), _difference(texts)), kind, dtype
-        )
-        stem = f"graph-{number}.rank-{rank}"
-        (folder / f"{stem}.json").write_text(told.to_json(), encoding="utf-8")
-        (folder / f"{stem}.html").write_text(told.html(), encoding="utf-8")
-    except OSError as error:
-        _LOG.warning("no report written to %s: %s", folder, error)
+    ranks = compare_ranks(report, agreement, rank)
+    number = len(list(folder.glob(f"graph-*.rank-{rank}.json")))
+    told = record_of(report, f"{phase} (graph {number})", ranks, kind, dtype)
+    written = WrittenReport(folder, f"graph-{number}.rank-{rank}", told)
+    written.write()
+    return written
+
+
+def compare_ranks(report: Report, agreement: Agreement, rank: int) -> RankComparison:
+    """How the compiled graphs of all ranks compare; all of them must ask."""
+    texts = agreement.exchange("report of a graph", _comparable(report), is_setup=True)
+    return RankComparison(rank, len(texts), _difference(texts))
 
 
 def trace_stages(report: Report) -> None:
@@ -62,14 +87,21 @@ def _trace(name: str, stage: StageReport) -> None:
     )
 
 
+_PARTS = frozenset({"slice", "narrow", "select", "constant_pad_nd", "slice_scatter", "select_scatter"})
+"""Operators whose numbers say which part of a value a rank takes: its own, in a model that was sharded by hand."""
+
+
 def _comparable(report: Report) -> str:
-    """The compiled graph, a line a node, in names that do not depend on the process."""
+    """The compiled graph, a line a node, in names and numbers that do not depend on the process or the rank."""
     rename = renamed(report.symbols)
+
+    def line(node: NodeView) -> str:
+        arguments = "" if node.operator in _PARTS else rename(node.arguments)
+        return f"{node.key} {rename(node.type)} {node.placement} {arguments}"
+
     stages = [stages[-1] for stages in (report.stages, report.base_only) if stages]
     return "\n".join(
-        f"{stage.name}: {node.key} {rename(node.type)} {node.placement} {rename(node.arguments)}"
-        for stage in stages
-        for node in (stage.view.nodes if stage.view else ())
+        f"{stage.name}: {line(node)}" for stage in stages for node in (stage.view.nodes if stage.view else ())
     )
 
 
@@ -84,7 +116,10 @@ def _difference(texts: Sequence[str]) -> str | None:
 def record_of(
     report: Report, phase: str, ranks: RankComparison, kind: Literal["run", "foreign"], dtype: str
 ) -> Explanation:
-    """What a run knows, in the form that `explain` has; numbers are those of one token of one row."""
+    """What a run knows, in the form that `explain` has.
+
+    Numbers are those of one token of one row; of a graph that others sharded those of the inputs that were traced.
+    """
     layers = {
         layer
         for stage in report.stages

@@ -76,8 +76,8 @@ def explain(
     try:
         told = make(
             model or config or "",
-            adapters,
             tp_size=tp,
+            adapters=adapters,
             adapter_rank=adapter_rank,
             nblocks=nblocks,
             strategy=strategy.value,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.source import GetItemSource
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as ReplicatedByDTensor
 from torch.fx import Graph, GraphModule, Node
@@ -146,12 +147,19 @@ def _argument(node: Node) -> _Argument | None:
         return None
     declared = declaration_of(example)
     source = node.meta["grapharg"].source
-    is_weight = isinstance(example, nn.Parameter) or declared is not None or not getattr(source, "is_input", False)
+    is_weight = isinstance(example, nn.Parameter) or declared is not None or not _is_input(source)
     name = plain_path(source.name if isinstance(source.name, str) else source.name()) or node.name
     if not isinstance(example, DTensor):
         return _Argument(example, name if is_weight else None, declared, is_dtensor=False, is_replicated=False)
     whole = all(isinstance(part, ReplicatedByDTensor) for part in example.placements)
     return _Argument(example._local_tensor, name if is_weight else None, declared, True, whole)
+
+
+def _is_input(source: object) -> bool:
+    """Whether a source of Dynamo's is an argument of the call, or one of ``*arguments``."""
+    if isinstance(source, GetItemSource) and isinstance(source.index, int):
+        source = source.base
+    return bool(getattr(source, "is_input", False))
 
 
 def _require_same_arguments(nodes: Sequence[Node], arguments: Sequence[_Argument]) -> None:

@@ -12,6 +12,7 @@ from bdlora_compile.collectives import group_named, ordered_list
 from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_through_aot
 from bdlora_compile.foreign.licences import refused_paths
 from bdlora_compile.foreign.paths import GroupMember, Path
+from bdlora_compile.generated_code import CodeOfRegion
 from bdlora_compile.ir import ArgumentWeight, InputSource, RebuiltSource, fake_tensor, fake_value, placeholders, record
 from bdlora_compile.nodes import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
@@ -59,14 +60,20 @@ def compile_foreign(module: GraphModule, example_inputs: Sequence[Any], options:
         if options.on_report is not None:
             options.on_report(report)
         trace_stages(report)
+        written = None
         if options.report is not None:
             rank = max(foreign.groups.values(), key=lambda member: member.size, default=GroupMember(0, 1)).rank
-            write_report(FilePath(options.report), report, agreement, rank, kind="foreign", phase="forward")
+            folder = FilePath(options.report)
+            written = write_report(folder, report, agreement, rank, kind="foreign", phase="forward")
         for stage in report.stages:
             for refusal in stage.stats.refusals:
                 _LOG.warning("LoRA path left as it is: %s, because %s", refusal.where, refusal.reason)
         require_equal(agreement, "collectives of a graph", ordered_list(foreign.captured))
-        return _emit(foreign, fakes, options)
+        code = CodeOfRegion.of(foreign.captured.graph, "graph")
+        program = _emit(foreign, fakes, options, code.texts.append if written is not None else None)
+        if written is not None and code.texts:
+            written.add_code([code.record()])
+        return program
 
     return capture_through_aot(module, example_inputs, compile_graph)
 
@@ -92,7 +99,9 @@ def localize(foreign: ForeignGraph, agreement: Agreement, *, has_views: bool = F
     return report
 
 
-def _emit(foreign: ForeignGraph, fakes: Sequence[Any], options: Options) -> Runnable:
+def _emit(
+    foreign: ForeignGraph, fakes: Sequence[Any], options: Options, on_code: Callable[[str], None] | None
+) -> Runnable:
     captured = foreign.captured
     sources = rebuilt_sources(captured.graph)
     factors = rebuild(sources, foreign.tensors)
@@ -102,7 +111,7 @@ def _emit(foreign: ForeignGraph, fakes: Sequence[Any], options: Options) -> Runn
     if (options.inner or ("inductor" if is_cuda else "eager")) == "inductor":
         from bdlora_compile.inductor import compile_flat  # importing Inductor takes seconds
 
-        run = compile_flat(module, [*fakes, *factors])
+        run = compile_flat(module, [*fakes, *factors], on_code)
     return ForeignProgram(run, factors, watched_parameters(foreign))
 
 

@@ -187,6 +187,7 @@ function detailOf(key, app) {
     through(node.key, graph, stage, app),
     h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
     collectiveFacts(node, home, app),
+    codeFacts(record, graph, node, home),
     node.operands.length ? [h("h3", {}, `reads ${node.operands.length}`), h("ul.links", {}, links(node.operands))] : null,
     users.length ? [h("h3", {}, `read by ${users.length}`), h("ul.links", {}, links(users))] : null,
   ];
@@ -207,6 +208,30 @@ function through(key, graph, stage, app) {
 function collectiveFacts(node, stage, app) {
   const one = node.kind === "collective" && stage.collectives.find((found) => found.key === node.key);
   if (!one) return null;
-  return h("div.wire", {}, h("p", {}, `Over ${one.group_size} ranks a rank sends ${bytes(one.wire_bytes)} a step, ${bytes(one.wire_bytes_per_token)} for a token; payload ${bytes(one.payload_bytes)}.`),
+  return h("div.wire", {}, h("p", {}, `Over ${one.group_size} ranks a rank sends ${bytes(one.wire_bytes)} a step${one.wire_bytes_per_token === null ? "" : `, ${bytes(one.wire_bytes_per_token)} for a token`}; payload ${bytes(one.payload_bytes)}.`),
     one.reason ? h("p", {}, "It is still here because ", h("button.link.why", { type: "button", onclick: () => app.showReason(one) }, one.reason), ".") : null);
+}
+
+/** The code that runs a node: our own kernels, and on a run what Inductor made of its region. */
+function codeFacts(record, graph, node, stage) {
+  const own = (node.kernel.match(/runtime\/(?:kernels\/)?[a-z_]+\.py/g) || []).filter((path) => SOURCES[path])
+    .map((path) => codeBlock(`source of ${path}`, SOURCES[path], []));
+  const generated = codeOf(record, node, graph.isBaseOnly(stage))
+    .map((one) => codeBlock(`Inductor's code of ${one.title}`, one.text, one.lines));
+  if (!own.length && !generated.length) return null;
+  return h("div.codes", {}, h("h3", {}, "code"), generated, own);
+}
+
+/** Code that unfolds; the lines that name the node are marked, and the first of them comes into view. */
+function codeBlock(title, text, lines) {
+  const marked = new Set(lines);
+  const body = h("pre.code", { tabindex: "0" });
+  const block = h("details", {}, h("summary", {}, title, lines.length ? h("small", {}, ` line ${lines.join(", ")}`) : null), body);
+  block.addEventListener("toggle", () => {
+    if (!block.open || body.childNodes.length) return;
+    text.split("\n").forEach((line, index) => body.append(h(marked.has(index + 1) ? "mark" : "span", {}, `${line}\n`)));
+    const first = body.querySelector("mark");
+    if (first) body.scrollTop = first.offsetTop - body.offsetTop - 12;
+  });
+  return block;
 }

@@ -3,6 +3,8 @@
 
 const RECORDS = JSON.parse(document.getElementById("data").textContent);
 
+const SOURCES = JSON.parse(document.getElementById("sources").textContent);
+
 const KINDS = {
   collective: ["C", "collective"],
   "lora-a": ["A", "LoRA, first factor"],
@@ -67,6 +69,7 @@ function totals(stage, origin) {
   return {
     count: chosen.reduce((all, one) => all + runsOf(one), 0),
     payload: sum("payload_bytes"), wire: sum("wire_bytes"), token: sum("wire_bytes_per_token"),
+    hasTokens: stage.collectives.some((one) => one.wire_bytes_per_token !== null),
   };
 }
 
@@ -145,6 +148,15 @@ function seconds(value) {
   if (value >= 1) return `${value.toFixed(2)} s`;
   if (value >= 1e-3) return `${(value * 1e3).toFixed(2)} ms`;
   return `${(value * 1e6).toFixed(1)} µs`;
+}
+
+/** What Inductor made of the region that a node is in, with and without adapters: [{title, text, lines}]. */
+function codeOf(record, node, isBaseOnly) {
+  const own = (record.code || []).filter((one) => one.is_base_only === isBaseOnly && node.key in one.nodes);
+  return own.map((one) => ({
+    title: one.layers.length ? `layer${one.layers.length > 1 ? "s" : ""} ${layerNumbers(one.layers)}` : one.region,
+    text: one.text, lines: one.nodes[node.key],
+  }));
 }
 
 const OPERATORS = { all_gather_into_tensor: "all_gather", reduce_scatter_tensor: "reduce_scatter", all_to_all_single: "all_to_all" };

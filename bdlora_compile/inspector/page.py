@@ -6,7 +6,7 @@ escape, the scripts write text nodes only, and a formula is taken over only if n
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -20,6 +20,9 @@ from bdlora_compile.step_formula import NAMES
 
 _SCRIPTS = ("model.js", "dom.js", "compare.js", "graph.js", "tables.js", "chart.js", "app.js")
 """In this order: a file uses what those before it define."""
+
+_KERNELS = re.compile(r"runtime/(?:kernels/)?[a-z_]+\.py")
+"""What a node's kernel names as the file that it is written in."""
 
 _ARITHMETIC = re.compile(r"(?:Math\.(?:max|min|ceil|floor)|[A-Za-z]\w*|\d[\d.]*(?:e[+-]?\d+)?|[-+*/%()?:,<>=&|!\s])*")
 
@@ -37,12 +40,14 @@ def render(explanations: Sequence[Explanation], labels: Sequence[str] = ()) -> s
     names = list(labels) or [told.name for told in explanations]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     records = [compact(told) | {"label": name} for told, name in zip(explanations, names, strict=True)]
+    sources = {path: _source(path) for path in sorted(set(_KERNELS.findall(json.dumps(records))))}
     return environment.from_string(_text("page.html.j2")).render(
         title=" against ".join(names),
         style=Markup(_text("style.css")),
         scripts=[Markup(_text(name)) for name in _SCRIPTS],
         formulas=[(sorted(told.constants), _functions(told)) for told in explanations],
         data=Markup(_embedded(records)),
+        sources=Markup(_embedded(sources)),
     )
 
 
@@ -58,9 +63,9 @@ def compact(told: Explanation) -> dict[str, Any]:
     return record
 
 
-def _embedded(records: Sequence[Mapping[str, Any]]) -> str:
+def _embedded(value: object) -> str:
     """JSON that no parser of HTML mistakes for markup."""
-    text = json.dumps(records, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -81,6 +86,12 @@ def _checked(javascript: str, told: Explanation) -> str:
             remedy="write the record again with `bdlora explain --json`",
         )
     return javascript
+
+
+def _source(path: str) -> str:
+    """One of our own files; a record that came from elsewhere may name files that are none."""
+    file = resources.files("bdlora_compile") / path
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _text(name: str) -> str:

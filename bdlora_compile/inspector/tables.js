@@ -17,17 +17,23 @@ function headline(app) {
     item(`LoRA collectives in ${place}`, [h("span.was", { id: "lora-before" }, layers[0]), " → ", h("span", { id: "lora-after" }, layers[1])],
       `${number(totals(from, "lora").count)} → ${number(totals(to, "lora").count)} in a forward`),
     item(`base collectives in ${place}`, h("span", { id: "base-after" }, base), `${number(totals(to, "base").count)} in a forward`),
-    item("a rank sends for a token", [h("span.was", {}, bytes(before.token)), " → ", bytes(after.token)], `LoRA ${bytes(totals(from, "lora").token)} → ${bytes(totals(to, "lora").token)}`),
-    item(`a rank sends in a ${graph.phase} step`, [h("span.was", {}, bytes(before.wire)), " → ", h("span", { id: "wire-after", "data-bytes": after.wire }, bytes(after.wire))], `${number(graph.batch)} row${graph.batch > 1 ? "s" : ""} of ${number(graph.seq)} token${graph.seq > 1 ? "s" : ""}`),
+    after.hasTokens && item("a rank sends for a token", [h("span.was", {}, bytes(before.token)), " → ", bytes(after.token)], `LoRA ${bytes(totals(from, "lora").token)} → ${bytes(totals(to, "lora").token)}`),
+    item(record.kind === "foreign" ? "a rank sends in a forward" : `a rank sends in a ${graph.phase} step`, [h("span.was", {}, bytes(before.wire)), " → ", h("span", { id: "wire-after", "data-bytes": after.wire }, bytes(after.wire))], record.kind === "foreign" ? "with the inputs that were traced" : `${number(graph.batch)} row${graph.batch > 1 ? "s" : ""} of ${number(graph.seq)} token${graph.seq > 1 ? "s" : ""}`),
   ];
   const estimate = record.estimates.find((one) => one.phase === graph.phase && one.strategy === record.strategy);
   if (estimate) items.push(item(`estimated ${graph.phase} step`, seconds(estimate.seconds), `${record.machine.name}${record.is_extrapolated ? ", extrapolated" : ""}`));
   const verdict = layers[1] === 0
-    ? `LoRA adds no collective to ${place}${layers[0] ? `: S-LoRA placement had ${layers[0]}, ${bytes(totals(from, "lora").token)} for each token` : ""}.`
-    : `LoRA keeps ${layers[1]} collective${layers[1] > 1 ? "s" : ""} in ${place}, ${bytes(totals(to, "lora").token)} for each token; the collectives' table says why.`;
+    ? `LoRA adds no collective to ${place}${layers[0] ? `: S-LoRA placement had ${layers[0]}${forToken(from)}` : ""}.`
+    : `LoRA keeps ${layers[1]} collective${layers[1] > 1 ? "s" : ""} in ${place}${forToken(to)}; the collectives' table says why.`;
   const ranks = record.ranks && h("p.verdict.ranks", {}, record.ranks.difference
     ? `Ranks differ: ${record.ranks.difference}` : `${record.ranks.size > 1 ? `All ${record.ranks.size} ranks have this graph; written` : "Written"} by rank ${record.ranks.rank}.`);
-  return [h("p.verdict", {}, verdict), ranks, h("div.facts-grid", {}, items)];
+  return [h("p.verdict", {}, verdict), ranks, h("div.facts-grid", {}, items.filter(Boolean))];
+}
+
+/** ", 12 kB for each token" of LoRA's collectives, where rows are known. */
+function forToken(stage) {
+  const found = totals(stage, "lora");
+  return found.hasTokens ? `, ${bytes(found.token)} for each token` : "";
 }
 
 function collectivesView(app) {
@@ -50,9 +56,9 @@ function collectiveTable(app, stage, label, id) {
     h("td", {}, h("code", {}, `${one.dtype}[${one.shape.join(", ")}]`)),
     h("td.num", {}, number(one.payload_bytes)),
     h("td.num", {}, h("span.meter", { style: `--part:${(100 * (one.wire_bytes || 0)) / most}%` }), number(one.wire_bytes)),
-    h("td.num", {}, number(one.wire_bytes_per_token)),
+    h("td.num", {}, one.wire_bytes_per_token === null ? "" : number(one.wire_bytes_per_token)),
     h("td.num", {}, one.runs));
-  const sum = (text, found) => h("tr.total", {}, h("td", { colspan: 4 }, text), h("td.num", {}, number(found.payload)), h("td.num", {}, number(found.wire)), h("td.num", {}, number(found.token)), h("td.num", {}, found.count));
+  const sum = (text, found) => h("tr.total", {}, h("td", { colspan: 4 }, text), h("td.num", {}, number(found.payload)), h("td.num", {}, number(found.wire)), h("td.num", {}, totals(stage).hasTokens ? number(found.token) : ""), h("td.num", {}, found.count));
   const layer = layerTotals(stage);
   const body = [...rows.map(line), ...layer.map(([text, found]) => sum(text, found)), sum("a forward", totals(stage))];
   return h("section.block", { id: `collectives-${id}` }, h("h2", {}, label, h("small", {}, ` ${number(totals(stage).count)} collectives`)),

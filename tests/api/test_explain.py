@@ -64,7 +64,9 @@ def lines(census: Census) -> list[tuple[str, str, str, str, str]]:
 @pytest.mark.parametrize("strategy", ["local", "slora", "auto"])
 def test_it_tells_what_a_compiled_model_does(files: tuple[Path, dict[str, Path]], strategy: Strategy) -> None:
     """Stages, collectives, layouts, bytes of weights and of factors are those of the model with weights."""
-    told = bd.explain(files[0], files[1], tp_size=4, strategy=strategy, machine=MIXED, load=bd.Load(2, 4), strict=True)
+    told = bd.explain(
+        files[0], adapters=files[1], tp_size=4, strategy=strategy, machine=MIXED, load=bd.Load(2, 4), strict=True
+    )
     model = compiled(files, strategy)
     for graph, report in zip(told.graphs, bd.reports(model), strict=True):
         for explained, stage in zip(
@@ -125,7 +127,7 @@ def test_adapters_of_the_vocabulary(tmp_path: Path) -> None:
     model = save_model(SPEC, tmp_path / "model")
     spec = AdapterSpec(rank=6, targets=(*ALL_SITES, "embed_tokens"))
     files = model, {"wide": save_adapter(spec, model, tmp_path / "wide")}
-    told = bd.explain(files[0], files[1], tp_size=4, strategy=strategy)
+    told = bd.explain(files[0], adapters=files[1], tp_size=4, strategy=strategy)
     compiled_model = compiled(files, strategy)
     for graph, report in zip(told.graphs, bd.reports(compiled_model), strict=True):
         assert [one.wire for one in graph.stages[-1].collectives] == [
@@ -203,7 +205,7 @@ def test_bad_arguments_are_named(files: tuple[Path, dict[str, Path]]) -> None:
     with pytest.raises(bd.ConfigError, match="a multiple of the number of blocks"):
         bd.explain(files[0], tp_size=2, adapter_rank=6, nblocks=4)
     with pytest.raises(bd.ConfigError, match="leave out adapter_rank"):
-        bd.explain(files[0], files[1], tp_size=2, nblocks=4)
+        bd.explain(files[0], adapters=files[1], tp_size=2, nblocks=4)
     with pytest.raises(bd.PlacementError, match="choose a degree"):
         bd.explain(files[0], tp_size=3)
     with pytest.raises(bd.ConfigError, match="strategy"):

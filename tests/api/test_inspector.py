@@ -49,7 +49,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> _Records:
         return bd.explain(model, tp_size=4, adapter_rank=8, nblocks=4, strategy=strategy, load=load)
 
     found = {"local": told("local"), "slora": told("slora")}
-    found["mixed_bank_few_kv_heads"] = bd.explain(narrow, adapters, tp_size=4, load=load)
+    found["mixed_bank_few_kv_heads"] = bd.explain(narrow, adapters=adapters, tp_size=4, load=load)
     # No folder of this machine, and no times: both differ from run to run.
     return {name: timeless(replace(one, name="model")) for name, one in found.items()}
 
@@ -104,7 +104,12 @@ def test_nodes_keep_their_keys_through_the_stages(records: _Records) -> None:
     assert linear.file.startswith("transformers/models/llama/modeling_llama.py:")
     assert "self.o_proj(" in linear.code
     assert (linear.kind, linear.layer, linear.placement) == ("product", "model.layers.0", "P")
-    assert [stage.layers[0].layers for stage in graph.stages[2:]] == [["model.layers.0", "model.layers.1"]] * 7
+    both = ["model.layers.0", "model.layers.1"]
+    for stage in (*graph.stages, *graph.base_only):
+        # The cache counts its tokens after its last layer: that makes the last layer no other kind, and is not hidden.
+        assert [one.layers for one in stage.layers] == [both], stage.name
+        counting = [node for node in stage.nodes if node.key == "model.layers.1.self_attn/add_"]
+        assert [node.layer for node in counting] == [None], stage.name
     assert {node.kind for node in graph.stage("partition").nodes} >= {"collective", "lora-a", "lora-b", "product"}
     assert {node.kind for node in graph.stages[-1].nodes} >= {"collective", "lora", "attention", "input", "output"}
 

@@ -117,6 +117,61 @@ def check_one_rank_contradicts(options: argparse.Namespace) -> str:
     return "one rank's refusal is all ranks'"
 
 
+def check_report(options: argparse.Namespace) -> str:
+    """Each rank writes what it compiled, and all say that it is the same; the twin: the last rank's block differs."""
+    weights = whole(options.device)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    x = torch.ones(2, 4, 16, dtype=torch.float64, device=options.device)
+
+    class Unlike(torch.nn.Module):
+        """As the others, but for a product that no collective shows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = ModuleBlock(weights)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) * (2.0 if rank == size - 1 else 3.0)
+
+    for name, model in (("same", ModuleBlock(weights)), ("unlike", Unlike())):
+        folder = options.folder / f"reports_{name}"
+        torch._dynamo.reset()
+        settings = {"inner": options.inner, "report": folder}
+        with torch.no_grad():
+            torch.compile(model, backend="bdlora", options=settings, fullgraph=True)(x)
+        dist.barrier()
+        assert len([*folder.glob("graph-0.rank-*.html")]) == size
+        for writer in range(size):
+            told = bd.Explanation.read(folder / f"graph-0.rank-{writer}.json")
+            assert told.ranks is not None
+            assert (told.ranks.rank, told.ranks.size) == (writer, size)
+            if name == "same":
+                assert told.ranks.difference is None, told.ranks.difference
+            else:
+                assert told.ranks.difference is not None
+                assert told.ranks.difference.startswith(f"rank {size - 1} has fold: ")
+                assert "2.0" in told.ranks.difference
+                assert "3.0" in told.ranks.difference
+        check_code(told, options.inner)
+    return f"reports of {size} ranks compared"
+
+
+def check_code(told: bd.Explanation, inner: str) -> None:
+    """A record holds what Inductor made, with the lines of most products, and no folder of the machine."""
+    if inner != "inductor":
+        assert told.code == ()
+        return
+    (code,) = told.code
+    assert "def call(" in code.text
+    lines = code.text.splitlines()
+    products = [node.key for node in told.graphs[0].stages[-1].nodes if node.operator in ("mm", "addmm")]
+    assert products
+    for key in products:
+        assert code.nodes[key], f"{key} is nowhere in {sorted(code.nodes)}"
+        assert all("Source Nodes" in lines[number - 1] for number in code.nodes[key])
+    assert str(Path.home()) not in code.text
+
+
 def check_hugging_face(options: argparse.Namespace) -> str:
     """transformers' tensor parallelism with PEFT's ordinary LoRA: PEFT's all-reduces are folded into the base's."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -226,6 +281,7 @@ def main() -> int:
         check_blocks,
         check_writes,
         check_one_rank_contradicts,
+        check_report,
         check_hugging_face,
         check_parallelize_module,
         check_sabotage,

@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from transformers import AutoTokenizer
 
 from bdlora_compile.errors import BdloraError, ConfigError
-from bdlora_compile.model import Ranks, load
+from bdlora_compile.model import load
+from bdlora_compile.ranks import Ranks
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.following import follow
