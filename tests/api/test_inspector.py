@@ -78,6 +78,19 @@ def test_texts(records: _Records, name: str, golden: GoldenCheck) -> None:
     golden(f"explained_{name}", records[name].text(width=150))
 
 
+def test_text_of_refused_sites(monkeypatch: pytest.MonkeyPatch, golden: GoldenCheck) -> None:
+    """A plan that contradicts the graph: served by gathers, each with its reason, only where that is asked for."""
+    config = SPEC.config()
+    plan = {**config.base_model_tp_plan, "layers.*.self_attn.o_proj": "colwise"}
+    monkeypatch.setattr(type(config), "base_model_tp_plan", plan)
+    with pytest.raises(bd.PlacementError, match="o_proj: found the plan has it as a column layer"):
+        bd.explain(config, tp_size=2, adapter_rank=4)
+    told = timeless(bd.explain(config, tp_size=2, adapter_rank=4, load=bd.Load(4, 8, 2), strict=False))
+    for graph in told.graphs:
+        assert any(one.origin is Origin.FALLBACK for one in graph.stages[-1].collectives)
+    golden("explained_refused_site", told.text(width=150))
+
+
 def test_the_published_schema_is_that_of_the_record(records: _Records) -> None:
     """Another version has another file; records are valid by it, and others are not."""
     path = ROOT / "docs" / f"explanation.v{VERSION}.schema.json"
@@ -279,9 +292,9 @@ def test_a_run_writes_reports_names_ranges_and_traces(tmp_path: Path) -> None:
 def test_ranges_reach_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is CUDA each node is a range of Nsight's by its key, closed before the next; also one that raises."""
     seen: list[str] = []
-    monkeypatch.setattr(ranges.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ranges.torch.cuda.nvtx, "range_push", lambda name: seen.append(f"+{name}"))
-    monkeypatch.setattr(ranges.torch.cuda.nvtx, "range_pop", lambda: seen.append("-"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"+{name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("-"))
     module = torch.fx.symbolic_trace(lambda x: (x + 1) @ x)
     for node, key in zip(list(module.graph.nodes)[1:3], ("a/add", "a/matmul"), strict=True):
         set_node_key(node, key)

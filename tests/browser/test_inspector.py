@@ -184,7 +184,7 @@ def test_a_node_tells_where_it_comes_from(open_page: Open, pages: Any) -> None:
     )
 
 
-def test_code_of_a_run(open_page: Open, pages: Any, shoot: Any) -> None:
+def test_code_of_a_run(open_page: Open, pages: Any) -> None:
     """Inductor's code of a node's region unfolds with the node's lines marked and in view; others have none."""
     path, told = pages["run"]
     page = open_page(path)
@@ -201,8 +201,6 @@ def test_code_of_a_run(open_page: Open, pages: Any, shoot: Any) -> None:
     assert frame is not None
     assert line is not None
     assert frame["y"] <= line["y"] <= frame["y"] + frame["height"]
-    page.locator(".codes").scroll_into_view_if_needed()
-    shoot(page, "code")
     assert "Ranks differ: rank 1 has" in page.locator(".verdict.differ").inner_text()
     page.click('[data-stage="drop lora"]')
     page.locator(f'.row[data-key="{key}"]').click()
