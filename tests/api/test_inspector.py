@@ -212,7 +212,9 @@ def test_diff_command(records: _Records, tmp_path: Path) -> None:
     assert "LoRA all_reduce f32[batch, 8] of 4 at self_attn.o_proj" in plain.output
     assert "nodes of decode" in plain.output
     assert "<title>local against slora" in (tmp_path / "diff.html").read_text()
-    failing = runner.invoke(app, ["diff", *files, "--only", "comm", "--fail-on", "new-collective"])
+    written = ["--json", str(tmp_path / "diff.json")]
+    failing = runner.invoke(app, ["diff", *files, "--only", "comm", "--fail-on", "new-collective", *written])
+    assert len(json.loads((tmp_path / "diff.json").read_text())["violations"]) == 8
     assert failing.exit_code == 1
     assert "forbidden: decode, with adapters: new LoRA all_reduce" in failing.output
     assert "nodes of decode" not in failing.output

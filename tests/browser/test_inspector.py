@@ -315,6 +315,12 @@ def test_it_fits_the_screen(open_page: Open, pages: Any, shoot: Any, width: int,
             assert box["x"] + box["width"] <= panel["x"] + 1, f"{part} lies under the panel"
 
 
+def seconds_to_open(page: Page) -> float:
+    """From the start of loading to the page being drawn: its scripts draw before the load event."""
+    assert page.locator(".row").count() > 50
+    return float(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")) / 1000
+
+
 def test_70b_from_its_configuration(open_page: Open, tmp_path: Path, shoot: Any) -> None:
     """Two base collectives a layer, and for LoRA none with local and four with slora; under 60 s, 4 GB and 5 MB."""
     import resource
@@ -333,6 +339,8 @@ def test_70b_from_its_configuration(open_page: Open, tmp_path: Path, shoot: Any)
         path = tmp_path / f"{strategy}.html"
         path.write_text(told.html(), encoding="utf-8")
         assert path.stat().st_size < 5e6
+        # The best of three: other people's work makes the others slow.
+        assert min(seconds_to_open(open_page(path)) for _ in range(3)) < 2
         page = open_page(path)
         assert page.locator("#lora-after").inner_text() == str(count)
         assert "80: layers 0-79" in page.locator('[data-section="model.layers.0"]').first.inner_text()
