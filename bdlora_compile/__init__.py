@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from bdlora_compile.explanation import Explanation
     from bdlora_compile.foreign.pretend import pretend_ranks
     from bdlora_compile.machine import Machine
-    from bdlora_compile.model import Ranks, attach, load, make_cache, reports
+    from bdlora_compile.model import attach, load, make_cache, reports
+    from bdlora_compile.ranks import Ranks
     from bdlora_compile.report import Report
     from bdlora_compile.runtime.adapter_roots import AdapterRoots
     from bdlora_compile.runtime.adapter_stats import AdapterStats
@@ -99,7 +100,8 @@ _HOMES = {
     "explanation": ("Explanation",),
     "foreign.pretend": ("pretend_ranks",),
     "machine": ("Machine",),
-    "model": ("Ranks", "attach", "load", "make_cache", "reports"),
+    "model": ("attach", "load", "make_cache", "reports"),
+    "ranks": ("Ranks",),
     "report": ("Report",),
     "runtime.adapter_roots": ("AdapterRoots",),
     "runtime.adapter_stats": ("AdapterStats",),

@@ -30,6 +30,7 @@ from bdlora_compile.run_report import WrittenReport, trace_stages, write_report
 from bdlora_compile.runtime.agreement import require_equal
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.lockstep import LockStepProgram, LockStepRegion
+from bdlora_compile.runtime.ops import has_kernels
 from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
 from bdlora_compile.runtime.ranges import RangedModule, in_range
 from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
@@ -241,7 +242,12 @@ def _step_graphs(captured: Captured, deployment: Deployment, wanted: bool | None
         )
     if not is_cuda or wanted is False:
         return None
-    return StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder())
+    steps = StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder())
+    dtype = deployment.plan.dtype
+    if not has_kernels(dtype):
+        # The variant of forwards in which some row has an adapter.
+        steps.refuse(True, f"forwards with adapters: LoRA in {dtype} has no kernels, and what stands in asks the GPU")
+    return steps
 
 
 def _bind_all_ranks(regions: Regions, deployment: Deployment) -> list[LockStepRegion]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
+from bdlora_compile.deploying import cache_shape, offered_sites, served_sites
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.estimate import Estimate, ModelShape, estimate, phases
 from bdlora_compile.explained_graph import explain_graph
@@ -27,7 +28,6 @@ from bdlora_compile.foreign.explaining import Inputs, explain_sharded, is_of_oth
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.model import cache_shape, offered_sites, served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text

@@ -1,85 +1,31 @@
 """Load a model and its adapters for the backend, or attach a model that is in memory."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from bdlora_compile import attention
-from bdlora_compile.errors import ConfigError, PlacementError
-from bdlora_compile.hollow import hollow_out, materialize_buffers
+from bdlora_compile.deploying import Setup, deploy, needed_sites, offered_sites, served_sites
+from bdlora_compile.errors import ConfigError
+from bdlora_compile.hollow import materialize_buffers
 from bdlora_compile.machine import Machine
-from bdlora_compile.placement import Mesh
-from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.ranks import Ranks
 from bdlora_compile.report import Report
-from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_capacity import Capacity
-from bdlora_compile.runtime.adapter_file import Adapter, adapter_from_tensors
+from bdlora_compile.runtime.adapter_file import adapter_from_tensors
 from bdlora_compile.runtime.adapters import AdapterSet
-from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, SETUP_TIMEOUT, Agreement, Alone, StoreAgreement
-from bdlora_compile.runtime.all_reduce import AllReduce, Wanted
-from bdlora_compile.runtime.bank import AdapterBank
-from bdlora_compile.runtime.cache import CacheShape, LocalCache
-from bdlora_compile.runtime.copier import copier_for
-from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.all_reduce import Wanted
+from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.runtime.staging import read_together
-from bdlora_compile.runtime.step_watch import StepWatch
-from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, ShardStore, WeightSource
-from bdlora_compile.served import ServedModel, serve
-from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
+from bdlora_compile.runtime.store import MemorySource, SafetensorsSource, WeightSource
+from bdlora_compile.served import ServedModel
 from bdlora_compile.strategy import Choice, Strategy
-from bdlora_compile.timing import Terms, Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The ranks that share a model, and those that this process hosts.
-
-    Attributes:
-        mesh: all ranks.
-        hosted: ranks of this process: one, or all for the lock-step interpreter.
-        agreement: how the ranks compare notes.
-    """
-
-    mesh: Mesh
-    hosted: Sequence[int]
-    agreement: Agreement
-
-    @classmethod
-    def of_process_group(
-        cls, timeout: timedelta = DEFAULT_TIMEOUT, setup_timeout: timedelta = SETUP_TIMEOUT
-    ) -> "Ranks":
-        """The default process group, or this process alone if there is none.
-
-        Args:
-            timeout: how long ranks wait for one another when adapters change and at the start of `generate`. A rank
-                that died is noticed after that time, 25 s by default, plus at most 5 s.
-            setup_timeout: the same while the model is loaded and after a compilation, 120 s by default.
-        """
-        if not dist.is_available() or not dist.is_initialized():
-            return cls(Mesh(1), [0], Alone())
-        size, rank = dist.get_world_size(), dist.get_rank()
-        mesh = Mesh(size, _world_name())
-        if size == 1 or dist.get_backend() == "fake":
-            return cls(mesh, [rank], Alone())
-        store = dist.distributed_c10d._get_default_store()
-        # Every rank makes its models in the same order: the count names this one on all of them.
-        number = store.add(f"bdlora/models/{rank}", 1)
-        store = PrefixStore(f"bdlora/{number}", store)
-        return cls(mesh, [rank], StoreAgreement(store, rank, size, timeout, setup_timeout))
-
-    @classmethod
-    def lockstep(cls, size: int) -> "Ranks":
-        """All of ``size`` ranks in this process, for tests and for looking at things."""
-        return cls(Mesh(size, "lockstep"), range(size), Alone())
+from bdlora_compile.timing import Workload
 
 
 def load(
@@ -167,8 +113,8 @@ def load(
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )
-    setup = _Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
-    return model, _attach(model, sites, source, found, setup)
+    setup = Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
+    return model, deploy(model, sites, source, found, setup)
 
 
 def attach(
@@ -219,8 +165,8 @@ def attach(
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )
-    setup = _Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
-    return base, _attach(base, sites, source, found, setup)
+    setup = Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
+    return base, deploy(base, sites, source, found, setup)
 
 
 def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
@@ -233,124 +179,6 @@ def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
             remedy="load the model with `bdlora_compile.load`",
         )
     return LocalCache(model.bdlora_cache_shape, batch, length)
-
-
-@dataclass(frozen=True, slots=True)
-class _Setup:
-    ranks: Ranks
-    choice: Choice
-    dtype: torch.dtype
-    device: torch.device
-    strict: bool
-    capacity: Capacity
-    base_model: str | None
-    all_reduce: Wanted
-
-
-def _attach(
-    model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    source: WeightSource,
-    found: Mapping[str, Adapter],
-    setup: _Setup,
-) -> AdapterSet:
-    ranks, capacity = setup.ranks, setup.capacity
-    machine = setup.choice.machine_for(setup.device)
-    terms = Terms(
-        ranks.mesh,
-        setup.choice.workload,
-        machine,
-        capacity.max_rank,
-        setup.dtype.itemsize,
-    )
-    layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
-    plan = plan_model(
-        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions,
-        max_local_rank=capacity.max_local_rank,
-    )  # fmt: skip
-    slots, pool = capacity.pool(plan)
-    transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
-    states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
-    watch = _watch_of(ranks.agreement, setup.device)
-    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
-    hollow_out(model, deployment)
-    serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
-    model.requires_grad_(False)
-    model.eval()
-    adapters = AdapterSet(deployment, slots, setup.base_model, capacity.host_bytes)
-    for name, adapter in found.items():
-        adapters.add(name, adapter)
-    return adapters
-
-
-def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:
-    """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
-    sites = sites_of(model)
-    whole = unsplit_layers(model, sites)
-    if not whole or mesh.size == 1 or not strict:
-        return sites
-    raise PlacementError(
-        whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),
-        found="a linear layer that the model's tensor-parallel plan does not split by columns or rows",
-        expected="a plan for every linear layer of the decoder (strict mode)",
-        remedy="load with strict=False, and every rank holds these layers whole; they take no adapters",
-    )
-
-
-def offered_sites(
-    model: PreTrainedModel, layers: Mapping[str, Site], vocabulary_lora: bool | None
-) -> Mapping[str, Site]:
-    """The sites that the adapters given at load may change, in module order."""
-    if vocabulary_lora is False:
-        return layers
-    return in_module_order(model, {**layers, **vocabulary_sites(model)})
-
-
-def needed_sites(
-    layers: Mapping[str, Site],
-    offered: Mapping[str, Site],
-    adapters: Iterable[Adapter],
-    vocabulary_lora: bool | None,
-) -> Mapping[str, Site]:
-    """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them."""
-    is_needed = any(name not in layers for adapter in adapters for name in adapter.factors)
-    return offered if vocabulary_lora or is_needed else layers
-
-
-def _rank_state(
-    plan: ModelPlan,
-    source: WeightSource,
-    rank: int,
-    slots: int,
-    pool: int,
-    max_tokens: int,
-    transport: AllReduce,
-) -> RankState:
-    store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
-    bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
-    return RankState(rank, store, bank, transport)
-
-
-def _watch_of(agreement: Agreement, device: torch.device) -> StepWatch | None:
-    """On GPUs a collective is only launched: one that never ends raises nothing."""
-    if device.type != "cuda" or not isinstance(agreement, StoreAgreement):
-        return None
-    return StepWatch(agreement.forward_limit, agreement.give_up)
-
-
-def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
-    """What a cache of the model must look like on one rank."""
-    config = model.config
-    heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    local_heads = max(heads // plan.mesh.size, 1)
-    return CacheShape(config.num_hidden_layers, local_heads, head_dim, plan.dtype, plan.device, num_hosted)
-
-
-def _world_name() -> str:
-    group = dist.group.WORLD
-    assert group is not None, "the default process group is initialized"
-    return group.group_name
 
 
 def _default_device() -> torch.device:

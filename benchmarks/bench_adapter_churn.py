@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
 
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
@@ -159,7 +160,7 @@ def serve(folder: Path, options: argparse.Namespace) -> None:
     model, adapters = bd.load(
         location[0], max_adapters=options.pool, max_rank=max(8, 4 * options.tp), host_bytes=options.host_bytes
     )
-    model.compile(backend="bdlora", options={"inner": options.inner})
+    model.compile(backend=bdlora, options={"inner": options.inner})
     for index in range(options.adapters):
         adapters.load(f"a{index}", folder / f"a{index}")
     seconds_to_load = time.perf_counter() - start

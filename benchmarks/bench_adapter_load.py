@@ -1,7 +1,7 @@
 """What loading an adapter costs the steps that run meanwhile: a 70B-shaped adapter, this rank of 8, on one GPU.
 
-    python benchmarks/bench_adapter_load.py                     Llama-3.1-70B's shapes, rank 64, both kinds
-    python benchmarks/bench_adapter_load.py --device cpu --layers 2 --hidden 256 --steps 20     only to see it run
+    python -m benchmarks.bench_adapter_load                   Llama-3.1-70B's shapes, rank 64, both kinds
+    python -m benchmarks.bench_adapter_load --device cpu --layers 2 --hidden 256 --steps 20     only to see it run
 
 A step is the linear layers and LoRA sites of all layers for 16 tokens with weights of one rank of 8 (no attention, no
 collectives), replayed from a CUDA graph. Meanwhile adapters are uploaded from pinned memory into a slot that no token
@@ -30,6 +30,7 @@ from bdlora_compile.runtime.bank import AdapterBank, StagedAdapter, chunk_elemen
 from bdlora_compile.runtime.copier import copier_for
 from bdlora_compile.runtime.ops import lora_apply_, lora_work
 from bdlora_compile.sites import Role, Site
+from benchmarks.replays import captured
 
 MESH = Mesh(8)
 TOKENS = 16
@@ -111,7 +112,7 @@ def _shape(site: Site, rank: int, nblocks: int) -> Any:
     return local_shape(factors, site, Layout.LOCAL, 0, MESH)
 
 
-def captured(machine: Machine) -> Callable[[], None]:
+def step_of(machine: Machine) -> Callable[[], None]:
     """The step as a CUDA graph; as it is on a CPU."""
     inputs = {
         group[0]: torch.randn(
@@ -122,15 +123,7 @@ def captured(machine: Machine) -> Callable[[], None]:
     machine.step(inputs)
     if machine.device.type == "cpu":
         return lambda: machine.step(inputs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        machine.step(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        machine.step(inputs)
-    return graph.replay
+    return captured(lambda: machine.step(inputs), warm_up=1)
 
 
 class Clock:
@@ -176,7 +169,7 @@ def run(options: argparse.Namespace, nblocks: int) -> dict[str, Any]:
         bank.write(slot, staged, slot * size)
     bank.token_slot.copy_(torch.arange(TOKENS, dtype=torch.int32) % 2)
     bank.before_step([0, 1])
-    replay = captured(machine)
+    replay = step_of(machine)
     bandwidth = plain_bandwidth(machine, staged)
 
     def steps(upload: bool, switch: bool) -> tuple[list[float], list[float]]:
@@ -193,7 +186,7 @@ def run(options: argparse.Namespace, nblocks: int) -> dict[str, Any]:
             replay()
             clock.mark()
         times = clock.between()
-        if upload:
+        if uploads:
             bank.clear(2)
         return times, [own() for own in uploads]
 
@@ -252,7 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="at least 6: the first upload is beside the sixth")
     options = parser.parse_args()
     on = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{date.today()}, {on}, torch {torch.__version__}")

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bdlora_compile.deploying import served_sites
 from bdlora_compile.factors import Layout
-from bdlora_compile.model import served_sites
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.runtime.adapter_version import Version

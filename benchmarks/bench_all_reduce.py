@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce
+from benchmarks.replays import captured
 
 SIZES = [1 << power for power in range(13, 25)]
 """Bytes: one token of 8B's hidden states in bf16, to 2,048 of them."""
@@ -60,20 +61,6 @@ def check(buffer: Tensor, group: str) -> int:
     other = sum(summand(8192, peer, step + 1).float() for peer in range(ranks))
     assert bool((twin.float() != other).any()), "the twin of another step must differ"
     return int(wrong)
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """What replays the step."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    torch.cuda.synchronize()
-    return graph.replay
 
 
 def us(call: Callable[[Tensor], Tensor], x: Tensor) -> float:

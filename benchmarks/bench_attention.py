@@ -10,7 +10,6 @@ these come from memory.
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bdlora_compile.runtime.attention import attention, per_head, row_table
+from benchmarks.replays import replay_us
 
 HEAD_DIM, HEADS, KV_HEADS = 128, 32, 8
 MEMORY_BANDWIDTH, LAUNCH = 3.1e12, 1.6e-6
@@ -101,7 +101,7 @@ class Layers:
             for query, (key, value) in zip(self.queries, self.caches, strict=True):
                 call(query, key, value)
 
-        return graph_us(step) / len(self.queries)
+        return replay_us(step) / len(self.queries)
 
     def error(self) -> float:
         """Of our operator against float64, with NaN where a row has no key; largest difference over largest value."""
@@ -120,29 +120,6 @@ class Layers:
             worst = max(worst, float((found[row] - expected[0].transpose(0, 1)).abs().max()))
             largest = max(largest, float(expected.abs().max()))
         return worst / largest if found.isfinite().all() else float("nan")
-
-
-def graph_us(step: Callable[[], None]) -> float:
-    """Microseconds of a step in a CUDA graph, the median of groups of replays."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(3):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / 3)
-    return statistics.median(times)
 
 
 def candidates(layers: Layers) -> dict[str, Callable[[Tensor, Tensor, Tensor], Any]]:

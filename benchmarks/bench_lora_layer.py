@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bdlora_compile as bd
-from benchmarks.lora_layers import MODELS, Case, Layers, replay_us
+from bdlora_compile.backend import bdlora
+from benchmarks.lora_layers import MODELS, Case, Layers
+from benchmarks.replays import replay_us
 
 LAYERS = 8
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,7 +71,7 @@ def emitted_us(tokens: int, rank: int) -> tuple[float, float]:
             write_adapter(path, config, rank)
         model, adapters = bd.attach(plain, paths, max_adapters=tokens, max_rank=rank)
     # A captured graph serves one number of tokens.
-    model.compile(backend="bdlora", dynamic=False)
+    model.compile(backend=bdlora, dynamic=False)
     ids = torch.randint(3, 1000, (tokens, 1), device="cuda")
 
     def forward() -> None:

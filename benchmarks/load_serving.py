@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import bdlora_compile as bd
+from bdlora_compile.backend import bdlora
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.http.app import build
 from bdlora_compile.serving.http.server import service_of
@@ -183,6 +184,8 @@ class Client:
         async with self._http.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code == 429:
                 self._tally.ends["refused 429"] += 1
+                await answer.aread()
+                await asyncio.sleep(self._random.random() * float(answer.headers["Retry-After"]))
                 return
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
@@ -239,7 +242,7 @@ def main() -> int:
         paths = make(folder, options.adapters)
         known = references(folder, paths)
         model, adapters = bd.load(folder / "model", paths, dtype=torch.float64, max_adapters=6, max_rank=4)
-        model.compile(backend="bdlora")
+        model.compile(backend=bdlora)
         with Engine(model, adapters, tokenizer(), max_rows=8, max_length=64, max_waiting=48) as engine:
             settings = ServeSettings(model="unused", served_name="base", max_length=64)
             app = build(service_of(engine, adapters, tokenizer(), settings, Tokens()))

@@ -2,7 +2,6 @@
 
 import itertools
 import multiprocessing
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import Call, Plan, product_for, segment_tokens
 from bdlora_compile.runtime.linear_op import lora_counters
 from bdlora_compile.runtime.ops import SlotField
+from benchmarks.replays import replay_us
 
 BANDWIDTH = 3.0e12
 """Bytes a second of a large copy on an H100 (read plus write): what the floor divides by."""
@@ -249,27 +249,3 @@ def in_processes(task: Callable[[Any], None], jobs: Sequence[Any], workers: int)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for _ in pool.map(task, jobs):
             pass
-
-
-def replay_us(run: Callable[[], object], groups: int = 7, milliseconds: float = 10) -> float:
-    """Median time of a graph replay in microseconds, over groups of replays."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(replays: int) -> float:
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) * 1000 / replays
-
-    timed(3)
-    replays = max(2, int(milliseconds * 1000 / groups / timed(2)))
-    return statistics.median(timed(replays) for _ in range(groups))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.lora_layers import Case, Layers, replay_us
+from benchmarks.lora_layers import Case, Layers
 from benchmarks.peer_stubs import Phase, install
+from benchmarks.replays import replay_us
 
 
 def is_comparable(case: Case) -> bool:

@@ -9,7 +9,7 @@
              h = lora_shrink_grouped(x, A, order, segments);  lora_expand_(y, collective(h), B, order, segments)
 
 Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs;
-`lora_linear` is one launch for few tokens, and the two before it for more.
+`lora_linear` has LoRA inside the product for few tokens, and is the two before it for more.
 """
 
 import operator

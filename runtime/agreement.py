@@ -97,9 +97,10 @@ class StoreAgreement:
         self._lost: AgreementError | None = None
 
     @property
-    def forward_limit(self) -> timedelta:
-        """How long a forward may take, so that with the roll call of `give_up` it is over within the time limit."""
-        return max(self._timeout - _ROLL_CALL, self._timeout / 2)
+    def forward_limits(self) -> tuple[timedelta, timedelta]:
+        """How long a forward may take, and the first of a graph: with `give_up`'s roll call it is over in time."""
+        serving, setup = (max(limit - _ROLL_CALL, limit / 2) for limit in (self._timeout, self._setup_timeout))
+        return serving, setup
 
     def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         if self._lost is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels.tiles import one_plane_shrink
-from bdlora_compile.runtime.ops import accumulate_dtype, lora_expand, lora_shrink
+from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
 
 @torch.library.custom_op("bdlora::lora_shrink_grouped", mutates_args=())
@@ -62,7 +62,7 @@ def _(
     sites: Sequence[int],
     width: int,
 ) -> Tensor:
-    if not _has_kernels(x):
+    if not has_kernels(x.dtype):
         return lora_shrink(x, pool, slots, token_slot, sites, width)
     return shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width)
 
@@ -142,7 +142,7 @@ def _(
     out_features: Sequence[int],
     parts: int,
 ) -> None:
-    if not _has_kernels(y):
+    if not has_kernels(y.dtype):
         y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, parts))
     else:
         expand_by_kernels(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
@@ -168,7 +168,3 @@ def expand_by_kernels(
     work = launch.work_for(rows.shape[0], order, segments)
     planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
     launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)

@@ -227,7 +227,8 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         if len(lengths) != self.batch or not all(0 <= length <= self.length for length in lengths):
             raise _misfit(f"{self.batch} rows of up to {self.length} tokens", f"rows of {list(lengths)} tokens")
         self._used = list(lengths)
-        self.lengths.copy_(torch.tensor(self._used))
+        # The host does not wait for the forwards before.
+        self.lengths.copy_(torch.tensor(self._used), non_blocking=True)
 
     @led
     def copy_tokens(self, row: int, source: "LocalCache", source_row: int, start: int, stop: int) -> None:

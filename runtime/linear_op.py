@@ -1,4 +1,4 @@
-"""A base product and its LoRA as one operator: one launch where a kernel serves the shape, two operators elsewhere."""
+"""A base product and its LoRA as one operator: by one kernel where a plan says so, two operators elsewhere."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
-from bdlora_compile.runtime.ops import lora_apply_
+from bdlora_compile.runtime.ops import has_kernels, lora_apply_
 
 NUM_COUNTERS = 1024
 """Counters of a forward: two, and one for each tile of a product's columns."""
@@ -51,7 +51,8 @@ def lora_linear(
             kernel ahead in the stream may write x, but neither W nor these.
 
     Returns:
-        [..., O] like x. In one launch the sum is rounded once; in two the base product is rounded before LoRA is added.
+        [..., O] like x. By one kernel the sum is rounded once; by two operators the base product is rounded before LoRA
+        is added.
     """
     bank = (pool, slots, scales, token_slot)
     return _in_two(x, weight, bank, order, segments, sites, width, out_features)
@@ -117,8 +118,8 @@ def _in_two(
 
 
 def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:
-    """The plan of one launch; None where the product and LoRA are two."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous():
+    """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
+    if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
     plan = product_for(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width))
     covers = plan is not None and weight.shape[0] == sum(out_features)

@@ -246,7 +246,7 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 @lora_work.register_kernel("cuda")
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
-    work = _own_work(tokens, token_slot) if _has_kernels(x) else None
+    work = _own_work(tokens, token_slot) if has_kernels(x.dtype) else None
     if work is None:
         return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
     return work.order, work.segments
@@ -266,7 +266,7 @@ def _(
     width: int,
     out_features: Sequence[int],
 ) -> None:
-    if not _has_kernels(x):
+    if not has_kernels(x.dtype):
         return lora_apply_._init_fn(x, y, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
@@ -277,7 +277,7 @@ def _(
 
 @lora_shrink.register_kernel("cuda")
 def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequence[int], width: int) -> Tensor:
-    if not _has_kernels(x):
+    if not has_kernels(x.dtype):
         return lora_shrink._init_fn(x, pool, slots, token_slot, sites, width)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
@@ -300,7 +300,7 @@ def _(
     out_features: Sequence[int],
     parts: int,
 ) -> Tensor:
-    if not _has_kernels(y):
+    if not has_kernels(y.dtype):
         return lora_expand._init_fn(y, h, pool, slots, scales, token_slot, sites, out_features, parts)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
@@ -312,8 +312,9 @@ def _(
     return out
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether there are Triton kernels for factors and activations of a dtype."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _own_work(tokens: int, token_slot: Tensor) -> "Work | None":

@@ -128,6 +128,7 @@ class Program:
         self._variants = variants
         self._token_index = token_index
         self._steps = steps
+        self._has_run = False
 
     def __call__(self, *args: Any) -> Any:
         """Choose the adapters of the batch, then run.
@@ -143,7 +144,8 @@ class Program:
                     raise
                 raise self._deployment.agreement.give_up(str(error)) from error
             if self._deployment.watch is not None:
-                self._deployment.watch.launched()
+                self._deployment.watch.launched(is_first=not self._has_run)
+            self._has_run = True
             return results
 
     def _run(self, args: Sequence[Any]) -> Any:

@@ -123,12 +123,21 @@ class StepGraphs:
         self._mutated = mutated
         self._recorder = recorder
         self._limit = limit
+        self._refused: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()
         self.stats = StepGraphStats()
 
+    def refuse(self, variant: Hashable, reason: str) -> None:
+        """Never record forwards of a variant."""
+        self._refused.add(variant)
+        self.stats.refusals += (reason,)
+
     def run(self, variant: Hashable, args: Sequence[Any], launch: Launch) -> Sequence[Any]:
         """Run a forward: by itself the first time (which also warms up what it calls), recorded from the second on."""
+        if variant in self._refused:
+            self.stats.plain += 1
+            return launch(args)
         key = (variant, *(self._signature(index, args[index]) for index in self._arguments))
         recorded = self._recorded.get(key)
         if recorded is None and self._may_record(key):

@@ -28,8 +28,10 @@ class Mark(Protocol):
         ...
 
 
-def mark_now() -> Mark:
-    """A mark behind all that was launched on the current stream."""
+def mark_now() -> Mark | None:
+    """A mark behind all that was launched on the current stream; None while that is being captured."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
     event = torch.cuda.Event()
     event.record()
     return event
@@ -46,31 +48,36 @@ class StepWatch:
 
     Args:
         limit: how long the device may take to get from one forward to a later one.
+        first_limit: the same for the first forward of a graph: other ranks may still be compiling kernels.
         give_up: the error that names who is lost, see `Agreement.give_up`.
-        mark: puts a mark behind a forward.
+        mark: puts a mark behind a forward; None if it is not to be watched.
         end: what is done with the error.
     """
 
     def __init__(
         self,
         limit: timedelta,
+        first_limit: timedelta,
         give_up: Callable[[str], AgreementError],
-        mark: Callable[[], Mark] = mark_now,
+        mark: Callable[[], Mark | None] = mark_now,
         end: Callable[[AgreementError], object] = end_process,
     ) -> None:
-        self._limit = limit.total_seconds()
+        self._limits = limit.total_seconds(), first_limit.total_seconds()
         self._give_up = give_up
         self._mark = mark
         self._end = end
-        self._newest: Mark | None = None
+        self._newest: tuple[Mark, float] | None = None
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
-    def launched(self) -> None:
+    def launched(self, *, is_first: bool = False) -> None:
         """A forward was launched on the current stream."""
         if self._stopped.is_set():
             return
-        self._newest = self._mark()
+        mark = self._mark()
+        if mark is None:
+            return
+        self._newest = mark, self._limits[is_first]
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="bdlora-step-watch", daemon=True)
             self._thread.start()
@@ -80,15 +87,21 @@ class StepWatch:
         self._stopped.set()
 
     def _watch(self) -> None:
-        watched: Mark | None = None
-        since = time.monotonic()
-        while not self._stopped.wait(min(_POLL_SECONDS, self._limit / 4)):
+        watched = passed = None
+        since = 0.0
+        while not self._stopped.wait(min(_POLL_SECONDS, self._limits[0] / 4)):
+            if watched is None and self._newest is not passed:
+                # Of the forwards that came meanwhile the last one: the device cannot pass it without the others.
+                watched, since = self._newest, time.monotonic()
+            if watched is None:
+                continue
+            mark, limit = watched
             try:
-                if watched is None or watched.query():
-                    # Of the forwards that came meanwhile the last one: the device cannot pass it without the others.
-                    watched, since = self._newest, time.monotonic()
-                is_late = time.monotonic() - since > self._limit
-                reason = f"a forward that was not over after {self._limit:g} s" if is_late else ""
+                if mark.query():
+                    watched, passed = None, watched
+                    continue
+                is_late = time.monotonic() - since > limit
+                reason = f"a forward that was not over after {limit:g} s" if is_late else ""
             except RuntimeError as error:
                 reason = f"the device failed: {error}"
             if reason:

@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--nightly",
         action="store_true",
-        help="hundreds of new random examples instead of some that are always the same (make nightly)",
+        help="hundreds of new random examples instead of a few, and what takes minutes (make nightly)",
     )
     parser.addoption("--screenshots", help="folder for screenshots of the inspector (make screenshots)")
 

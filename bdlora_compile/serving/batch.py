@@ -11,6 +11,9 @@ from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.selection import NO_ADAPTER, Selection
 from bdlora_compile.served import ServedModel
 
+AS_CHOSEN = -1
+"""In place of a token: the one that was chosen by the row's last step, which the host may not have read yet."""
+
 _LENGTH_STEP = 64
 """Cache lengths are rounded up to a multiple of this."""
 
@@ -26,7 +29,8 @@ class Batch:
     a prompt are never needed. There are two graphs, [1, 2 or more tokens] and [2 or more rows, 1 token], whatever the
     number of requests.
 
-    What decides, decides on rank 0: tokens, lengths and slots come with every call, and ranks need no logits.
+    What decides, decides on rank 0: lengths and slots come with every call. So do tokens, unless they go from device to
+    device (`AS_CHOSEN`). Other ranks need no logits.
 
     Args:
         model: from `bdlora_compile.load` or `attach`, compiled.
@@ -45,6 +49,7 @@ class Batch:
         self._part_step = _part_step(device)
         self._prompt = make_cache(model, 1, _round_up(length + max(self._part_step, 2)))
         self._tokens = torch.zeros(padded, 1, dtype=torch.int64, device=device)
+        self._chosen = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._selection = Selection(torch.full((padded,), NO_ADAPTER, dtype=torch.int32))
 
     @property
@@ -56,6 +61,15 @@ class Batch:
     def arguments(self) -> tuple[int, int]:
         """What another rank makes its own from: rows and length."""
         return self.num_rows, self._cache.length
+
+    @property
+    def runs_behind(self) -> bool:
+        """Whether calls return before the device is done."""
+        return self._tokens.is_cuda
+
+    def keep(self, ids: Tensor) -> None:
+        """On rank 0: remember what was chosen for each row (int64 [rows], on the device), see `AS_CHOSEN`."""
+        self._chosen = ids
 
     @led
     @torch.no_grad()
@@ -72,7 +86,7 @@ class Batch:
         # Tokens that nobody sees: a sequence of one would be another graph. The next part overwrites them.
         size = max(_round_up(len(tokens), self._part_step), 2)
         padded = [*tokens, *[0] * (size - len(tokens))]
-        ids = torch.tensor([padded], device=self._tokens.device)
+        ids = torch.tensor([padded]).to(self._tokens.device, non_blocking=True)
         positions = torch.arange(start, start + len(padded), device=ids.device)[None]
         self._prompt.set_lengths([start])
         self._run(
@@ -90,14 +104,14 @@ class Batch:
         """Logits [rows, vocabulary] after one more token in every row.
 
         Args:
-            tokens: of each row; anything for a row that nobody has.
+            tokens: of each row, or `AS_CHOSEN`; anything for a row that nobody has.
             lengths: tokens that each row holds before; the new one is written behind them. Rows that nobody has get one
                 too, which the next call or `prefill` overwrites.
             slots: of each row's adapter, -1 for none.
         """
         missing = self._cache.batch - self.num_rows
         self._cache.set_lengths([*lengths, *[0] * missing])
-        self._tokens[: self.num_rows, 0] = torch.tensor(tokens)
+        self._tokens[: self.num_rows, 0] = self._given_or_chosen(tokens)
         chosen = torch.tensor([*slots, *[NO_ADAPTER] * missing], dtype=torch.int32)
         if not torch.equal(chosen, self._selection.slots):
             self._selection = Selection(chosen)
@@ -109,6 +123,16 @@ class Batch:
             past_key_values=self._cache,
         ).logits
         return logits[: self.num_rows, -1]
+
+    def _given_or_chosen(self, tokens: Sequence[int]) -> Tensor:
+        given = torch.tensor(tokens).to(self._tokens.device, non_blocking=True)
+        if AS_CHOSEN not in tokens:
+            return given
+        mesh = self._model.bdlora.plan.mesh
+        if mesh.size > 1 and not self._model.bdlora.is_lockstep:
+            collectives = torch.ops._c10d_functional
+            self._chosen = collectives.wait_tensor(collectives.broadcast(self._chosen, 0, mesh.group))
+        return torch.where(given == AS_CHOSEN, self._chosen, given)
 
     def _run(self, selection: Selection, **inputs: object) -> Any:
         with self._model.bdlora.chosen(selection):

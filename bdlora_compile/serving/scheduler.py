@@ -18,7 +18,7 @@ from bdlora_compile.runtime.selection import NO_ADAPTER
 from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.queues import FairQueues, Key
 from bdlora_compile.serving.requests import Finished, FinishReason, Token, Usage
-from bdlora_compile.serving.rows import Row, Waiting
+from bdlora_compile.serving.rows import Row, Step, Waiting
 from bdlora_compile.serving.sampling import Choice, RowSampling, choose_tokens
 from bdlora_compile.serving.stats import Counts
 from bdlora_compile.serving.stream import Stream
@@ -67,6 +67,7 @@ class Scheduler:
         # In the order in which they joined: the batch takes one prompt after the other.
         self._joining: deque[tuple[int, Row]] = deque()
         self._reading: dict[str, Pending[None]] = {}
+        self._unread: Step | None = None
         self.waiting: FairQueues[Waiting] = FairQueues(limits.max_waiting, limits.max_waiting_per_adapter)
         self.counts = Counts()
         self.stepping_since: float | None = None
@@ -138,7 +139,7 @@ class Scheduler:
     def check(self) -> None:
         """A decode step for nobody. What it writes into rows, their next steps overwrite."""
         with self._timed():
-            lengths = [0 if row is None else row.filled for row in self._rows]
+            lengths = [0 if row is None else row.next_place for row in self._rows]
             self._batch.decode([0] * len(lengths), lengths, [NO_ADAPTER] * len(lengths)).argmax().item()
 
     # --- joining and leaving ----------------------------------------------------------------------------------------
@@ -244,28 +245,47 @@ class Scheduler:
         return room < self._limits.prefill_chunk
 
     def _decode(self) -> bool:
-        """One token of every row whose prompt is in."""
-        rows = self._rows
-        decoding = {index: row for index, row in enumerate(rows) if row is not None and not row.prompt_left}
-        if not decoding:
-            return False
+        """Launch a step of every row whose prompt is in, and take its tokens.
+
+        Where launches return before the device is done, those of the step before are taken instead: what the host does
+        falls into the device's time. A row that ends by such a token has then run once more, for nobody.
+        """
         start = self._clock()
+        launched = step = self._launch()
+        if self._batch.runs_behind:
+            step, self._unread = self._unread, launched
+        if step is not None:
+            for index, choice in step.chosen.read().items():
+                # A row may be another's by now; and another thread ends all streams when a step hangs.
+                if self._rows[index] is step.rows[index]:
+                    self._take(index, step.rows[index], choice)
+            self.counts.last_step_seconds = self._clock() - start
+        return launched is not None or step is not None
+
+    def _launch(self) -> Step | None:
+        rows = self._rows
+        decoding = {
+            index: row
+            for index, row in enumerate(rows)
+            if row is not None and not row.prompt_left and not self._is_full(row, row.generated + row.coming)
+        }
+        if not decoding:
+            return None
         logits = self._batch.decode(
-            [row.last if row is not None else 0 for row in rows],
-            [row.filled if row is not None else 0 for row in rows],
-            [row.slot if index in decoding and row is not None else NO_ADAPTER for index, row in enumerate(rows)],
+            [decoding[index].next_token if index in decoding else 0 for index in range(len(rows))],
+            [row.next_place if row is not None else 0 for row in rows],
+            [decoding[index].slot if index in decoding else NO_ADAPTER for index in range(len(rows))],
         )
-        choices = choose_tokens(logits, {index: row.sampling for index, row in decoding.items()})
-        for index, choice in choices.items():
-            # Another thread ends all streams when a step hangs.
-            if self._rows[index] is decoding[index]:
-                self._take(index, decoding[index], choice)
+        chosen = choose_tokens(logits, {index: row.sampling for index, row in decoding.items()})
+        self._batch.keep(chosen.ids)
+        for row in decoding.values():
+            row.coming += 1
         self.counts.decode_steps += 1
-        self.counts.last_step_seconds = self._clock() - start
-        return True
+        return Step(decoding, chosen)
 
     def _take(self, index: int, row: Row, choice: Choice) -> None:
         """Give a row its next token, and end it if that was the last."""
+        row.coming -= 1
         if choice.id < 0:
             self._end(index, row, "error", error=_not_finite(row))
             return
@@ -293,10 +313,12 @@ class Scheduler:
             return "stop", token
         if token in self._eos and not sampling.ignore_eos:
             return "stop", None
-        length = len(row.stream.request.prompt) + row.generated
-        if row.generated >= sampling.max_tokens or length >= self._limits.max_length:
-            return "length", None
-        return None
+        return ("length", None) if self._is_full(row, row.generated) else None
+
+    def _is_full(self, row: Row, generated: int) -> bool:
+        """Whether no token may follow when so many were generated."""
+        request = row.stream.request
+        return generated >= request.sampling.max_tokens or len(request.prompt) + generated >= self._limits.max_length
 
 
 def _not_finite(row: Row) -> RequestError:

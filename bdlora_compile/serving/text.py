@@ -20,7 +20,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=True)
         self._stops = stops
         self._ids: list[int] = []
         self._length = 0
@@ -29,14 +29,27 @@ class TextStream:
     def push(self, token: int) -> tuple[str, str | None]:
         """(text that can be shown as of this token, the stop text that it completed); after a stop text, nothing."""
         self._ids.append(token)
-        return self._add(self._stream.step(self._tokenizer, token) or "")
+        return self._add(self._next(token))
 
     def finish(self) -> tuple[str, str | None]:
         """The same for what was held back, when no token follows."""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        text, stop = self._add(whole[self._length :])
+        text, stop = self._add(self._whole()[self._length :])
         rest, self._held = self._held, ""
         return (text, stop) if stop is not None else (text + rest, None)
+
+    def _next(self, token: int) -> str:
+        if self._stream is not None:
+            try:
+                return self._stream.step(self._tokenizer, token) or ""
+            except Exception:  # tokenizers has no class for it
+                # A token changed the text of those before it, which a stream cannot take back: decode all from now on.
+                self._stream = None
+        whole = self._whole()
+        return "" if whole.endswith("\N{REPLACEMENT CHARACTER}") else whole[self._length :]
+
+    def _whole(self) -> str:
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return text
 
     def _add(self, new: str) -> tuple[str, str | None]:
         self._length += len(new)

@@ -18,6 +18,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     OUT_START,
     choose,
+    known_multiple_of_8,
     let_next_kernel_start,
     site_and_tile,
     slot_row,
@@ -135,8 +136,8 @@ def apply_tokens(
     IS_ALIGNED: tl.constexpr = (IN % 8 == 0) and (OUT0 % 8 == 0) and (OUT1 % 8 == 0) and (OUT2 % 8 == 0)
     if IS_ALIGNED & (rank <= ROWS) & (a_blocks * b_blocks == 1) & (start % 8 == 0):
         # Known to be multiples of 8: loads of 16 bytes. As many rows at once as this slot has.
-        start = tl.multiple_of(start, 8)
-        size = tl.multiple_of(size, 8)
+        start = known_multiple_of_8(start)
+        size = known_multiple_of_8(size)
         if (rank <= 2) | (ROWS == 2):
             _add_narrow(
                 x_row, y_row, a, b, scale, tile, size, start, y_columns, rank,
@@ -158,8 +159,8 @@ def apply_tokens(
         a_columns, b_columns = IN // a_blocks, size // b_blocks
         if (a_columns % 8 == 0) & (b_columns % 8 == 0) & (start % 8 == 0):
             _add_by_blocks(
-                x_row, y_row, a, b, scale, tile, size, tl.multiple_of(start, 8), y_columns, rank,
-                a_blocks, tl.multiple_of(a_columns, 8), b_blocks, tl.multiple_of(b_columns, 8), 4, BLOCK_O, BLOCK_O,
+                x_row, y_row, a, b, scale, tile, size, known_multiple_of_8(start), y_columns, rank,
+                a_blocks, known_multiple_of_8(a_columns), b_blocks, known_multiple_of_8(b_columns), 4, BLOCK_O, BLOCK_O,
             )  # fmt: skip
         else:
             _add_by_blocks(

@@ -13,6 +13,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_RANK,
     OUT_START,
     choose,
+    known_multiple_of_8,
     load_b,
     rows_of_tile,
     site_and_tile,
@@ -89,8 +90,8 @@ def expand_tokens(
     plane_stride = tokens.to(tl.int64) * row_size
     if (columns % 8 == 0) & (start % 8 == 0):
         # Known to be multiples: loads of 16 bytes.
-        columns = tl.multiple_of(columns, 8)
-        start = tl.multiple_of(start, 8)
+        columns = known_multiple_of_8(columns)
+        start = known_multiple_of_8(start)
         if blocks == 1:
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
@@ -225,8 +226,8 @@ def expand_segments(
     plane_stride = tokens.to(tl.int64) * row_size
     if (columns % 8 == 0) & (start % 8 == 0):
         # Known to be multiples: loads of 16 bytes.
-        columns = tl.multiple_of(columns, 8)
-        start = tl.multiple_of(start, 8)
+        columns = known_multiple_of_8(columns)
+        start = known_multiple_of_8(start)
         if blocks == 1:
             _add_to_segment(
                 y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks,

@@ -24,6 +24,7 @@ from bdlora_compile.runtime.kernels.fields import (
     NUM_FIELDS,
     OUT_START,
     choose,
+    known_multiple_of_8,
     let_next_kernel_start,
     slot_row,
     wait_for_kernel_ahead,
@@ -184,12 +185,20 @@ def linear_tokens(
     scale = tl.load(scales + site * num_slots + slot)
     within = o[None, :] - choose(index, 0, OUT0, OUT0 + OUT1)
     j = split + SPLITS * tl.arange(0, B_ROWS)
-    # B is read before x is waited for, if no slot is packed: then sizes are multiples of 8 and loads 16 bytes wide.
-    is_plain = (tl.max(blocks, axis=0) == 1) & (tl.max(start % 8, axis=0) == 0)
-    all_columns = tl.multiple_of(tl.zeros_like(rank) + size, 8)
+    # B is read before x is waited for, where the tile lies in one block of every slot's B: that block is then a factor
+    # of its own, with fewer rows and columns. Its sizes are multiples of 8, and loads 16 bytes wide.
+    columns = size // blocks
+    is_in_one = (start % 8 == 0) & ((blocks == 1) | ((columns % BLOCK_O == 0) & (start == 0)))
+    is_plain = tl.min(is_in_one.to(tl.int32), axis=0) == 1
+    first_column = tile * BLOCK_O - choose(index, 0, OUT0, OUT0 + OUT1)
+    block = tl.where(blocks == 1, 0, first_column // columns)
+    own_rank = rank // blocks
+    first_row = block * own_rank
+    own_columns = known_multiple_of_8(columns)
+    own_offset = b_offset + tl.multiple_of(first_row * own_columns, 8)
+    own_within = within - tl.multiple_of(start // 8 * 8 + block * own_columns, 8)[:, None]
     one_block = tl.zeros_like(rank) + WIDTH
-    plain_within = within - (start // 8 * 8)[:, None]
-    factor = _load_b(pool, b_offset, tl.where(is_plain, rank, 0), all_columns, one_block, plain_within, j)
+    factor = _load_b(pool, own_offset, tl.where(is_plain, own_rank, 0), own_columns, one_block, own_within, j)
     if not AHEAD:
         wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
@@ -208,15 +217,15 @@ def linear_tokens(
     plane_stride = tokens * (N_SITES * WIDTH)
     if is_plain:
         added = _b_h(
-            pool, b_offset, rank, all_columns, one_block, plain_within, factor, h_token, plane_stride, j,
-            SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
+            pool, own_offset, own_rank, own_columns, one_block, own_within, factor, h_token + first_row, plane_stride,
+            j, SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
         )  # fmt: skip
     else:
-        own_columns, height = size // blocks, tl.maximum(rank // blocks, 1)
-        own_within = within - start[:, None]
-        first = _load_b(pool, b_offset, rank, own_columns, height, own_within, j)
+        height = tl.maximum(own_rank, 1)
+        moved = within - start[:, None]
+        first = _load_b(pool, b_offset, rank, columns, height, moved, j)
         added = _b_h(
-            pool, b_offset, rank, own_columns, height, own_within, first, h_token, plane_stride, j,
+            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, j,
             SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
         )  # fmt: skip
     total += scale[:, None] * added

@@ -15,6 +15,7 @@ from bdlora_compile.runtime.kernels.fields import (
     A_RANK,
     NUM_FIELDS,
     choose,
+    known_multiple_of_8,
     let_next_kernel_start,
     slot_row,
     wait_for_kernel_ahead,
@@ -29,16 +30,24 @@ PART_K: tl.constexpr = tl.constexpr(512)
 
 
 @triton.jit
-def _h_of_packed_rows(x_row, a, rows, is_row, height, columns, begin, end, ROWS: tl.constexpr):
-    """[ROWS] products of A's rows with the part of x that their block sees, over the columns begin..end of A."""
+def _h_of_packed_rows(
+    x_row, a, rows, is_row, first_column, columns, begin, end, ROWS: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """[ROWS] products of A's rows with the part of x that their block sees, over the columns begin..end of A.
+
+    The part begins at ``first_column``. A is read before x is waited for.
+    """
     total = tl.zeros([ROWS, PART_K], dtype=tl.float32)
-    part = rows // height * columns
     for start in range(begin, end, PART_K):
         k = start + tl.arange(0, PART_K)
         inside = is_row[:, None] & (k < end)[None, :]
         factor = tl.load(a + rows[:, None] * columns + k[None, :], mask=inside, other=0.0)
-        value = tl.load(x_row + part[:, None] + k[None, :], mask=inside, other=0.0)
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(OVERLAP)
+        value = tl.load(x_row + first_column[:, None] + k[None, :], mask=inside, other=0.0)
         total += factor.to(tl.float32) * value.to(tl.float32)
+    wait_for_kernel_ahead(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     return tl.sum(total, axis=1)
 
 
@@ -70,7 +79,7 @@ def shrink_tokens(
     plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
     if (blocks == 1) & (in_features % 8 == 0):
         # Known to be a multiple of 8: loads of 16 bytes.
-        columns = tl.multiple_of(in_features, 8)
+        columns = known_multiple_of_8(in_features)
         k = split * BLOCK_K + tl.arange(0, BLOCK_K)
         factor = tl.load(
             a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0
@@ -80,13 +89,19 @@ def shrink_tokens(
         value = tl.load(x_row + k, mask=k < columns, other=0.0)
         total = tl.sum(factor.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
     else:
-        wait_for_kernel_ahead(OVERLAP)
-        let_next_kernel_start(OVERLAP)
         columns = in_features // blocks
-        share = tl.cdiv(columns, SPLITS)
+        first_column = rows // (rank // blocks) * columns
+        share = tl.cdiv(tl.cdiv(columns, SPLITS), 8) * 8
         begin = split * share
         end = tl.minimum(begin + share, columns)
-        total = _h_of_packed_rows(x_row, a, rows, is_row, rank // blocks, columns, begin, end, ROWS)
+        if columns % 8 == 0:
+            # Known to be multiples: loads of 16 bytes.
+            total = _h_of_packed_rows(
+                x_row, a, rows, is_row, known_multiple_of_8(first_column), known_multiple_of_8(columns),
+                known_multiple_of_8(begin), known_multiple_of_8(end), ROWS, OVERLAP,
+            )  # fmt: skip
+        else:
+            total = _h_of_packed_rows(x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, OVERLAP)
     tl.store(plane + rows, total, mask=is_row)
 
 
@@ -151,8 +166,8 @@ def shrink_segments(
     total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     if tl.max(columns % 8, axis=0) == 0:
         # Known to be multiples: loads of 16 bytes.
-        columns = tl.multiple_of(columns, 8)
-        first_column = tl.multiple_of(first_column, 8)
+        columns = known_multiple_of_8(columns)
+        first_column = known_multiple_of_8(first_column)
         total = _segment_sums(
             x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K
         )  # fmt: skip

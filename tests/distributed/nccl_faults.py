@@ -29,8 +29,8 @@ from bdlora_compile.backend import bdlora
 from tests.distributed.launch import free_port
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
-NOTES = timedelta(seconds=10)
-"""How long ranks wait for one another; a forward may take half of it."""
+NOTES = timedelta(seconds=16)
+"""How long ranks wait for one another; a forward may take 5 s less. All cases share the GPUs: steps are slow."""
 COLLECTIVES = {"nccl": timedelta(seconds=300), "gloo": timedelta(seconds=10)}
 ALLOWED = 30.0
 """Seconds from the signal to the end of the other rank."""
@@ -71,8 +71,8 @@ def decode(model: Any, adapters: bd.AdapterSet, folder: Path) -> None:
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             token.item()
             if step == 8:
-                graphs = bd.reports(model)[-1].step_graphs
-                assert token.device.type == "cpu" or (graphs is not None and graphs.replayed > 2), graphs
+                replayed = sum(report.step_graphs.replayed for report in bd.reports(model) if report.step_graphs)
+                assert token.device.type == "cpu" or replayed > 2, [one.summary() for one in bd.reports(model)]
                 ready()
             time.sleep(0.005)
 

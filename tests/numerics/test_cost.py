@@ -14,12 +14,12 @@ import bdlora_compile as bd
 from bdlora_compile import cost
 from bdlora_compile.census import BATCH, OUTSIDE, SEQ, number_of, wire_share
 from bdlora_compile.cost import value_of
+from bdlora_compile.deploying import served_sites
 from bdlora_compile.errors import PlacementError
 from bdlora_compile.factors import Layout, local_shape
 from bdlora_compile.ir import Origin
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Link
-from bdlora_compile.model import served_sites
 from bdlora_compile.placement import Mesh, Shard, site_pieces
 from bdlora_compile.runtime.adapter_file import FactorKind, LoraFactors
 from bdlora_compile.runtime.adapter_tensors import MemoryTensor

@@ -95,6 +95,15 @@ def test_the_oldest_of_too_many_goes(steps: StepGraphs) -> None:
     assert steps.stats.plain == 4, "the first was forgotten, hence seen anew"
 
 
+def test_a_variant_that_is_refused_runs_plain(steps: StepGraphs) -> None:
+    total = torch.zeros(1)
+    steps.refuse(True, "it asks the GPU")
+    assert [run(steps, 1.0, total) for _ in range(3)] == [2.0, 4.0, 6.0]
+    assert [run(steps, 1.0, total, variant=False) for _ in range(3)] == [8.0, 10.0, 12.0]
+    assert (steps.stats.recorded, steps.stats.plain) == (1, 4)
+    assert "refused: it asks the GPU" in steps.stats.text()
+
+
 def test_forwards_seen_once_push_no_recorded_one_out(steps: StepGraphs) -> None:
     total = torch.zeros(1)
     run(steps, 1.0, total)

@@ -21,8 +21,11 @@ class Device:
     passed: set[int] = field(default_factory=set)
     count: int = 0
     broken: bool = False
+    captures: bool = False
 
-    def mark(self) -> "DeviceMark":
+    def mark(self) -> "DeviceMark | None":
+        if self.captures:
+            return None
         self.count += 1
         return DeviceMark(self, self.count)
 
@@ -57,7 +60,12 @@ def watched() -> Watched:
     def give_up(reason: str) -> AgreementError:
         return AgreementError("forward", found=reason, expected="all ranks", remedy="look at rank 1")
 
-    return Watched(device, StepWatch(timedelta(seconds=LIMIT), give_up, device.mark, end), ended, errors)
+    return Watched(
+        device,
+        StepWatch(timedelta(seconds=LIMIT), timedelta(seconds=4 * LIMIT), give_up, device.mark, end),
+        ended,
+        errors,
+    )
 
 
 def test_a_forward_that_never_ends_is_noticed(watched: Watched) -> None:
@@ -74,6 +82,8 @@ def test_forwards_that_end_are_none(watched: Watched) -> None:
         assert not watched.ended.wait(LIMIT / 4)
         watched.device.passed.update(range(watched.device.count + 1))
     assert not watched.ended.wait(2 * LIMIT), "nothing runs: nothing is late"
+    watched.device.broken = True
+    assert not watched.ended.wait(LIMIT), "nothing runs: nothing is asked"
 
 
 def test_the_last_of_several_forwards_is_noticed(watched: Watched) -> None:
@@ -83,6 +93,20 @@ def test_the_last_of_several_forwards_is_noticed(watched: Watched) -> None:
     assert not watched.ended.wait(LIMIT / 2)
     watched.device.passed.add(1)
     assert watched.ended.wait(10)
+
+
+def test_the_first_forward_of_a_graph_has_more_time(watched: Watched) -> None:
+    watched.watch.launched(is_first=True)
+    assert not watched.ended.wait(2 * LIMIT)
+    assert watched.ended.wait(10)
+    assert "not over after 0.8 s" in str(watched.errors[0])
+
+
+def test_what_is_captured_is_not_watched(watched: Watched) -> None:
+    """It does not run before it is replayed, and asking for it would spoil the capture."""
+    watched.device.captures = True
+    watched.watch.launched()
+    assert not watched.ended.wait(2 * LIMIT)
 
 
 def test_a_device_that_fails_is_noticed(watched: Watched) -> None:
@@ -108,7 +132,7 @@ def test_the_process_ends_although_its_main_thread_waits() -> None:
         "class Never:\n"
         "    def query(self): return False\n"
         "give_up = lambda reason: AgreementError('forward', found=reason, expected='all', remedy='look at rank 1')\n"
-        "StepWatch(datetime.timedelta(seconds=0.2), give_up, Never).launched()\n"
+        "StepWatch(*[datetime.timedelta(seconds=0.2)] * 2, give_up, Never).launched()\n"
         "time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

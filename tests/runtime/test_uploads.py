@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 import bdlora_compile as bd
-from bdlora_compile import model as model_module
+from bdlora_compile import deploying
 from bdlora_compile.backend import bdlora
 from bdlora_compile.runtime.adapter_pool import Move
 from bdlora_compile.runtime.bank import AdapterBank, StagedAdapter
@@ -203,7 +203,7 @@ def one_token(peft_model: Any, name: str | None, token: torch.Tensor, cache: Dyn
 
 def decode(folder: Path, copier: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, bd.AdapterStats]:
     """Logits of rows that decode while adapters are loaded, reloaded, unloaded, evicted and prefetched."""
-    monkeypatch.setattr(model_module, "copier_for", copier)
+    monkeypatch.setattr(deploying, "copier_for", copier)
     model, adapters = bd.load(folder / "model", max_adapters=ROWS, max_rank=8, dtype=DTYPE, device=DEVICE)
     model.compile(backend=bdlora, options={"inner": "eager"})
     for index in range(3):

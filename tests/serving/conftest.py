@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import bdlora_compile as bd
+from bdlora_compile.serving.batch import Batch
 from bdlora_compile.serving.engine import Engine
 from tests.models import AdapterSpec, ModelSpec, Reference, save_adapter, save_model
 
@@ -78,9 +79,15 @@ def shared_engine(world: World) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
-def engine(shared_engine: Engine, world: World) -> Iterator[Engine]:
-    """After each test nothing may be left: no row, no request, no reference to an adapter, no graph compiled."""
+@pytest.fixture(params=[False, True], ids=["", "behind"])
+def engine(
+    shared_engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Engine]:
+    """After each test nothing may be left: no row, no request, no reference to an adapter, no graph compiled.
+
+    Each test runs as on a CPU, and as on a GPU, where the host reads a step's tokens after it launched the next one.
+    """
+    monkeypatch.setattr(Batch, "runs_behind", request.param)
     graphs = len(bd.reports(world.model))
     yield shared_engine
     assert shared_engine.failed is None

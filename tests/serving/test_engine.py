@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import bdlora_compile as bd
 from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.serving import batch
-from bdlora_compile.serving.batch import Batch
+from bdlora_compile.serving.batch import AS_CHOSEN, Batch
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.requests import Finished, Request, SamplingParams, Token
 from bdlora_compile.serving.stream import Stream
@@ -54,6 +54,26 @@ def test_events_of_a_request(engine: Engine, world: World) -> None:
     assert completion.finished.usage.completion_tokens == COUNT
     assert completion.finished.waited_seconds is not None
     assert stream.adapter_version == world.adapters.version("a")
+
+
+def test_the_host_reads_behind_where_the_device_does(
+    engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that ends by its token, not by its length, runs once more then; it reads tokens that the host has not."""
+    expected = world.alone((5, 9), "a", COUNT)
+    monkeypatch.setattr(engine._running_scheduler(), "_eos", {expected[2]})
+    read: list[int] = []
+    decode = Batch.decode
+
+    def watched(self: Batch, tokens: Sequence[int], *rest: Any) -> torch.Tensor:
+        read.append(tokens[0])
+        return decode(self, tokens, *rest)
+
+    monkeypatch.setattr(Batch, "decode", watched)
+    assert engine.submit(Request((5, 9), "a", SamplingParams(temperature=0, max_tokens=COUNT))).result(30).ids
+    end = expected.index(expected[2])
+    is_behind = vars(Batch)["runs_behind"]
+    assert read == [9, *([AS_CHOSEN] * (end + 1) if is_behind else expected[:end])]
 
 
 def test_a_long_prompt_goes_in_parts(unstarted: Callable[..., Engine], world: World) -> None:
@@ -263,6 +283,21 @@ def test_parameters_out_of_range_are_refused(settings: dict[str, object]) -> Non
     """By name."""
     with pytest.raises(bd.RequestError, match=next(iter(settings))):
         SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 2**70}, {"max_tokens": 2**70}, {"temperature": 5e-324}, {"temperature": 1e308},
+                 {"top_p": 5e-324}, {"seed": -(2**63)}, {"stop_token_ids": (2**70, -5)}, {"stop": ("<" * 10_000,)},
+                 {"logprobs": 20, "top_k": 3}]
+)  # fmt: skip
+def test_extreme_parameters_that_are_taken_are_served(engine: Engine, settings: dict[str, Any]) -> None:
+    """None of them ends the engine, which would end the requests of all others."""
+    sampling = SamplingParams(**{"max_tokens": 3, "ignore_eos": True, "seed": 1} | settings)
+    stream = engine.submit(Request((5, 9), "a", sampling))
+    for _ in range(3):
+        assert isinstance(next(iter(stream)), Token)
+    stream.cancel()
+    assert stream.result(30).finished.error is None
 
 
 def test_full_queues_refuse(unstarted: Callable[..., Engine]) -> None:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bdlora_compile as bd
+from bdlora_compile.serving import text
 from bdlora_compile.serving.messages import Call, Reader, Writer
 from bdlora_compile.serving.queues import FairQueues, Key
 from bdlora_compile.serving.requests import SamplingParams
@@ -122,6 +123,26 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert "".join(cut) == bytes_tokenizer().decode(bytes_tokenizer().encode("a🙂").ids[:3])
 
 
+def test_a_decoder_that_gives_up_costs_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizers' stream raises where a token changes the text of those before it; other requests must not notice."""
+
+    class GivesUp:
+        def __init__(self, skip_special_tokens: bool) -> None:
+            self._left = 3
+            self._stream = decoders.DecodeStream(skip_special_tokens=skip_special_tokens)
+
+        def step(self, tokenizer: Tokenizer, token: int) -> str | None:
+            self._left -= 1
+            if self._left < 0:
+                raise Exception("Invalid prefix encountered while decoding stream")
+            return self._stream.step(tokenizer, token)
+
+    monkeypatch.setattr(text, "DecodeStream", GivesUp)
+    shown, _ = stream("naïve 🙂!")
+    assert "".join(shown) == "naïve 🙂!"
+    assert "🙂" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "expected", "stop"),
     [
@@ -151,7 +172,7 @@ def test_slow_tokenizers_are_refused() -> None:
 def draws(settings: Mapping[str, float], logits: torch.Tensor, count: int) -> torch.Tensor:
     """Shares of each token in ``count`` draws, each of a row with a seed of its own."""
     rows = {row: RowSampling(SamplingParams(seed=row, **settings)) for row in range(count)}  # type: ignore[arg-type]
-    chosen = [choice.id for choice in choose_tokens(logits.expand(count, -1), rows).values()]
+    chosen = [choice.id for choice in choose_tokens(logits.expand(count, -1), rows).read().values()]
     return torch.bincount(torch.tensor(chosen), minlength=len(logits)) / count
 
 
@@ -177,9 +198,9 @@ def test_rows_do_not_depend_on_one_another() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 50)
     own = SamplingParams(seed=3, logprobs=2)
-    alone = choose_tokens(logits[1:2], {0: RowSampling(own)})[0]
+    alone = choose_tokens(logits[1:2], {0: RowSampling(own)}).read()[0]
     others = [SamplingParams(temperature=0), SamplingParams(seed=1, top_p=0.5, top_k=7, logprobs=5)]
-    mixed = choose_tokens(logits, {0: RowSampling(others[0]), 1: RowSampling(own), 2: RowSampling(others[1])})
+    mixed = choose_tokens(logits, {0: RowSampling(others[0]), 1: RowSampling(own), 2: RowSampling(others[1])}).read()
     assert (mixed[1].id, len(mixed[1].top)) == (alone.id, 2)
     assert mixed[0].id == logits[0].argmax()
 
@@ -187,14 +208,14 @@ def test_rows_do_not_depend_on_one_another() -> None:
 def test_temperatures_near_zero_are_greedy() -> None:
     """And no number overflows."""
     logits = torch.tensor([[1000.0, 999.0, -1000.0]])
-    assert choose_tokens(logits, {0: RowSampling(SamplingParams(temperature=1e-300, seed=1))})[0].id == 0
+    assert choose_tokens(logits, {0: RowSampling(SamplingParams(temperature=1e-300, seed=1))}).read()[0].id == 0
 
 
 def test_logits_that_are_no_numbers_are_seen() -> None:
     """In their row alone."""
     logits = torch.tensor([[0.0, math.nan], [0.0, 1.0]])
     rows = {row: RowSampling(SamplingParams(temperature=0, logprobs=1)) for row in range(2)}
-    assert [choose_tokens(logits, rows)[row].id for row in range(2)] == [-1, 1]
+    assert [choice.id for choice in choose_tokens(logits, rows).read().values()] == [-1, 1]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from transformers import AutoTokenizer
 
 from bdlora_compile.errors import BdloraError, ConfigError
-from bdlora_compile.model import Ranks, load
+from bdlora_compile.model import load
+from bdlora_compile.ranks import Ranks
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.serving.engine import Engine
 from bdlora_compile.serving.following import follow
@@ -94,7 +95,7 @@ def _is_resident(adapters: AdapterSet, name: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with our own ends: SIGTERM drains, and a failed engine ends the process.
+    """uvicorn, with our own ends: SIGTERM drains, so does the launcher's death, and a failed engine ends the process.
 
     Args:
         app: what it serves.
@@ -119,6 +120,7 @@ class _Server(uvicorn.Server):
         self._service = service
         self._engine = engine
         self._status = 0
+        self._launcher = os.getppid() if dist.is_torchelastic_launched() else None
         self._drain: asyncio.Task[None] | None = None
 
     async def run(self) -> int:  # type: ignore[override]  # in the loop that we run
@@ -161,6 +163,10 @@ class _Server(uvicorn.Server):
     async def _watch(self) -> None:
         while self._engine.failed is None:
             await asyncio.sleep(_WATCH_SECONDS)
+            if self._launcher not in (None, os.getppid()) and self._drain is None:
+                # It was killed, and can pass on no signal: nobody would ever end these processes.
+                _LOG.error("the launcher of the ranks has died")
+                self._begin_drain()
         self._status = 1
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         self.should_exit = True

@@ -70,6 +70,7 @@ class FakeEngine:
     held: list[Stream] = field(default_factory=list)
     submitted: list[Request] = field(default_factory=list)
     checks: int = 0
+    drained: int = 0
 
     def submit(self, request: Request) -> Stream:
         """A stream that has ended already, or one that has only begun."""
@@ -106,6 +107,11 @@ class FakeEngine:
         """Counts."""
         self.checks += 1
         return 0.0
+
+    def drain(self, timeout: float) -> bool:
+        """Counts."""
+        self.drained += 1
+        return True
 
     def stats(self) -> EngineStats:
         """Held streams run."""

@@ -1,11 +1,16 @@
 """What `test_ray_serve` runs: two replicas, four adapters, OpenAI's client, every answer compared with PEFT's."""
 
+import os
+import signal
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import ray
 import torch
 from ray import serve
@@ -47,8 +52,39 @@ def main(folder: Path) -> None:
             continue
         raise AssertionError(f"{name} was answered")
     print("requests followed their adapters")
+    lose_a_group()
+    assert [ask(client, name)[1] for name in NAMES] == [expected(reference, name) for name in NAMES]
+    print("a lost group was replaced")
     serve.shutdown()
     ray.shutdown()
+
+
+def ranks() -> set[int]:
+    """Process ids of the ranks of all groups."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "bdlora_compile.serving.http.server" in child.cmdline():
+                found.add(child.pid)
+    return found
+
+
+def lose_a_group() -> None:
+    """Kill a rank, and wait until there are two groups again."""
+    before = ranks()
+    assert len(before) == 2, before
+    lost = min(before)
+    os.kill(lost, signal.SIGKILL)
+    deadline = time.monotonic() + 150
+    while len(now := ranks() - {lost}) < 2 or not is_running():
+        assert time.monotonic() < deadline, now
+        time.sleep(1)
+
+
+def is_running() -> bool:
+    """Whether Ray calls all replicas healthy."""
+    deployments = serve.status().applications["default"].deployments.values()
+    return all(str(deployment.status) == "DeploymentStatus.HEALTHY" for deployment in deployments)
 
 
 def ask(client: openai.OpenAI, name: str) -> tuple[str, str]:

@@ -1,6 +1,8 @@
-"""SIGTERM under load: what was accepted is answered to its end, nothing new is taken, and the process leaves with 0."""
+"""Ends that are no failures: what was accepted is answered, nothing new is taken, the process leaves with 0."""
 
+import asyncio
 import json
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch.distributed as dist
 
+from bdlora_compile.serving.http.app import build
+from bdlora_compile.serving.http.server import _Server
 from tests.models import AdapterSpec, save_adapter, save_model
 from tests.serving.conftest import SPEC, tokenizer_of
-from tests.serving.http.fake import until
+from tests.serving.http.fake import fake_service, until
 from tests.serving.http.process import address, started
 
 pytestmark = pytest.mark.timeout(200)
@@ -45,6 +50,16 @@ def test_sigterm_drains(arguments: list[str | Path], tmp_path: Path) -> None:
                 assert len(stream.result(60)) == TOKENS
         assert process.wait(60) == 0, log.read_text()[-3000:]
     assert "drained" in log.read_text()
+
+
+def test_a_launcher_that_is_killed_leaves_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passed on no signal; its ranks would hold their GPUs for ever."""
+    engine, service = fake_service(port=0)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    server = _Server(build(service), service, engine)  # type: ignore[arg-type]  # a stand-in for the engine
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert asyncio.run(server.run()) == 0
+    assert engine.drained == 1
 
 
 def texts(url: str) -> Iterator[str]:

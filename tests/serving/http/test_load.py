@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[3]
 @pytest.mark.timeout(280)
 def test_clients_that_come_and_go_leave_nothing() -> None:
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "load_serving.py")]
-    command += ["--seconds", "10", "--clients", "16", "--adapters", "12"]
+    command += ["--seconds", "6", "--clients", "16", "--adapters", "8"]
     # The package of this checkout, also where another one is installed.
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=260, env=environment, check=False)

@@ -28,3 +28,4 @@ def test_requests_go_where_their_adapter_is(tmp_path: Path, request: pytest.Fixt
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "requests followed their adapters" in done.stdout
+    assert "a lost group was replaced" in done.stdout

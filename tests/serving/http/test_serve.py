@@ -146,6 +146,17 @@ def test_stop_texts(served: Served) -> None:
     assert done.choices[0].finish_reason == "stop"
 
 
+def test_completions_of_token_ids(served: Served) -> None:
+    """The other route: the ids of the conversation instead of its messages, streamed."""
+    conversation = served.tokenizer.apply_chat_template(ask(QUESTIONS[1]), add_generation_prompt=True, tokenize=False)
+    ids = served.tokenizer(conversation, add_special_tokens=False)["input_ids"]
+    asked: dict[str, Any] = {"model": "json", "prompt": ids, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+    chunks = list(served.client.completions.create(**asked, stream_options={"include_usage": True}))
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == served.text("json", QUESTIONS[1])
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == len(ids)
+
+
 def test_load_use_unload(served: Served) -> None:
     """Refused without a token, used as soon as it is loaded, gone after."""
 

@@ -1,0 +1,141 @@
+"""From a model and what was asked for to its deployment: sites, plan, banks and the set of adapters."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from bdlora_compile.errors import PlacementError
+from bdlora_compile.hollow import hollow_out
+from bdlora_compile.placement import Mesh
+from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.ranks import Ranks
+from bdlora_compile.roles import sites_of
+from bdlora_compile.runtime.adapter_capacity import Capacity
+from bdlora_compile.runtime.adapter_file import Adapter
+from bdlora_compile.runtime.adapters import AdapterSet
+from bdlora_compile.runtime.agreement import Agreement, StoreAgreement
+from bdlora_compile.runtime.all_reduce import AllReduce, Wanted
+from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.runtime.cache import CacheShape
+from bdlora_compile.runtime.copier import copier_for
+from bdlora_compile.runtime.deployment import Deployment, RankState
+from bdlora_compile.runtime.step_watch import StepWatch
+from bdlora_compile.runtime.store import ShardStore, WeightSource
+from bdlora_compile.served import serve
+from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
+from bdlora_compile.strategy import Choice
+from bdlora_compile.timing import Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    ranks: Ranks
+    choice: Choice
+    dtype: torch.dtype
+    device: torch.device
+    strict: bool
+    capacity: Capacity
+    base_model: str | None
+    all_reduce: Wanted
+
+
+def deploy(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    source: WeightSource,
+    found: Mapping[str, Adapter],
+    setup: Setup,
+) -> AdapterSet:
+    ranks, capacity = setup.ranks, setup.capacity
+    machine = setup.choice.machine_for(setup.device)
+    terms = Terms(
+        ranks.mesh,
+        setup.choice.workload,
+        machine,
+        capacity.max_rank,
+        setup.dtype.itemsize,
+    )
+    layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
+    plan = plan_model(
+        model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions,
+        max_local_rank=capacity.max_local_rank,
+    )  # fmt: skip
+    slots, pool = capacity.pool(plan)
+    transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
+    states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
+    watch = _watch_of(ranks.agreement, setup.device)
+    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
+    hollow_out(model, deployment)
+    serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
+    model.requires_grad_(False)
+    model.eval()
+    adapters = AdapterSet(deployment, slots, setup.base_model, capacity.host_bytes)
+    for name, adapter in found.items():
+        adapters.add(name, adapter)
+    return adapters
+
+
+def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:
+    """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
+    sites = sites_of(model)
+    whole = unsplit_layers(model, sites)
+    if not whole or mesh.size == 1 or not strict:
+        return sites
+    raise PlacementError(
+        whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),
+        found="a linear layer that the model's tensor-parallel plan does not split by columns or rows",
+        expected="a plan for every linear layer of the decoder (strict mode)",
+        remedy="load with strict=False, and every rank holds these layers whole; they take no adapters",
+    )
+
+
+def offered_sites(
+    model: PreTrainedModel, layers: Mapping[str, Site], vocabulary_lora: bool | None
+) -> Mapping[str, Site]:
+    """The sites that the adapters given at load may change, in module order."""
+    if vocabulary_lora is False:
+        return layers
+    return in_module_order(model, {**layers, **vocabulary_sites(model)})
+
+
+def needed_sites(
+    layers: Mapping[str, Site],
+    offered: Mapping[str, Site],
+    adapters: Iterable[Adapter],
+    vocabulary_lora: bool | None,
+) -> Mapping[str, Site]:
+    """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them."""
+    is_needed = any(name not in layers for adapter in adapters for name in adapter.factors)
+    return offered if vocabulary_lora or is_needed else layers
+
+
+def _rank_state(
+    plan: ModelPlan,
+    source: WeightSource,
+    rank: int,
+    slots: int,
+    pool: int,
+    max_tokens: int,
+    transport: AllReduce,
+) -> RankState:
+    store = ShardStore(source, rank, plan.mesh, plan.dtype, plan.device)
+    bank = AdapterBank(list(plan.sites), slots, pool, max_tokens, plan.dtype, plan.device, copier_for(plan.device))
+    return RankState(rank, store, bank, transport)
+
+
+def _watch_of(agreement: Agreement, device: torch.device) -> StepWatch | None:
+    """On GPUs a collective is only launched: one that never ends raises nothing."""
+    if device.type != "cuda" or not isinstance(agreement, StoreAgreement):
+        return None
+    return StepWatch(*agreement.forward_limits, agreement.give_up)
+
+
+def cache_shape(model: PreTrainedModel, plan: ModelPlan, num_hosted: int) -> CacheShape:
+    """What a cache of the model must look like on one rank."""
+    config = model.config
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    local_heads = max(heads // plan.mesh.size, 1)
+    return CacheShape(config.num_hidden_layers, local_heads, head_dim, plan.dtype, plan.device, num_hosted)
