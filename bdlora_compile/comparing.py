@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import pydantic
+
 from bdlora_compile.explanation import ExplainedCollective, ExplainedGraph, ExplainedStage, Explanation
 from bdlora_compile.ir import Origin
 from bdlora_compile.nodes import NodeView
@@ -88,6 +90,10 @@ class Comparison:
     graphs: Sequence[GraphChange]
     only: Sequence[str]
     violations: Sequence[str]
+
+    def to_json(self) -> str:
+        """The dataclasses field by field."""
+        return pydantic.TypeAdapter(Comparison).dump_json(self, indent=1).decode() + "\n"
 
     @property
     def is_same(self) -> bool:

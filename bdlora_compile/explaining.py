@@ -28,7 +28,6 @@ from bdlora_compile.foreign.explaining import Inputs, explain_sharded, is_of_oth
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
-from bdlora_compile.own_code import with_own_code
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -43,6 +42,7 @@ from bdlora_compile.sites import Role, Site
 from bdlora_compile.step_formula import constants, step_formulas
 from bdlora_compile.strategy import Strategy, choose_layouts, fixed_layouts, profile_of
 from bdlora_compile.timing import Declared, Profile, Terms, Workload
+from bdlora_compile.tracing import own_errors, with_own_code
 
 _CPU = torch.device("cpu")
 _TRACED_BATCH, _TRACED_LENGTH = 2, 64
@@ -287,7 +287,7 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
 
     compiled = torch.compile(_forward_of(model), backend=look, fullgraph=True)
     cache = LocalCache(shape, _TRACED_BATCH, _TRACED_LENGTH)
-    with torch.no_grad():
+    with own_errors(), torch.no_grad():
         for seq in (4, 1):
             ids = torch.ones(_TRACED_BATCH, seq, dtype=torch.int64)
             torch._dynamo.maybe_mark_dynamic(ids, [0, 1])

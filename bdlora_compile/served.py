@@ -7,16 +7,16 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from bdlora_compile.errors import BdloraError, ConfigError, HollowError
+from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.known_steps import KnownSteps
 from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.selection import Selection
+from bdlora_compile.tracing import own_errors
 
 _CACHE_STEP = 64
 """Cache lengths are rounded up to a multiple of this, so that calls of similar length allocate alike."""
@@ -103,13 +103,8 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         cache.advance(seq)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        try:
+        with own_errors():
             return super().__call__(*args, **kwargs)
-        except BackendCompilerFailed as failure:
-            # Dynamo wraps what a backend raises; the reader wants the error itself.
-            if isinstance(failure.inner_exception, BdloraError):
-                raise failure.inner_exception from None
-            raise
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``; sampling draws the same tokens on every rank, following rank 0's seed.

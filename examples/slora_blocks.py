@@ -11,6 +11,7 @@ what, not how it is written.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bdlora_compile as bd
+
+
+def world() -> Any:
+    """All ranks; torch's types say that there may be none."""
+    return dist.group.WORLD
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class ColumnLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Gathered along the first dim and put side by side by hand: torch 2.11 does not trace gather_dim=-1.
-        shares = funcol.all_gather_tensor(F.linear(x, self.lora_a), gather_dim=0, group=dist.group.WORLD)
+        shares = funcol.all_gather_tensor(F.linear(x, self.lora_a), gather_dim=0, group=world())
         h = torch.cat(shares.chunk(dist.get_world_size()), dim=-1)
         return F.linear(x, self.weight) + F.linear(h, self.lora_b) * self.scale
 
@@ -92,10 +98,10 @@ class RowLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
-        h = funcol.all_reduce(F.linear(x, self.lora_a), "sum", dist.group.WORLD)
+        h = funcol.all_reduce(F.linear(x, self.lora_a), "sum", world())
         own = self.lora_b.shape[0]
         y[..., dist.get_rank() * own : (dist.get_rank() + 1) * own] += self.scale * F.linear(h, self.lora_b)
-        return funcol.all_reduce(y, "sum", dist.group.WORLD)
+        return funcol.all_reduce(y, "sum", world())
 
 
 class ModuleBlock(nn.Module):
@@ -134,10 +140,10 @@ def functional_block(whole: Whole, declare: bool = True) -> Callable[[Tensor], T
     def block(x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         # Ranks' shares are gathered along the first dim, hence the transposes.
-        h = funcol.all_gather_tensor((tokens @ own["up.a"]).t().contiguous(), 0, dist.group.WORLD).t()
+        h = funcol.all_gather_tensor((tokens @ own["up.a"]).t().contiguous(), 0, world()).t()
         inner = F.silu(torch.addmm(tokens @ own["up"], h, own["up.b"], alpha=whole.scale))
-        low = funcol.all_reduce(inner @ own["down.a"], "sum", dist.group.WORLD)
+        low = funcol.all_reduce(inner @ own["down.a"], "sum", world())
         delta = F.pad(low @ own["down.b"], (rank * mine, width - (rank + 1) * mine))
-        return x + funcol.all_reduce(inner @ own["down"] + delta, "sum", dist.group.WORLD).view_as(x)
+        return x + funcol.all_reduce(inner @ own["down"] + delta, "sum", world()).view_as(x)
 
     return block

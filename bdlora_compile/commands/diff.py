@@ -32,6 +32,7 @@ def diff(
         list[Rule] | None, typer.Option(help="Exit with status 1 if B has it; may be given several times.")
     ] = None,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write both, side by side, as one page.")] = None,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what differs, field by field.")] = None,
 ) -> None:
     """Compare two records: collectives of the compiled graphs, and nodes of each stage by their stable key.
 
@@ -58,7 +59,10 @@ def diff(
         refuse(f"error: {error}")
     console = Console()
     show(found, console if console.is_terminal else Console(width=160), only_comm=only is Part.comm)
-    if html is not None:
-        typer.echo(f"written to {html}")
+    if json is not None:
+        json.write_text(found.to_json(), encoding="utf-8")
+    for path in (html, json):
+        if path is not None:
+            typer.echo(f"written to {path}")
     if found.violations:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import Unsupported
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 
 from bdlora_compile.collectives import group_named
 from bdlora_compile.declared import declaration_of
-from bdlora_compile.errors import BdloraError, ConfigError
+from bdlora_compile.errors import ConfigError
 from bdlora_compile.explanation import Explanation, RankComparison
 from bdlora_compile.foreign.capture import ForeignGraph, Runnable, capture_through_aot, is_foreign
 from bdlora_compile.foreign.compile import localize
 from bdlora_compile.foreign.paths import GroupMember
 from bdlora_compile.foreign.pretend import pretend_ranks
 from bdlora_compile.ir import fake_value
-from bdlora_compile.own_code import with_own_code
 from bdlora_compile.run_report import compare_ranks, record_of
 from bdlora_compile.runtime.agreement import agreement_of
+from bdlora_compile.tracing import own_errors, with_own_code
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """Arguments of a model: one tensor, a sequence by position, or a mapping by name."""
@@ -75,10 +75,8 @@ def explain_sharded(model: Callable[..., Any], inputs: Inputs, tp_size: int, nam
     values = [inputs] if isinstance(inputs, Tensor) else [*(inputs.values() if isinstance(inputs, Mapping) else inputs)]
     run = torch.compile(_forward_of(model, names), backend=look, fullgraph=True)
     try:
-        with nullcontext() if dist.is_initialized() else pretend_ranks(tp_size), torch.no_grad():
+        with nullcontext() if dist.is_initialized() else pretend_ranks(tp_size), own_errors(), torch.no_grad():
             run(*values)
-    except BackendCompilerFailed as error:
-        raise (error.inner_exception if isinstance(error.inner_exception, BdloraError) else error) from None
     except Unsupported as error:
         raise ConfigError(
             title,

@@ -87,7 +87,7 @@ const app = {
   },
   draw() {
     const [record, graph] = this.current();
-    const facts = [record.model, record.num_layers && `${record.num_layers} layers`, record.dtype, `${record.tp_size} ranks`, record.strategy && `strategy ${record.strategy}`, ...record.adapters.slice(0, 2)];
+    const facts = [record.model !== record.label && record.model, record.num_layers && `${record.num_layers} layers`, record.dtype, `${record.tp_size} ranks`, record.strategy && `strategy ${record.strategy}`, ...record.adapters.slice(0, 2)];
     find("facts").replaceChildren(...facts.filter(Boolean).map((text) => h("span", {}, text)));
     find("phases").replaceChildren(...record.graphs.map((one, index) => h("button", { type: "button", "aria-pressed": String(one === graph), onclick: () => this.set({ graph: index }) }, one.phase)));
     find("headline").replaceChildren(...[headline(this)].flat().filter(Boolean));

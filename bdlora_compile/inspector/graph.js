@@ -217,7 +217,7 @@ function codeFacts(record, graph, node, stage) {
   const own = (node.kernel.match(/runtime\/(?:kernels\/)?[a-z_]+\.py/g) || []).filter((path) => SOURCES[path])
     .map((path) => codeBlock(`source of ${path}`, SOURCES[path], []));
   const generated = codeOf(record, node, graph.isBaseOnly(stage))
-    .map((one) => codeBlock(`Inductor's code of ${one.title}`, one.text, one.lines));
+    .map((one) => codeBlock(`Inductor's code of ${one.title === "graph" ? "the graph" : one.title}`, one.text, one.lines));
   if (!own.length && !generated.length) return null;
   return h("div.codes", {}, h("h3", {}, "code"), generated, own);
 }
@@ -231,7 +231,7 @@ function codeBlock(title, text, lines) {
     if (!block.open || body.childNodes.length) return;
     text.split("\n").forEach((line, index) => body.append(h(marked.has(index + 1) ? "mark" : "span", {}, `${line}\n`)));
     const first = body.querySelector("mark");
-    if (first) body.scrollTop = first.offsetTop - body.offsetTop - 12;
+    if (first) body.scrollTop = first.offsetTop - 12;
   });
   return block;
 }

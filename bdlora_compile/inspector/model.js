@@ -117,7 +117,7 @@ function placementWords(text, size) {
   }
   if (text === "R") return "whole on every rank";
   if (text === "P") return "a summand on every rank; the sum is the value";
-  return text ? `${text}: every rank has its own` : "";
+  return text ? "every rank has its own" : "";
 }
 
 /** Which part of a tensor each rank reads, from its local shape and its placement. */

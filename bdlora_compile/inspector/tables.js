@@ -25,7 +25,7 @@ function headline(app) {
   const verdict = layers[1] === 0
     ? `LoRA adds no collective to ${place}${layers[0] ? `: S-LoRA placement had ${layers[0]}${forToken(from)}` : ""}.`
     : `LoRA keeps ${layers[1]} collective${layers[1] > 1 ? "s" : ""} in ${place}${forToken(to)}; the collectives' table says why.`;
-  const ranks = record.ranks && h("p.verdict.ranks", {}, record.ranks.difference
+  const ranks = record.ranks && h(`p.verdict.ranks${record.ranks.difference ? ".differ" : ""}`, {}, record.ranks.difference
     ? `Ranks differ: ${record.ranks.difference}` : `${record.ranks.size > 1 ? `All ${record.ranks.size} ranks have this graph; written` : "Written"} by rank ${record.ranks.rank}.`);
   return [h("p.verdict", {}, verdict), ranks, h("div.facts-grid", {}, items.filter(Boolean))];
 }
@@ -46,6 +46,7 @@ function collectivesView(app) {
 }
 
 function collectiveTable(app, stage, label, id) {
+  const [record] = app.current();
   const rows = collectiveRows(stage).filter((one) => !app.state.query || JSON.stringify(one).toLowerCase().includes(app.state.query.toLowerCase()));
   const most = Math.max(1, ...rows.map((one) => one.wire_bytes || 0));
   const line = (one) => h("tr", { "data-origin": one.origin, "data-key": one.key },
@@ -56,13 +57,15 @@ function collectiveTable(app, stage, label, id) {
     h("td", {}, h("code", {}, `${one.dtype}[${one.shape.join(", ")}]`)),
     h("td.num", {}, number(one.payload_bytes)),
     h("td.num", {}, h("span.meter", { style: `--part:${(100 * (one.wire_bytes || 0)) / most}%` }), number(one.wire_bytes)),
-    h("td.num", {}, one.wire_bytes_per_token === null ? "" : number(one.wire_bytes_per_token)),
+    totals(stage).hasTokens && h("td.num", {}, number(one.wire_bytes_per_token)),
     h("td.num", {}, one.runs));
-  const sum = (text, found) => h("tr.total", {}, h("td", { colspan: 4 }, text), h("td.num", {}, number(found.payload)), h("td.num", {}, number(found.wire)), h("td.num", {}, totals(stage).hasTokens ? number(found.token) : ""), h("td.num", {}, found.count));
+  const sum = (text, found) => h("tr.total", {}, h("td", { colspan: 4 }, text), h("td.num", {}, number(found.payload)), h("td.num", {}, number(found.wire)), totals(stage).hasTokens && h("td.num", {}, number(found.token)), h("td.num", {}, found.count));
   const layer = layerTotals(stage);
   const body = [...rows.map(line), ...layer.map(([text, found]) => sum(text, found)), sum("a forward", totals(stage))];
-  return h("section.block", { id: `collectives-${id}` }, h("h2", {}, label, h("small", {}, ` ${number(totals(stage).count)} collectives`)),
-    table(["where", "for", "operator", "operand on a rank", { text: "payload a step", num: 1 }, { text: "wire a step", num: 1 }, { text: "wire a token", num: 1 }, { text: "times", num: 1 }], body));
+  const token = totals(stage).hasTokens ? [{ text: "wire a token", num: 1 }] : [];
+  const step = record.kind === "foreign" ? "a forward" : "a step";
+  return h("section.block", { id: `collectives-${id}` }, h("h2", {}, label, h("small", {}, ` ${number(totals(stage).count)} collective${totals(stage).count === 1 ? "" : "s"}`)),
+    table(["where", "for", "operator", "operand on a rank", { text: `payload ${step}`, num: 1 }, { text: `wire ${step}`, num: 1 }, ...token, { text: "times", num: 1 }], body));
 }
 
 /** What one layer sends, for each set of layers that send alike. */

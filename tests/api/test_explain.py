@@ -162,7 +162,9 @@ def test_text_and_json(files: tuple[Path, dict[str, Path]]) -> None:
 
 def test_estimates_add_up_and_follow_the_strategy(files: tuple[Path, dict[str, Path]]) -> None:
     """The parts are the whole; block-diagonal adapters cost more with S-LoRA's collectives than without."""
-    told = bd.explain(files[0], tp_size=4, adapter_rank=8, nblocks=4)
+    # Inputs of a model that nobody sharded give the load.
+    told = bd.explain(files[0], torch.ones(3, 11, dtype=torch.int64), tp_size=4, adapter_rank=8, nblocks=4)
+    assert (told.kind, told.batch, told.prompt_length) == ("explained", 3, 11)
     by_name = {(one.phase, one.strategy): one for one in told.estimates}
     assert len(by_name) == 6
     for one in told.estimates:
@@ -208,5 +210,7 @@ def test_bad_arguments_are_named(files: tuple[Path, dict[str, Path]]) -> None:
         bd.explain(files[0], adapters=files[1], tp_size=2, nblocks=4)
     with pytest.raises(bd.PlacementError, match="choose a degree"):
         bd.explain(files[0], tp_size=3)
+    with pytest.raises(bd.ConfigError, match=r"token ids \[B, S\]"):
+        bd.explain(files[0], torch.ones(3), tp_size=2)
     with pytest.raises(bd.ConfigError, match="strategy"):
         bd.explain(files[0], tp_size=2, strategy="fastest")  # type: ignore[arg-type]  # what is asked

@@ -1,9 +1,13 @@
 """The record, its schema, its text and page; comparison of records; what a run writes down."""
 
-import io
 import json
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,17 @@ import jsonschema
 import pytest
 import sympy
 import torch
-from torch._logging._internal import trace_log
+from torch._logging._internal import LazyTraceHandler, TorchLogsFormatter, trace_log
 from typer.testing import CliRunner
 
 import bdlora_compile as bd
 from bdlora_compile.cli import app
 from bdlora_compile.comparing import Forbidden, compare
 from bdlora_compile.explanation import VERSION, StepFormula
-from bdlora_compile.ir import Origin
+from bdlora_compile.ir import Origin, set_node_key
 from bdlora_compile.nodes import source_line
 from bdlora_compile.run_report import write_report
+from bdlora_compile.runtime import ranges
 from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.strategy import Strategy
 from tests.conftest import GoldenCheck
@@ -71,6 +76,19 @@ def timeless(told: bd.Explanation) -> bd.Explanation:
 def test_texts(records: _Records, name: str, golden: GoldenCheck) -> None:
     """The whole text report."""
     golden(f"explained_{name}", records[name].text(width=150))
+
+
+def test_text_of_refused_sites(monkeypatch: pytest.MonkeyPatch, golden: GoldenCheck) -> None:
+    """A plan that contradicts the graph: served by gathers, each with its reason, only where that is asked for."""
+    config = SPEC.config()
+    plan = {**config.base_model_tp_plan, "layers.*.self_attn.o_proj": "colwise"}
+    monkeypatch.setattr(type(config), "base_model_tp_plan", plan)
+    with pytest.raises(bd.PlacementError, match="o_proj: found the plan has it as a column layer"):
+        bd.explain(config, tp_size=2, adapter_rank=4)
+    told = timeless(bd.explain(config, tp_size=2, adapter_rank=4, load=bd.Load(4, 8, 2), strict=False))
+    for graph in told.graphs:
+        assert any(one.origin is Origin.FALLBACK for one in graph.stages[-1].collectives)
+    golden("explained_refused_site", told.text(width=150))
 
 
 def test_the_published_schema_is_that_of_the_record(records: _Records) -> None:
@@ -194,7 +212,9 @@ def test_diff_command(records: _Records, tmp_path: Path) -> None:
     assert "LoRA all_reduce f32[batch, 8] of 4 at self_attn.o_proj" in plain.output
     assert "nodes of decode" in plain.output
     assert "<title>local against slora" in (tmp_path / "diff.html").read_text()
-    failing = runner.invoke(app, ["diff", *files, "--only", "comm", "--fail-on", "new-collective"])
+    written = ["--json", str(tmp_path / "diff.json")]
+    failing = runner.invoke(app, ["diff", *files, "--only", "comm", "--fail-on", "new-collective", *written])
+    assert len(json.loads((tmp_path / "diff.json").read_text())["violations"]) == 8
     assert failing.exit_code == 1
     assert "forbidden: decode, with adapters: new LoRA all_reduce" in failing.output
     assert "nodes of decode" not in failing.output
@@ -206,11 +226,48 @@ def test_diff_command(records: _Records, tmp_path: Path) -> None:
         assert said in " ".join(result.output.split())
 
 
-class MetadataFormatter(logging.Formatter):
-    """What torch's structured trace says of an artefact."""
+@contextmanager
+def structured_trace(folder: Path) -> Iterator[None]:
+    """What ``TORCH_TRACE=folder`` does, for a part of a process."""
+    handler = LazyTraceHandler(str(folder))
+    handler.setFormatter(TorchLogsFormatter(trace=True))
+    trace_log.addHandler(handler)
+    before, trace_log.level = trace_log.level, logging.DEBUG
+    try:
+        yield
+    finally:
+        trace_log.removeHandler(handler)
+        trace_log.level = before
+        handler.close()
 
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(getattr(record, "metadata", {}))
+
+def artefacts_of(log: Path) -> dict[str, str]:
+    """Payloads by name: a payload stands behind its line, each of its own lines after a tab."""
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in log.read_text().splitlines():
+        if line.startswith("\t"):
+            current.append(line[1:])
+        else:
+            said = json.loads(line[line.index("{") :])
+            current = found.setdefault(said["artifact"]["name"], []) if "artifact" in said else []
+    return {name: "\n".join(lines) for name, lines in found.items()}
+
+
+def check_trace(folder: Path) -> None:
+    """The text of every stage stands behind the artefact that names it; tlparse lists it."""
+    (log,) = folder.glob("dedicated_log_torch_trace_*.log")
+    ours = {name: text for name, text in artefacts_of(log).items() if name.startswith("bdlora_")}
+    assert [*ours][:2] == ["bdlora_00_canonicalize", "bdlora_01_tag"]
+    assert [*ours][-1] == "bdlora_09_drop_lora"
+    assert "lora_shrink" in ours["bdlora_04_partition"]
+    assert "lora_shrink" not in ours["bdlora_09_drop_lora"]
+    tool = shutil.which("tlparse", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if tool is not None:
+        out = folder / "page"
+        subprocess.run([tool, log, "-o", out, "--no-browser"], check=True, capture_output=True, timeout=60)
+        index = (out / "index.html").read_text()
+        assert [name for name in ours if name not in index] == []
 
 
 def test_a_run_writes_reports_names_ranges_and_traces(tmp_path: Path) -> None:
@@ -220,25 +277,11 @@ def test_a_run_writes_reports_names_ranges_and_traces(tmp_path: Path) -> None:
     model, _ = bd.load(save_model(spec, tmp_path / "model"))
     options = {"inner": "eager", "report": tmp_path / "reports", "nvtx": True}
     model.compile(backend="bdlora", options=options)
-    traced = io.StringIO()
-    handler = logging.StreamHandler(traced)
-    handler.setFormatter(MetadataFormatter())
-    trace_log.addHandler(handler)
-    before, trace_log.level = trace_log.level, logging.DEBUG
-    try:
-        with torch.no_grad(), torch.profiler.profile() as profile:
-            model(torch.ones(2, 3, dtype=torch.int64), past_key_values=bd.make_cache(model, 2, 8), logits_to_keep=1)
-    finally:
-        trace_log.removeHandler(handler)
-        trace_log.level = before
+    with structured_trace(tmp_path / "trace"), torch.no_grad(), torch.profiler.profile() as profile:
+        model(torch.ones(2, 3, dtype=torch.int64), past_key_values=bd.make_cache(model, 2, 8), logits_to_keep=1)
     names = {event.key for event in profile.key_averages()}
     assert {"model.layers.1", "before layers", "model.layers.0.self_attn.o_proj/linear"} <= names
-    artefacts = [
-        one["artifact"]["name"] for line in traced.getvalue().splitlines() if "artifact" in (one := json.loads(line))
-    ]
-    ours = [name for name in artefacts if name.startswith("bdlora_")]
-    assert ours[:2] == ["bdlora_00_canonicalize", "bdlora_01_tag"]
-    assert ours[-1] == "bdlora_09_drop_lora"
+    check_trace(tmp_path / "trace")
     told = bd.Explanation.read(tmp_path / "reports" / "graph-0.rank-0.json")
     assert (told.kind, told.tp_size, told.graphs[0].phase) == ("run", 1, "prefill (graph 0)")
     assert told.ranks is not None
@@ -246,6 +289,24 @@ def test_a_run_writes_reports_names_ranges_and_traces(tmp_path: Path) -> None:
     assert "prefill (graph 0)" in told.text()
     assert "</html>" in (tmp_path / "reports" / "graph-0.rank-0.html").read_text()
     write_and_differ(bd.reports(model)[0], tmp_path / "differ")
+
+
+def test_ranges_reach_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is CUDA each node is a range of Nsight's by its key, closed before the next; also one that raises."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: seen.append(f"+{name}"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("-"))
+    module = torch.fx.symbolic_trace(lambda x: (x + 1) @ x)
+    for node, key in zip(list(module.graph.nodes)[1:3], ("a/add", "a/matmul"), strict=True):
+        set_node_key(node, key)
+    run = ranges.in_range("layer", ranges.RangedModule(module))
+    run(torch.ones(2, 2))
+    assert seen == ["+layer", "+a/add", "-", "+a/matmul", "-", "-"]
+    seen.clear()
+    with pytest.raises(RuntimeError, match="shape"):
+        run(torch.ones(2, 3))
+    assert seen == ["+layer", "+a/add", "-", "+a/matmul", "-", "-"]
 
 
 def write_and_differ(report: bd.Report, folder: Path) -> None:

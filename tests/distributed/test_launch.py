@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import bdlora_compile as bd
+from bdlora_compile.explanation import RankComparison
 from tests.distributed.launch import command
 
 
@@ -18,3 +20,25 @@ def test_two_ranks_agree_with_peft(tmp_path: Path, arguments: list[str], cases: 
     done = subprocess.run(launch, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert done.stdout.count("case: ") == cases, done.stdout
+    if "--only-local" in arguments:
+        check_reports(tmp_path / "reports")
+
+
+def check_reports(folder: Path) -> None:
+    """Both ranks wrote both graphs, found them alike, and hold the code of each region, with LoRA and without."""
+    for rank in range(2):
+        records = [bd.Explanation.read(path) for path in sorted(folder.glob(f"graph-*.rank-{rank}.json"))]
+        assert [told.graphs[0].phase.split()[0] for told in records] == ["prefill", "decode"]
+        for told in records:
+            assert told.ranks == RankComparison(rank, 2, None)
+            regions = [(code.region, code.is_base_only) for code in told.code]
+            parts = ["before layers", "model.layers.0", "after layers"]
+            assert regions == [(part, is_base_only) for is_base_only in (False, True) for part in parts]
+            layer = told.code[1]
+            assert len(layer.layers) == told.num_layers
+            assert "bdlora.lora" in layer.text
+            assert "bdlora.lora" not in told.code[4].text
+            products = [node.key for node in told.graphs[0].stages[-1].nodes if node.kind == "product" and node.layer]
+            assert [key for key in products if key not in layer.nodes] == []
+            assert sum(bool(layer.nodes[key]) for key in products) >= len(products) // 2, layer.nodes
+            assert len(told.html()) < 5e6

@@ -48,7 +48,9 @@ def check_logits(folder: Path, strategy: Strategy, options: argparse.Namespace) 
     paths = {name: folder / name for name in SPECS}
     start = time.perf_counter()
     model, adapters = bd.load(folder / "model", paths, dtype=dtype, strategy=strategy)
-    model.compile(backend="bdlora", options={"inner": options.inner})
+    # Reports cost time that the larger runs have no use for.
+    reports = {"report": folder / "reports"} if options.only_local else {}
+    model.compile(backend="bdlora", options={"inner": options.inner, **reports})
     device = model.bdlora.plan.device
     torch.manual_seed(7)
     ids = torch.randint(3, 120, (4, 12)).to(device)

@@ -89,13 +89,3 @@ def test_what_cannot_be_explained_is_named() -> None:
         bd.explain(block, X, tp_size=2, nblocks=2)
     with pytest.raises(bd.ConfigError, match="a process without one"), bd.pretend_ranks(2):
         pass
-
-
-def test_inputs_of_a_model_that_nobody_sharded() -> None:
-    """Their sizes are the load; no process group is left."""
-    config = ModelSpec(layers=2).config()
-    told = bd.explain(config, torch.ones(3, 11, dtype=torch.int64), tp_size=2)
-    assert (told.kind, told.batch, told.prompt_length) == ("explained", 3, 11)
-    assert not dist.is_initialized()
-    with pytest.raises(bd.ConfigError, match=r"token ids \[B, S\]"):
-        bd.explain(config, torch.ones(3), tp_size=2)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from slora_blocks import ModuleBlock, Whole, functional_block
+from slora_blocks import ModuleBlock, Whole, functional_block, world
 from torch import Tensor
 
 from bdlora_compile.ir import Origin
@@ -118,11 +118,11 @@ class Reshaped(ModuleBlock):
         """`RowLora.forward` with B changed in the graph."""
         layer = self.down
         y = F.linear(x, layer.weight)
-        h = funcol.all_reduce(F.linear(x, layer.lora_a), "sum", dist.group.WORLD)
+        h = funcol.all_reduce(F.linear(x, layer.lora_a), "sum", world())
         b = torch.cat(layer.lora_b.chunk(2)[::-1]) if self.reverse else layer.lora_b
         own = b.shape[0]
         y[..., dist.get_rank() * own : (dist.get_rank() + 1) * own] += F.linear(h, b * self.factor)
-        return funcol.all_reduce(y, "sum", dist.group.WORLD)
+        return funcol.all_reduce(y, "sum", world())
 
 
 def dense(weights: Whole, x: Tensor, reverse: bool, by_rank: bool) -> Tensor:
