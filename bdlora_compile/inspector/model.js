@@ -141,7 +141,7 @@ function bytes(value) {
   let at = 0;
   let amount = value;
   while (amount >= 1000 && at < units.length - 1) { amount /= 1000; at += 1; }
-  return `${amount.toLocaleString("en-US", { maximumFractionDigits: at && amount < 100 ? 2 : 0 })} ${units[at]}`;
+  return `${amount.toLocaleString("en-US", { maximumFractionDigits: at && amount < 100 ? 2 : 0 })}\u00a0${units[at]}`;
 }
 
 function seconds(value) {

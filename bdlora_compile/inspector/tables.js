@@ -18,7 +18,7 @@ function headline(app) {
       `${number(totals(from, "lora").count)} → ${number(totals(to, "lora").count)} in a forward`),
     item(`base collectives in ${place}`, h("span", { id: "base-after" }, base), `${number(totals(to, "base").count)} in a forward`),
     after.hasTokens && item("a rank sends for a token", [h("span.was", {}, bytes(before.token)), " → ", bytes(after.token)], `LoRA ${bytes(totals(from, "lora").token)} → ${bytes(totals(to, "lora").token)}`),
-    item(record.kind === "foreign" ? "a rank sends in a forward" : `a rank sends in a ${graph.phase} step`, [h("span.was", {}, bytes(before.wire)), " → ", h("span", { id: "wire-after", "data-bytes": after.wire }, bytes(after.wire))], record.kind === "foreign" ? "with the inputs that were traced" : `${number(graph.batch)} row${graph.batch > 1 ? "s" : ""} of ${number(graph.seq)} token${graph.seq > 1 ? "s" : ""}`),
+    item(record.kind === "foreign" ? "a rank sends in a forward" : `a rank sends in a ${graph.phase.split(" ")[0]} step`, [h("span.was", {}, bytes(before.wire)), " → ", h("span", { id: "wire-after", "data-bytes": after.wire }, bytes(after.wire))], record.kind === "foreign" ? "with the inputs that were traced" : `${number(graph.batch)} row${graph.batch > 1 ? "s" : ""} of ${number(graph.seq)} token${graph.seq > 1 ? "s" : ""}`),
   ];
   const estimate = record.estimates.find((one) => one.phase === graph.phase && one.strategy === record.strategy);
   if (estimate) items.push(item(`estimated ${graph.phase} step`, seconds(estimate.seconds), `${record.machine.name}${record.is_extrapolated ? ", extrapolated" : ""}`));

@@ -28,7 +28,8 @@ def check_reports(folder: Path) -> None:
     """Both ranks wrote both graphs, found them alike, and hold the code of each region, with LoRA and without."""
     for rank in range(2):
         records = [bd.Explanation.read(path) for path in sorted(folder.glob(f"graph-*.rank-{rank}.json"))]
-        assert [told.graphs[0].phase.split()[0] for told in records] == ["prefill", "decode"]
+        # All logits, then generate's last ones, then a token.
+        assert [told.graphs[0].phase.split()[0] for told in records] == ["prefill", "prefill", "decode"]
         for told in records:
             assert told.ranks == RankComparison(rank, 2, None)
             regions = [(code.region, code.is_base_only) for code in told.code]
