@@ -1,9 +1,14 @@
 """Real processes over gloo: what the lock-step interpreter cannot show (process groups, the store, different seeds)."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import run_and_get_code
 
 import bdlora_compile as bd
 from bdlora_compile.explanation import RankComparison
@@ -43,3 +48,28 @@ def check_reports(folder: Path) -> None:
             assert [key for key in products if key not in layer.nodes] == []
             assert sum(bool(layer.nodes[key]) for key in products) >= len(products) // 2, layer.nodes
             assert len(told.html()) < 5e6
+            shapes = weight_shapes(told)
+            assert len(shapes) >= 5, "q/k/v, o, gate/up, down and the embedding"
+            assert [code.region for code in told.code if shapes & shapes_made(code.text)] == [], "a weight is copied"
+
+
+def weight_shapes(told: bd.Explanation) -> set[tuple[int, ...]]:
+    """Shapes of the products' weights on this rank, and their transposes."""
+    nodes = told.graphs[0].stages[-1].nodes
+    types = [node.type for node in nodes if node.source and node.source.startswith("weight")]
+    shapes = {tuple(int(size) for size in re.findall(r"\d+", text.partition("[")[2])) for text in types}
+    return {way for shape in shapes if len(shape) == 2 for way in (shape, shape[::-1])}
+
+
+def shapes_made(code: str) -> set[tuple[int, ...]]:
+    """Shapes, of those that are known numbers, of the tensors that compiled code allocates."""
+    found = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", code)
+    return {tuple(int(size) for size in sizes.split(",") if size.strip()) for sizes in found}
+
+
+def test_a_copied_weight_is_seen() -> None:
+    """The twin of what reports are checked for: a weight that is computed is a copy."""
+    x, weight = torch.randn(3, 64), torch.randn(96, 64)
+    with torch.no_grad(), inductor_config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(torch.compile(lambda x, weight: F.linear(x, weight * 2)), x, weight)
+    assert (96, 64) in shapes_made("".join(code))
