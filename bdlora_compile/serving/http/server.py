@@ -157,6 +157,9 @@ class _Server(uvicorn.Server):
 
     async def _end_after_drain(self) -> None:
         all_ended = await asyncio.to_thread(self._engine.drain, self._service.settings.drain_timeout)
+        if self._engine.failed is not None:
+            # A launcher asks all ranks to end when one has died: `_watch` tells the clients first.
+            return
         _LOG.info("drained" if all_ended else "the rest was cancelled")
         self.should_exit = True
 

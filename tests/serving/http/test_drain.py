@@ -12,6 +12,8 @@ import httpx
 import pytest
 import torch.distributed as dist
 
+import bdlora_compile as bd
+from bdlora_compile.serving.http import server as http_server
 from bdlora_compile.serving.http.app import build
 from bdlora_compile.serving.http.server import _Server
 from tests.models import AdapterSpec, save_adapter, save_model
@@ -60,6 +62,25 @@ def test_a_launcher_that_is_killed_leaves_no_ranks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert asyncio.run(server.run()) == 0
     assert engine.drained == 1
+
+
+def test_a_failure_while_draining_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher asks all ranks to end when one has died: `/health` is there to say so, and the status is 1."""
+    engine, service = fake_service(port=0)
+    monkeypatch.setattr(http_server, "_LAST_WORDS_SECONDS", 0.5)
+    server = _Server(build(service), service, engine)  # type: ignore[arg-type]  # a stand-in for the engine
+
+    async def main() -> int:
+        running = asyncio.create_task(server.run())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        server._begin_drain()
+        engine.failed = bd.LostRankError("rank 2", found="x", expected="y", remedy="z")
+        await asyncio.sleep(0.3)
+        assert not running.done()
+        return await running
+
+    assert asyncio.run(main()) == 1
 
 
 def texts(url: str) -> Iterator[str]:
