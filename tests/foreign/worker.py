@@ -160,7 +160,7 @@ def check_report(options: argparse.Namespace) -> str:
 def check_code(told: bd.Explanation, inner: str) -> None:
     """A record holds what Inductor made, with the lines of most products, and no folder of the machine."""
     if inner != "inductor":
-        assert told.code == ()
+        assert not told.code
         return
     (code,) = told.code
     assert "def call(" in code.text
