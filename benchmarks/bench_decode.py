@@ -284,9 +284,8 @@ def main() -> None:
         dist.broadcast_object_list(shared, src=0)
     name = torch.cuda.get_device_name() if _has_gpu() else platform.processor() or "CPU"
     bench.say(f"{date.today()} {name}, torch {torch.__version__}, {bench.size} ranks{' (fake)' * bench.is_fake}")
-    bench.write(
-        "run", date=str(date.today()), device=name, torch=torch.__version__, tp=bench.size, options=vars(options)
-    )
+    told = {name: value for name, value in vars(options).items() if name != "out"}
+    bench.write("run", date=str(date.today()), device=name, torch=torch.__version__, tp=bench.size, options=told)
     bench.say(f"{'strategy':<12} {'adapters':<24} row  ad     step  ratio     gpu   host floor  {' '.join(PARTS)}")
     try:
         with torch.no_grad():
