@@ -20,6 +20,9 @@ _LIMIT = 64
 _SEEN_LIMIT = 1024
 """Forwards seen once that are remembered: prompts of all lengths must not push decode steps out."""
 
+_RESULT_BYTES = 64 << 20
+"""Bytes of the largest results of a recorded forward: it keeps them, and prompts can have logits for every token."""
+
 Launch = Callable[[Sequence[Any]], Sequence[Any]]
 
 
@@ -53,7 +56,8 @@ class StepGraphStats:
     Attributes:
         recorded: forwards recorded, one for each combination of shapes and cache.
         replayed: forwards that were one launch.
-        plain: forwards that ran operator by operator: the first of each combination, and those that were refused.
+        plain: forwards that ran operator by operator: the first of each combination, those that were refused, and those
+            with large results.
         refusals: why a forward could not be recorded.
     """
 
@@ -144,7 +148,10 @@ class StepGraphs:
             recorded = self._record(key, args, launch)
         if recorded is None:
             self.stats.plain += 1
-            return launch(args)
+            results = launch(args)
+            if sum(value.nbytes for value in results if isinstance(value, Tensor)) > _RESULT_BYTES:
+                self._seen[key] = False
+            return results
         self._recorded.move_to_end(key)
         if recorded.inputs:
             own = [kept.once(kept.own) for kept in recorded.inputs.values()]

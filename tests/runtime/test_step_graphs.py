@@ -11,6 +11,7 @@ import bdlora_compile as bd
 from bdlora_compile import backend
 from bdlora_compile.ir import Captured
 from bdlora_compile.mutation import argument_indices, mutated_arguments
+from bdlora_compile.runtime import step_graphs
 from bdlora_compile.runtime.step_graphs import StepGraphs
 from tests.api.conftest import Files, files  # noqa: F401  # a fixture
 
@@ -102,6 +103,16 @@ def test_a_variant_that_is_refused_runs_plain(steps: StepGraphs) -> None:
     assert [run(steps, 1.0, total, variant=False) for _ in range(3)] == [8.0, 10.0, 12.0]
     assert (steps.stats.recorded, steps.stats.plain) == (1, 4)
     assert "refused: it asks the GPU" in steps.stats.text()
+
+
+def test_large_results_are_not_kept(steps: StepGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = torch.zeros(1)
+    monkeypatch.setattr(step_graphs, "_RESULT_BYTES", 3)
+    assert [run(steps, 1.0, total) for _ in range(3)] == [2.0, 4.0, 6.0]
+    assert (steps.stats.recorded, steps.stats.plain) == (0, 3)
+    monkeypatch.setattr(step_graphs, "_RESULT_BYTES", 4)
+    assert [run(steps, 1.0, total, variant=False) for _ in range(2)] == [8.0, 10.0]
+    assert steps.stats.recorded == 1
 
 
 def test_forwards_seen_once_push_no_recorded_one_out(steps: StepGraphs) -> None:
