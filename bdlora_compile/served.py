@@ -31,8 +31,9 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; sizes of inputs may vary from call to call without compiling again."""
-        if torch.compiler.is_compiling():
-            # Another compiler traces this call; inputs can be marked from outside a graph only.
+        if torch.compiler.is_dynamo_compiling():
+            # Dynamo traces this call; inputs can be marked from outside a graph only. `is_compiling` is also true while
+            # another thread compiles.
             return super().__call__(*args, **kwargs)
         if args:
             names = list(inspect.signature(self.forward).parameters)[: len(args)]

@@ -151,3 +151,24 @@ def test_loads_between_calls_change_adapters_not_graphs(
     adapters.load("plain", files.adapters["plain"])
     assert torch.equal(generate(["plain", "blocks"]), expected)
     assert len(bd.reports(model)) == graphs
+
+
+def test_a_thread_that_compiles_sends_no_other_past_the_lock(
+    served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's flag is one for all threads: a forward that takes it for its own would run beside others."""
+    model, adapters = served
+    ran: list[bool] = []
+    run = type(model)._run
+
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(True)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "_run", seen)
+    with torch.no_grad(), adapters.use(None):
+        before = model(IDS).logits
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+        during = model(IDS).logits
+    assert len(ran) == 2
+    assert torch.equal(before, during)
