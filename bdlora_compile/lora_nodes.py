@@ -25,6 +25,12 @@ class _Arguments:
         """The arguments of a node of this operator."""
         return cls(*node.args)
 
+    @classmethod
+    def taken_from(cls, *sources: Any, **more: Any) -> Self:
+        """Arguments by name: each from the last of the records that has it, or from ``more``."""
+        known = {member.name: getattr(source, member.name) for source in sources for member in fields(source)} | more
+        return cls(**{member.name: known[member.name] for member in fields(cls)})
+
     def write_to(self, node: Node) -> None:
         """Make these the node's arguments."""
         node.args = self._in_order()

@@ -52,7 +52,10 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             kwargs = self._with_padding(kwargs)
             known = self.bdlora_known_steps.find(self, kwargs)
             if known is not None:
-                return known.take(kwargs, kwargs["past_key_values"])
+                output = known.take(kwargs, kwargs["past_key_values"])
+                # Nobody reads it: it would keep the results until the next forward.
+                self.bdlora.last_step = None
+                return output
             # Models with several kinds of layers take their masks in a dictionary.
             for value in tree_leaves(kwargs):
                 if isinstance(value, Tensor) and value.ndim > 1:

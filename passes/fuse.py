@@ -122,33 +122,10 @@ def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:
         return
     shared = _work_of(graph, shrink, work, on_gpu=True)
     first, second = ShrinkArguments.of(shrink), ExpandArguments.of(expand)
-    grouped_arguments = ShrinkGroupedArguments(
-        x=first.x,
-        pool=first.pool,
-        slots=first.slots,
-        token_slot=first.token_slot,
-        order=shared.order,
-        segments=shared.segments,
-        sites=first.sites,
-        width=first.width,
-    )
     with graph.inserting_before(shrink):
-        grouped = grouped_arguments.insert(graph)
-    added_arguments = ExpandInPlaceArguments(
-        y=second.y,
-        h=second.h,
-        pool=second.pool,
-        slots=second.slots,
-        scales=second.scales,
-        token_slot=second.token_slot,
-        order=shared.order,
-        segments=shared.segments,
-        sites=second.sites,
-        out_features=second.out_features,
-        parts=second.parts,
-    )
+        grouped = ShrinkGroupedArguments.taken_from(first, shared).insert(graph)
     with graph.inserting_before(expand):
-        added = added_arguments.insert(graph)
+        added = ExpandInPlaceArguments.taken_from(second, shared).insert(graph)
     for new, old in ((grouped, shrink), (added, expand)):
         new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
         set_record(new, origin=Origin.LORA, site=record(old).site, placement=record(old).placement, stage="fuse")
@@ -168,22 +145,8 @@ def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: 
     y, weight = second.y, second.y.args[1]
     assert isinstance(weight, Node), "a linear layer's weight is a placeholder"
     assert work.counters is not None, "asked before"
-    arguments = LinearArguments(
-        x=first.x,
-        weight=weight,
-        pool=second.pool,
-        slots=second.slots,
-        scales=second.scales,
-        token_slot=second.token_slot,
-        order=work.order,
-        segments=work.segments,
-        counters=work.counters,
-        sites=second.sites,
-        width=first.width,
-        out_features=second.out_features,
-    )
     with graph.inserting_before(expand):
-        product = arguments.insert(graph)
+        product = LinearArguments.taken_from(first, second, work, weight=weight).insert(graph)
     product.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
     set_record(product, placement=record(y).placement, site=record(expand).site, stage="fuse")
     expand.replace_all_uses_with(product)
@@ -191,21 +154,8 @@ def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: 
 
 
 def _insert_apply(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:
-    arguments = ApplyArguments(
-        x=first.x,
-        y=second.y,
-        pool=second.pool,
-        slots=second.slots,
-        scales=second.scales,
-        token_slot=second.token_slot,
-        order=work.order,
-        segments=work.segments,
-        sites=second.sites,
-        width=first.width,
-        out_features=second.out_features,
-    )
     with graph.inserting_before(expand):
-        fused = arguments.insert(graph)
+        fused = ApplyArguments.taken_from(first, second, work).insert(graph)
     fused.meta["nn_module_stack"] = expand.meta.get("nn_module_stack")
     set_record(fused, origin=Origin.LORA, site=record(expand).site, stage="fuse")
     set_record(second.y, site=record(expand).site)

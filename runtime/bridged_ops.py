@@ -52,21 +52,6 @@ def _(
 
 
 @lora_shrink_grouped.register_kernel("cuda")
-def _(
-    x: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-) -> Tensor:
-    if not has_kernels(x.dtype):
-        return lora_shrink(x, pool, slots, token_slot, sites, width)
-    return shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width)
-
-
 def shrink_by_kernels(
     x: Tensor,
     pool: Tensor,
@@ -77,7 +62,9 @@ def shrink_by_kernels(
     sites: Sequence[int],
     width: int,
 ) -> Tensor:
-    """`lora_shrink_grouped` by the Triton kernels; by token in one launch."""
+    """`lora_shrink_grouped` by the Triton kernels, where there are any for the dtype; by token in one launch."""
+    if not has_kernels(x.dtype):
+        return lora_shrink(x, pool, slots, token_slot, sites, width)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows = x.reshape(-1, x.shape[-1])
@@ -112,42 +99,11 @@ def lora_expand_(
 
 
 @lora_expand_.register_fake
-def _(
-    y: Tensor,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> None:
+def _(y: Tensor, *_: object) -> None:
     return None
 
 
 @lora_expand_.register_kernel("cuda")
-def _(
-    y: Tensor,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> None:
-    if not has_kernels(y.dtype):
-        y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, parts))
-    else:
-        expand_by_kernels(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
-
-
 def expand_by_kernels(
     y: Tensor,
     h: Tensor,
@@ -161,7 +117,10 @@ def expand_by_kernels(
     out_features: Sequence[int],
     parts: int,
 ) -> None:
-    """`lora_expand_` by the Triton kernels."""
+    """`lora_expand_` by the Triton kernels, where there are any for the dtype."""
+    if not has_kernels(y.dtype):
+        y.copy_(lora_expand(y, h, pool, slots, scales, token_slot, sites, out_features, parts))
+        return
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows = y.view(-1, y.shape[-1])

@@ -242,6 +242,7 @@ def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs
     with torch.no_grad():
         output = model(input_ids=token, past_key_values=cache)
         assert len(asked) == 3
+        assert model.bdlora.last_step is None, "results are the caller's alone"
         assert cache.lengths.tolist() == [1, 1]
         assert output.logits.shape == (2, 1, 128)
         monkeypatch.setattr(model.config, "output_hidden_states", True)
