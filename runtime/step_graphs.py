@@ -1,6 +1,7 @@
-"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and one launch.
+"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and two launches.
 
-Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before.
+Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before. A
+forward comes in pieces, a graph each: the GPU works on a short first piece while the host launches the long second one.
 """
 
 import logging
@@ -23,7 +24,8 @@ _SEEN_LIMIT = 1024
 _RESULT_BYTES = 64 << 20
 """Bytes of the largest results of a recorded forward: it keeps them, and prompts can have logits for every token."""
 
-Launch = Callable[[Sequence[Any]], Sequence[Any]]
+Forward = Callable[[Sequence[Any]], Sequence[Callable[[], Any]]]
+"""Takes arguments; gives pieces to be run once, one after the other, of which the last returns the results."""
 
 
 class Recorder(Protocol):
@@ -101,7 +103,7 @@ class _Recorded:
     """A forward: its own inputs by the positions of the arguments they stand for, what launches it, its results."""
 
     inputs: Mapping[int, _Input]
-    replay: Callable[[], None]
+    replays: Sequence[Callable[[], None]]
     results: Sequence[Any]
 
 
@@ -137,18 +139,18 @@ class StepGraphs:
         self._refused.add(variant)
         self.stats.refusals += (reason,)
 
-    def run(self, variant: Hashable, args: Sequence[Any], launch: Launch) -> Sequence[Any]:
+    def run(self, variant: Hashable, args: Sequence[Any], forward: Forward) -> Sequence[Any]:
         """Run a forward: by itself the first time (which also warms up what it calls), recorded from the second on."""
         if variant in self._refused:
             self.stats.plain += 1
-            return launch(args)
+            return launch(forward(args))
         key = (variant, *(self._signature(index, args[index]) for index in self._arguments))
         recorded = self._recorded.get(key)
         if recorded is None and self._may_record(key):
-            recorded = self._record(key, args, launch)
+            recorded = self._record(key, args, forward)
         if recorded is None:
             self.stats.plain += 1
-            results = launch(args)
+            results = launch(forward(args))
             if sum(value.nbytes for value in results if isinstance(value, Tensor)) > _RESULT_BYTES:
                 self._seen[key] = False
             return results
@@ -156,7 +158,8 @@ class StepGraphs:
         if recorded.inputs:
             own = [kept.once(kept.own) for kept in recorded.inputs.values()]
             torch._foreach_copy_(own, [kept.once(args[index]) for index, kept in recorded.inputs.items()])
-        recorded.replay()
+        for replay in recorded.replays:
+            replay()
         self.stats.replayed += 1
         return [value.clone() if isinstance(value, Tensor) else value for value in recorded.results]
 
@@ -169,7 +172,7 @@ class StepGraphs:
             self._seen.popitem(last=False)
         return is_known and may_record
 
-    def _record(self, key: Hashable, args: Sequence[Any], launch: Launch) -> _Recorded | None:
+    def _record(self, key: Hashable, args: Sequence[Any], forward: Forward) -> _Recorded | None:
         inputs = {
             index: _Input.like(args[index])
             for index in self._arguments
@@ -177,17 +180,18 @@ class StepGraphs:
         }
         static = [inputs[index].own if index in inputs else value for index, value in enumerate(args)]
         try:
-            replay, results = self._recorder(lambda: launch(static))
+            replays, outcomes = zip(*[self._recorder(piece) for piece in forward(static)], strict=True)
         except RuntimeError as error:
             self._seen[key] = False
-            self.stats.refusals += (str(error).partition("\n")[0],)
-            _LOG.warning("a forward runs operator by operator, since it cannot be recorded: %s", error)
+            cause = _first_error(error)
+            self.stats.refusals += (f"{type(cause).__name__}: {cause}".partition("\n")[0],)
+            _LOG.warning("a forward runs operator by operator, since it cannot be recorded: %s", cause, exc_info=error)
             return None
         self.stats.recorded += 1
         if len(self._recorded) >= self._limit:
             oldest, _ = self._recorded.popitem(last=False)
             self._seen.pop(oldest, None)
-        recorded = self._recorded[key] = _Recorded(inputs, replay, results)
+        recorded = self._recorded[key] = _Recorded(inputs, replays, outcomes[-1])
         return recorded
 
     def _signature(self, index: int, value: Any) -> Hashable:
@@ -195,3 +199,18 @@ class StepGraphs:
             return value
         address = value.data_ptr() if index in self._mutated else None
         return (value.shape, value.stride(), value.dtype, value.device, address)
+
+
+def launch(pieces: Sequence[Callable[[], Any]]) -> Any:
+    """Run a forward operator by operator."""
+    *before, last = pieces
+    for piece in before:
+        piece()
+    return last()
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """What went wrong first: a recording that is broken off raises an error of its own, which says nothing."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 import bdlora_compile as bd
 from bdlora_compile import backend
-from bdlora_compile.ir import Captured
+from bdlora_compile.ir import Captured, CarriedSource, InputSource, SharedSource
 from bdlora_compile.mutation import argument_indices, mutated_arguments
-from bdlora_compile.runtime import step_graphs
+from bdlora_compile.runtime import program, step_graphs
+from bdlora_compile.runtime.program import BoundRegion, pieces
 from bdlora_compile.runtime.step_graphs import StepGraphs
 from tests.api.conftest import Files, files  # noqa: F401  # a fixture
 
@@ -38,10 +39,10 @@ class StandIn:
         return replay, results
 
 
-def add_up(args: Sequence[Any]) -> Any:
-    """Adds x to the total in place; the argument in the middle is never read."""
+def add_up(args: Sequence[Any]) -> list[Callable[[], Any]]:
+    """Adds x to the total in place, in two pieces; the argument in the middle is never read."""
     x, _, total = args
-    return (total.add_(x) * 2,)
+    return [lambda: total.add_(x), lambda: (total * 2,)]
 
 
 @pytest.fixture
@@ -138,22 +139,64 @@ def test_expanded_arguments_are_copied_once() -> None:
     assert steps.stats.replayed == 2
 
 
-def add_two(args: Sequence[Any]) -> Any:
+def add_two(args: Sequence[Any]) -> list[Callable[[], Any]]:
     x, total = args
-    return (total.add_(x).clone(),)
+    return [lambda: (total.add_(x).clone(),)]
 
 
 def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(run: Callable[[], Any]) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        try:
+            raise ValueError("a value is read by the host\nmore")
+        finally:
+            # As CUDA does on the way out of a recording that was broken off.
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     steps = StepGraphs(frozenset({0, 2}), frozenset({2}), refuse)
     total = torch.zeros(1)
     found = [float(steps.run(True, (torch.ones(1), None, total), add_up)[0]) for _ in range(3)]
     assert found == [2.0, 4.0, 6.0], "every step ran once"
-    assert steps.stats.refusals == ("operation not permitted when stream is capturing",), "and was tried once"
-    assert "cannot be recorded" in caplog.text
-    assert "refused: operation not permitted" in steps.stats.text()
+    assert steps.stats.refusals == ("ValueError: a value is read by the host",), "and was tried once"
+    assert "cannot be recorded: a value is read" in caplog.text
+    assert "refused: ValueError: a value is read" in steps.stats.text()
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 33])
+def test_a_forward_begins_with_a_short_piece(count: int) -> None:
+    """Run in pieces or at once, regions hand on the same; the first piece has an eighth of them."""
+
+    def start(x: int) -> tuple[int, int]:
+        return x + 1, 10 * x
+
+    def add(x: int, shared: int) -> tuple[int]:
+        return (x + shared,)
+
+    first = BoundRegion(start, [InputSource(0)])
+    regions = [first, *[BoundRegion(add, [CarriedSource(), SharedSource(0)])] * (count - 1)]
+    parts = pieces(regions, [2])
+    assert len(parts) == (2 if count >= 8 else 1)
+    if count >= 8:
+        assert parts[0]()[0] == 3 + 20 * (count // 8 - 1)
+    assert parts[-1]()[0] == 3 + 20 * (count - 1)
+
+
+def test_a_forward_that_the_caller_records_is_not_replayed(
+    files: Files,  # noqa: F811
+    with_stand_in: list[StepGraphs],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replay inside a recording is an error of CUDA's."""
+    model, _ = bd.load(files.model, dtype=torch.float64)
+    model.compile(backend="bdlora")
+    cache = bd.make_cache(model, 2, 16)
+    with torch.no_grad():
+        for is_captured in (False, True, True):
+            for steps in with_stand_in:
+                steps._recorder.written = [cache.store, cache.lengths]  # type: ignore[attr-defined]
+            monkeypatch.setattr(program, "_is_captured_by_caller", lambda answer=is_captured: answer)
+            model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=cache)
+    (steps,) = with_stand_in
+    assert (steps.stats.plain, steps.stats.recorded, steps.stats.replayed) == (1, 0, 0)
 
 
 @pytest.fixture
