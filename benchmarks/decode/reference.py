@@ -66,12 +66,15 @@ def references(
 ) -> Mapping[str, Expected]:
     """Expected logits of each kind of adapter, four rows: two adapters of the kind, none, and a third adapter."""
     ids = prompts()
-    names = {kind: [f"{kind}-0", f"{kind}-1", None, f"{kind}-2"] for kind in kinds}
+    rows = [
+        (adapters / f"{kind}-{number}" if number is not None else None, row)
+        for kind in kinds
+        for number, row in zip((0, 1, None, 2), ids, strict=True)
+    ]
     found: dict[torch.dtype, dict[str, Tensor]] = {}
     for precision in dict.fromkeys([torch.float32, dtype]):
-        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=precision, **_placed(device)).to(device).eval()
-        found[precision] = {kind: _logits(base, adapters, rows, ids.to(device)) for kind, rows in names.items()}
-        del base
+        logits = torch.stack(reference_logits(model, rows, precision, device, STEPS + 1))
+        found[precision] = dict(zip(kinds, logits.split(len(ids)), strict=True))
     return {
         kind: Expected(found[torch.float32][kind], _relative(found[dtype][kind], exact), torch.finfo(dtype).eps / 2)
         for kind, exact in found[torch.float32].items()
@@ -79,18 +82,80 @@ def references(
 
 
 @torch.no_grad()
-def _logits(base: Any, adapters: Path, names: Sequence[str | None], ids: Tensor) -> Tensor:
-    """Row by row, each with its adapter; the model is left without adapters."""
-    rows: list[Tensor] = []
-    for row, name in zip(ids, names, strict=True):
+def reference_logits(
+    model: Path, rows: Sequence[tuple[Path | None, Tensor]], dtype: torch.dtype, device: torch.device, keep: int
+) -> list[Tensor]:
+    """What transformers and PEFT give for each row alone: its adapter (None for none) and its tokens, int64 [seq].
+
+    Returns:
+        Logits of the last ``keep`` tokens of each row, float32 [keep, vocabulary], on the CPU.
+    """
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **_placed(device)).to(device).eval()
+    found = []
+    for adapter, ids in rows:
         wrapped = base
-        if name is not None:
+        if adapter is not None:
             settings: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
-            wrapped = PeftModel.from_pretrained(base, adapters / name, **settings).eval()
-        rows.append(wrapped(row[None], use_cache=False, logits_to_keep=STEPS + 1).logits[0].float().cpu())
-        if name is not None:
+            wrapped = PeftModel.from_pretrained(base, adapter, **settings).eval()
+        found.append(wrapped(ids[None].to(device), use_cache=False, logits_to_keep=keep).logits[0].float().cpu())
+        if adapter is not None:
             wrapped.unload()
-    return torch.stack(rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How far greedy tokens of many rows are from the likeliest ones, as shares of the largest logit.
+
+    Attributes:
+        gap: largest distance from float32's likeliest token to the one that was chosen, each step given those before.
+        allowed: twice what it is for PEFT's own choices in the dtype of the runs, and one rounding.
+        swapped: ``gap`` of the same tokens under the adapter of the next row: what a wrong adapter would be.
+    """
+
+    gap: float
+    allowed: float
+    swapped: float
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"greedy tokens are at most {self.gap:.2e} of the largest logit behind the likeliest of float32 "
+            f"(allowed {self.allowed:.2e}); under the next row's adapter {self.swapped:.2e}"
+        )
+
+
+def greedy_choices(
+    model: Path,
+    adapters: Sequence[Path | None],
+    prompts: Tensor,
+    chosen: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Choices:
+    """Hold tokens that a server chose against transformers and PEFT, which are given the same tokens before each.
+
+    Args:
+        adapters: each row's folder, None for none.
+        prompts: int64 [rows, seq].
+        chosen: int64 [rows, new]; greedy tokens.
+    """
+    texts = torch.cat([prompts, chosen[:, :-1]], 1)
+
+    def logits(precision: torch.dtype, paths: Sequence[Path | None]) -> Tensor:
+        rows = list(zip(paths, texts, strict=True))
+        return torch.stack(reference_logits(model, rows, precision, device, chosen.shape[1]))
+
+    exact = logits(torch.float32, adapters)
+    allowed = 2 * _gap(exact, logits(dtype, adapters).argmax(2)) + max(torch.finfo(dtype).eps / 2, 1e-5)
+    swapped = logits(torch.float32, [*adapters[1:], adapters[0]])
+    return Choices(_gap(exact, chosen), allowed, _gap(swapped, chosen))
+
+
+def _gap(logits: Tensor, chosen: Tensor) -> float:
+    own = logits.gather(2, chosen[:, :, None])[..., 0]
+    return float((logits.amax(2) - own).max() / logits.abs().max())
 
 
 def _placed(device: torch.device) -> dict[str, Any]:
