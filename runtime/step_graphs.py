@@ -44,6 +44,8 @@ class CudaRecorder:
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
+        # Each thread has a handle of cuBLAS, and a recording cannot make it: another thread may have warmed up.
+        torch.cuda.current_blas_handle()
         # Other threads (NCCL's watchdog, uploads of adapters) go on calling CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results = run()
