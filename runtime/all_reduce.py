@@ -78,7 +78,7 @@ class AllReduce:
         buffer = mailbox = None
         if limits is not None and not obstacle:
             try:
-                buffer, mailbox = _symmetric_buffer(limits.two_shot, mesh, device), _mailbox(mesh, device)
+                buffer, mailbox = _symmetric_buffer(limits.two_shot, mesh, device), new_mailbox(mesh.group, device)
             except Exception as error:  # whatever the driver, the links or the build lack
                 obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             obstacle = _agreed(agreement, obstacle, str(limits))
@@ -184,15 +184,22 @@ def _symmetric_buffer(size: int, mesh: Mesh, device: torch.device) -> Tensor:
     return buffer
 
 
-def _mailbox(mesh: Mesh, device: torch.device) -> Tensor:
-    """This rank's mailbox (see `kernels/norm.py`); the peers may write there once all ranks have agreed."""
+def new_mailbox(group: str, device: torch.device) -> Tensor:
+    """This rank's mailbox (see `kernels/norm.py`); ranks may use theirs when all of them have one.
+
+    Args:
+        group: name of the process group; all its ranks call this together.
+
+    Raises:
+        RuntimeError: what PyTorch or the driver lack.
+    """
     from torch.distributed import _symmetric_memory  # needs CUDA's driver
 
     from bdlora_compile.runtime.kernels.norm import MAILBOX_WORDS, MAX_RANKS  # Triton is there on GPUs only
 
     symmetric_memory: Any = _symmetric_memory
     mailbox: Tensor = symmetric_memory.empty(MAILBOX_WORDS, dtype=torch.int64, device=device)
-    shared = symmetric_memory.rendezvous(mailbox, mesh.group)
+    shared = symmetric_memory.rendezvous(mailbox, group)
     addresses = [int(address) for address in shared.buffer_ptrs]
     if addresses[shared.rank] != mailbox.data_ptr():
         raise RuntimeError("symmetric memory does not begin where its tensor does")

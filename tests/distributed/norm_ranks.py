@@ -19,6 +19,7 @@ from torch import Tensor
 import bdlora_compile as bd
 from bdlora_compile import fused_norms
 from bdlora_compile.machine import SymmetricLimits
+from bdlora_compile.rms_norms import norm_of
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
@@ -141,10 +142,8 @@ def check_operator(folder: Path) -> str:
     nothing, weight = torch.zeros(1, dtype=torch.uint8), torch.linspace(0.5, 2, COLUMNS)
     # Four roundings of half a unit in the last place each, of values up to twice the largest result.
     for dtype, tolerance in ((torch.float32, FLOAT32), (torch.bfloat16, 4 * 2.0**-8)):
-        summands = [
-            torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(peer)).to(dtype) for peer in (0, 1)
-        ]
-        residual = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(9)).to(dtype)
+        generator = torch.Generator().manual_seed(9)
+        *summands, residual = (torch.randn(2, 3, COLUMNS, generator=generator).to(dtype) for _ in range(size + 1))
         own, scale = summands[rank], weight.to(dtype)
         pair = all_reduce_add_norm(own, residual, scale, nothing, nothing, EPSILON, 0, 0, group)
         exact = expected(summands[0].double() + summands[1].double(), residual, scale)
@@ -167,7 +166,7 @@ def check_graph(folder: Path) -> str:
     together, counts = logits(folder, adapters, fused)
     assert counts == {"with adapters": (3, 0), "base only": (3, 0)}, counts
     assert torch.equal(apart, together)
-    intact = fused_norms.norm_of
+    intact = norm_of
 
     def other_epsilon(value: torch.fx.Node) -> Any:
         found = intact(value)
@@ -179,16 +178,16 @@ def check_graph(folder: Path) -> str:
 
 
 def logits(folder: Path, adapters: dict[str, Path], transport: AllReduce) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """A prompt with one adapter, then a token without: logits of both; and what the report says of the norms."""
+    """A prompt with an adapter, and without: logits of both; and what the report says of the norms."""
     torch._dynamo.reset()
     with patched(AllReduce, "choose", lambda *_: transport):
         model, pool = bd.load(folder / "model", adapters, dtype=torch.float32)
         model.compile(backend="bdlora", options={"inner": "eager"})
-        cache, ids = bd.make_cache(model, 2, 16), torch.arange(3, 13).view(2, 5)
+        ids = torch.arange(3, 13).view(2, 5)
         with torch.no_grad():
             with pool.use(["blocks", None]):
-                first = model(ids, past_key_values=cache).logits
-            second = model(ids[:, :1], past_key_values=cache).logits
+                first = model(ids).logits
+            second = model(ids).logits
     report = bd.reports(model)[-1]
     return torch.cat([first, second], 1), {
         name: (stats.matches, len(stats.refusals)) for name, stats in report.norms.items()
