@@ -189,6 +189,7 @@ def logits(folder: Path, adapters: dict[str, Path], transport: AllReduce) -> tup
                 first = model(ids).logits
             second = model(ids).logits
     report = bd.reports(model)[-1]
+    assert ("residual and norm in one, base only: 3 of 3" in report.summary()) == (transport.mailbox is not None)
     return torch.cat([first, second], 1), {
         name: (stats.matches, len(stats.refusals)) for name, stats in report.norms.items()
     }
