@@ -69,7 +69,7 @@ def us(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def pair_us(call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, other: Tensor) -> float:
-    """The same for a call of two values, which returns the second and the first of the next call."""
+    """The same for a call of (x, other) that returns (other, x) for the next one."""
 
     def chain() -> None:
         value, beside = x, other

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx import Node
 
+from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Captured, stage_nodes
 from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.placement import Mesh
@@ -17,7 +18,9 @@ from bdlora_compile.report import PassStats
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.transport import through_symmetric_memory
 from tests.conftest import GoldenCheck
-from tests.passes.graphs import GraphBuilder
+from tests.passes.graphs import GraphBuilder, plan_of
+from tests.passes.test_fuse import merged
+from tests.passes.test_lora_passes import DOWN, UP, column_and_row
 
 FUSED = "bdlora::all_reduce_add_norm"
 TRANSPORT = AllReduce(
@@ -170,3 +173,12 @@ def test_a_sum_that_is_read_twice_or_of_another_dtype_stays() -> None:
     stats = rewritten(captured)
     assert stats is not None
     assert [refusal.reason for refusal in stats.refusals] == ["it is read otherwise than by one addition"]
+
+
+def test_sums_for_the_sake_of_lora_are_not_looked_at() -> None:
+    """They have no norm behind them: only the base model's sum is told of."""
+    captured = merged(column_and_row(), plan_of(2, (UP, DOWN), Layout.SLORA))
+    stats = through_symmetric_memory(captured, TRANSPORT, Mesh(2, "group"), 0)
+    assert stats is not None
+    assert [refusal.where for refusal in stats.refusals] == [DOWN.name]
+    assert len([*stage_nodes(captured.graph, "bdlora::all_reduce")]) > 1
