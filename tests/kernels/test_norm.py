@@ -14,7 +14,7 @@ from torch import Tensor
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from tests.kernels.test_kernels import DEVICE
 
-TOLERANCES = {torch.float32: 4 * 2.0**-23, torch.float16: 4 * 2.0**-11, torch.bfloat16: 4 * 2.0**-8}
+TOLERANCES = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 EPSILON = 1e-5
 BEHIND = 1 << 40
 """A number that peers have told which no exchange here waits for."""
