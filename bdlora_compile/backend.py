@@ -212,9 +212,11 @@ def _emit(
 ) -> Program | LockStepProgram:
     """Read this rank's slices, bind them, and compile what is left; ``code`` collects what Inductor makes of it."""
     token_index = _token_index(captured)
-    for variant in (captured, base_only):
-        first = deployment.ranks[0]
-        through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
+    first = deployment.ranks[0]
+    for name, variant in {"with adapters": captured, "base only": base_only}.items():
+        stats = through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
+        if stats is not None:
+            report.norms[name] = stats
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

@@ -109,6 +109,11 @@ class SymmetricSource:
 
 
 @dataclass(frozen=True, slots=True)
+class MailboxSource:
+    """The value is the memory of this rank through which all-reduces with a norm go, int64."""
+
+
+@dataclass(frozen=True, slots=True)
 class RankIndices:
     """The value is the indices of the piece that this rank owns, int64 [length], of a dim cut into ``pieces``."""
 
@@ -149,12 +154,14 @@ class RebuiltSource:
 
 @dataclass(frozen=True, slots=True)
 class CarriedSource:
-    """The value is what the region before handed on (see `regions.py`)."""
+    """The value is what the region before handed on, number ``index`` of it (see `regions.py`)."""
+
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSource:
-    """The value was computed before the layers, which all read it: number ``index`` of those."""
+    """The value was computed before the layers, which all read it: result ``index`` of the first region."""
 
     index: int
 
@@ -166,6 +173,7 @@ Source = (
     | MergedSource
     | BankSource
     | SymmetricSource
+    | MailboxSource
     | RankIndices
     | ArgumentWeight
     | RebuiltSource

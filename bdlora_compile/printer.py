@@ -10,6 +10,7 @@ from bdlora_compile.ir import (
     BankSource,
     CacheSource,
     InputSource,
+    MailboxSource,
     MergedSource,
     Origin,
     RankIndices,
@@ -98,6 +99,8 @@ def source_text(source: Source | None, node: Node) -> str:
             return f"own columns of {parameter} in input {index}, rebuilt"
         case SymmetricSource():
             return "symmetric memory"
+        case MailboxSource():
+            return "mailbox"
         case RankIndices(length, pieces):
             return f"own indices {length} of {pieces}"
         case _:

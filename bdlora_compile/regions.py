@@ -32,7 +32,10 @@ from bdlora_compile.placement import Placement
 
 
 def layer_boundary(x: Tensor) -> Tensor:
-    """The value that one layer hands to the next; `split` cuts here, and the node goes away with it."""
+    """A value that one layer hands to the next; `split` cuts here, and the node goes away with it.
+
+    Boundaries side by side are one cut, over which several values go.
+    """
     return x
 
 
@@ -60,8 +63,8 @@ class Step:
 class Regions:
     """A graph in parts, and the order in which they run.
 
-    The first of several returns (carried, *shared); each layer takes what is carried and returns (carried,); the last
-    returns what the graph returns. A graph without layers is one region.
+    The first of several returns (*carried, *shared); each layer takes what is carried and returns as many values; the
+    last returns what the graph returns. A graph without layers is one region.
 
     Attributes:
         modules: the parts; their placeholders have records, as those of any graph here.
@@ -97,29 +100,38 @@ def split(captured: Captured) -> Regions:
     Raises:
         PassError: a value crosses a boundary other than by being carried or by coming from before the layers.
     """
-    parts: list[list[Node]] = [[]]
-    boundaries: list[Node] = []
-    for node in captured.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if is_boundary(node):
-            boundaries.append(node)
-            parts.append([])
-        else:
-            parts[-1].append(node)
-    if captured.layers is None or not boundaries:
+    parts, cuts = _cut(captured.graph)
+    if captured.layers is None or not cuts:
         return Regions([_region(captured, parts[0], {}, None)], [Step(0)])
     parts = _with_own_values(parts, captured.layers)
     shared = _shared_values(parts)
-    crossing = {node: SharedSource(index) for index, node in enumerate(shared)}
-    carried = [_operand(boundary) for boundary in boundaries]
-    modules = [_region(captured, parts[0], {}, (carried[0], *shared))]
-    for part, before, result in zip(parts[1:-1], boundaries, carried[1:], strict=False):
-        modules.append(_region(captured, part, {**crossing, before: CarriedSource()}, (result,)))
-    modules.append(_region(captured, parts[-1], {**crossing, boundaries[-1]: CarriedSource()}, None))
+    carried = [tuple(map(_operand, cut)) for cut in cuts]
+    crossing = {node: SharedSource(index) for index, node in enumerate(shared, start=len(carried[0]))}
+    taken = [{boundary: CarriedSource(index) for index, boundary in enumerate(cut)} for cut in cuts]
+    modules = [_region(captured, parts[0], {}, (*carried[0], *shared))]
+    for part, before, results in zip(parts[1:-1], taken, carried[1:], strict=False):
+        modules.append(_region(captured, part, {**crossing, **before}, results))
+    modules.append(_region(captured, parts[-1], {**crossing, **taken[-1]}, None))
     numbers = {kept: index for index, kept in enumerate(captured.layers.kept, start=1)}
     runs = [Step(numbers[kept], kept, layer) for layer, kept in enumerate(captured.layers.stands_in)]
     return Regions(modules, [Step(0), *runs, Step(len(modules) - 1)], captured.layers)
+
+
+def _cut(graph: Graph) -> tuple[list[list[Node]], list[list[Node]]]:
+    """(the calls before, between and after the cuts, the boundaries of each cut)."""
+    parts: list[list[Node]] = [[]]
+    cuts: list[list[Node]] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if not is_boundary(node):
+            parts[-1].append(node)
+        elif cuts and not parts[-1]:
+            cuts[-1].append(node)
+        else:
+            cuts.append([node])
+            parts.append([])
+    return parts, cuts
 
 
 def _operand(boundary: Node) -> Node:

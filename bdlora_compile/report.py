@@ -70,6 +70,8 @@ class Report:
         decisions: why each group of LoRA sites has its layout.
         symbols: what symbolic sizes are called in reports, by this process's names.
         all_reduce: which transport sums over the ranks, and why.
+        norms: which all-reduces of each graph add the residual and norm as well, where the transport can; alike layers
+            count once.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
@@ -84,6 +86,7 @@ class Report:
     decisions: Sequence[Decision] = ()
     symbols: Mapping[str, str] = field(default_factory=dict)
     all_reduce: str = ""
+    norms: dict[str, PassStats] = field(default_factory=dict)
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
@@ -117,6 +120,10 @@ class Report:
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
         if self.all_reduce:
             lines.append(f"  all-reduce: {self.all_reduce}")
+        for graph, stats in self.norms.items():
+            sums = stats.matches + len(stats.refusals)
+            lines.append(f"  all-reduce, residual and norm in one, {graph}: {stats.matches} of {sums}")
+            lines += _refusal_lines(stats.refusals)
         if self.attention:
             lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]

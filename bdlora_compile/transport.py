@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from bdlora_compile.collectives import ALL_GATHER, ALL_REDUCE, WAIT, all_reduce
+from bdlora_compile.fused_norms import fuse_norms
 from bdlora_compile.ir import (
     Captured,
+    MailboxSource,
     Origin,
+    Source,
     SymmetricSource,
     fake_tensor,
     operator_name,
@@ -17,24 +21,44 @@ from bdlora_compile.ir import (
     set_record,
     stage_nodes,
 )
+from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.pass_manager import erase_with_operands
 from bdlora_compile.placement import Mesh
 from bdlora_compile.propagation import find_fake_mode
+from bdlora_compile.report import PassStats
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.all_reduce import all_reduce as reduce_through_buffer
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 
 
-def through_symmetric_memory(captured: Captured, transport: AllReduce, mesh: Mesh, rank: int) -> None:
+def through_symmetric_memory(captured: Captured, transport: AllReduce, mesh: Mesh, rank: int) -> PassStats | None:
     """Send a finished graph's all-reduces through symmetric memory; nothing where the transport has none.
 
     Before:  r = wait_tensor(all_reduce(x, sum, group))
     After:   r = bdlora::all_reduce(x, symmetric memory, largest one-shot, largest two-shot, group)
+    Where a residual addition and a norm follow they are one operator with it (`fused_norms.py`).
+
+    Returns:
+        Which sums have their norm with them, and why others do not; None where the transport has no kernel for it.
     """
     if transport.buffer is None or transport.limits is None:
-        return
+        return None
     reduce_instead_of_gather(captured, mesh, rank)
-    if any(stage_nodes(captured.graph, ALL_REDUCE)):
-        _reduce_through_buffer(captured, transport)
+    if not any(stage_nodes(captured.graph, ALL_REDUCE)):
+        return None
+    buffer = _insert_memory(captured.graph, "symmetric_memory", SymmetricSource(), transport.buffer)
+    stats = None
+    if transport.mailbox is not None:
+        mailbox = _insert_memory(captured.graph, "mailbox", MailboxSource(), transport.mailbox)
+        sizes = (transport.limits.one_shot, transport.limits.two_shot)
+
+        def insert(x: Node, residual: Node, weight: Node, epsilon: float) -> Node:
+            arguments = (x, residual, weight, buffer, mailbox, epsilon, *sizes, mesh.group)
+            return captured.graph.call_function(all_reduce_add_norm._opoverload, arguments)
+
+        stats = fuse_norms(captured.graph, insert)
+    _reduce_through_buffer(captured.graph, buffer, transport.limits)
+    return stats
 
 
 def reduce_instead_of_gather(captured: Captured, mesh: Mesh, rank: int) -> None:
@@ -81,18 +105,20 @@ def _reduce_instead(graph: Graph, gather: Node, joined: Node, mesh: Mesh, rank: 
     erase_with_operands(graph, joined)
 
 
-def _reduce_through_buffer(captured: Captured, transport: AllReduce) -> None:
-    assert transport.buffer is not None, "asked before"
-    assert transport.limits is not None, "asked before"
-    graph, shape = captured.graph, transport.buffer.shape
+def _insert_memory(graph: Graph, name: str, source: Source, memory: Tensor) -> Node:
+    """A placeholder for memory of this rank."""
     with graph.inserting_after(placeholders(graph)[-1]), find_fake_mode(graph):
-        buffer = graph.placeholder("symmetric_memory")
-        buffer.meta["example_value"] = torch.empty(shape, dtype=torch.uint8, device=transport.buffer.device)
-    set_record(buffer, source=SymmetricSource(), stage="emit")
+        node = graph.placeholder(name)
+        node.meta["example_value"] = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
+    set_record(node, source=source, stage="emit")
+    return node
+
+
+def _reduce_through_buffer(graph: Graph, buffer: Node, limits: SymmetricLimits) -> None:
     for node in [*stage_nodes(graph, ALL_REDUCE)]:
         x, _, group = node.args
         with graph.inserting_before(node):
-            arguments = (x, buffer, transport.limits.one_shot, transport.limits.two_shot, group)
+            arguments = (x, buffer, limits.one_shot, limits.two_shot, group)
             reduced = graph.call_function(reduce_through_buffer._opoverload, arguments)
         reduced.meta = dict(node.meta)
         for wait in list(node.users):

@@ -65,11 +65,16 @@ def check(buffer: Tensor, group: str) -> int:
 
 def us(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Microseconds of a call in a chain of them, on the slowest rank."""
+    return pair_us(lambda value, other: (other, call(value)), x, x)
+
+
+def pair_us(call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, other: Tensor) -> float:
+    """The same for a call of (x, other) that returns (other, x) for the next one."""
 
     def chain() -> None:
-        value = x
+        value, beside = x, other
         for _ in range(CHAIN):
-            value = call(value)
+            beside, value = call(value, beside)
 
     replay = captured(chain)
     times = []

@@ -7,7 +7,8 @@ multicast is not used.
 
 One buffer serves all calls: a kernel ends only after the same block of every peer has read what it wrote, so the next
 kernel of the stream may overwrite it. The buffer is allocated and known to all ranks when the model is loaded, before
-any CUDA graph is captured; results are ordinary tensors.
+any CUDA graph is captured; results are ordinary tensors. Beside it lies a mailbox for the kernel that adds the residual
+and norms as well (`norm_op.py`, `kernels/norm.py`); neither knows of the other.
 """
 
 import socket
@@ -38,11 +39,13 @@ class AllReduce:
         text: which transport runs and why, for the report.
         buffer: uint8, this rank's symmetric memory; None where the process group does it all.
         limits: the largest messages of each kind, where there is a buffer.
+        mailbox: int64, symmetric memory of the kernel that norms as well; None where the norm stays apart.
     """
 
     text: str
     buffer: Tensor | None = None
     limits: SymmetricLimits | None = None
+    mailbox: Tensor | None = None
 
     @classmethod
     def choose(
@@ -72,15 +75,19 @@ class AllReduce:
             return cls(_own_text("asked for"))
         limits = machine.symmetric_limits(mesh.size)
         obstacle = _agreed(agreement, _obstacle(mesh, limits, dtype, device), str(limits))
-        buffer = None
+        buffer = mailbox = None
         if limits is not None and not obstacle:
             try:
-                buffer = _symmetric_buffer(limits.two_shot, mesh, device)
+                buffer, mailbox = _symmetric_buffer(limits.two_shot, mesh, device), new_mailbox(mesh.group, device)
             except Exception as error:  # whatever the driver, the links or the build lack
                 obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             obstacle = _agreed(agreement, obstacle, str(limits))
         if limits is not None and not obstacle:
-            return cls(_symmetric_text(limits, machine, mesh.size), buffer, limits)
+            apart = _agreed(agreement, _norm_obstacle(mesh, device), str(limits))
+            text = _symmetric_text(limits, machine, mesh.size)
+            if apart:
+                return cls(f"{text}; norms apart: {apart}", buffer, limits)
+            return cls(f"{text}; one-shot with residual and norm", buffer, limits, mailbox)
         if wanted == "symmetric":
             raise ConfigError(
                 "all_reduce='symmetric'",
@@ -175,6 +182,43 @@ def _symmetric_buffer(size: int, mesh: Mesh, device: torch.device) -> Tensor:
     buffer: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     symmetric_memory.rendezvous(buffer, mesh.group)
     return buffer
+
+
+def new_mailbox(group: str, device: torch.device) -> Tensor:
+    """This rank's mailbox (see `kernels/norm.py`); ranks may use theirs when all of them have one.
+
+    Args:
+        group: name of the process group; all its ranks call this together.
+
+    Raises:
+        RuntimeError: what PyTorch or the driver lack.
+    """
+    from torch.distributed import _symmetric_memory  # needs CUDA's driver
+
+    from bdlora_compile.runtime.kernels.norm import MAILBOX_WORDS, MAX_RANKS  # Triton is there on GPUs only
+
+    symmetric_memory: Any = _symmetric_memory
+    mailbox: Tensor = symmetric_memory.empty(MAILBOX_WORDS, dtype=torch.int64, device=device)
+    shared = symmetric_memory.rendezvous(mailbox, group)
+    addresses = [int(address) for address in shared.buffer_ptrs]
+    if addresses[shared.rank] != mailbox.data_ptr():
+        raise RuntimeError("symmetric memory does not begin where its tensor does")
+    mailbox.zero_()
+    known = min(len(addresses), MAX_RANKS.value)
+    mailbox[:known].copy_(torch.tensor(addresses[:known]))
+    torch.cuda.synchronize(device)
+    return mailbox
+
+
+def _norm_obstacle(mesh: Mesh, device: torch.device) -> str:
+    """Why this rank cannot run the kernel that norms as well; empty if it can."""
+    from bdlora_compile.runtime.kernels.norm import MAX_RANKS, MAX_ROWS
+
+    if mesh.size > MAX_RANKS.value:
+        return f"the kernel is for up to {MAX_RANKS.value} ranks"
+    # Each program waits for one of each peer: all must be on the device at once.
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return "" if processors >= MAX_ROWS.value else f"a GPU has {processors} multiprocessors, {MAX_ROWS.value} wanted"
 
 
 def _symmetric_text(limits: SymmetricLimits, machine: Machine, ranks: int) -> str:

@@ -14,6 +14,7 @@ from bdlora_compile.ir import (
     CacheSource,
     CarriedSource,
     InputSource,
+    MailboxSource,
     MergedSource,
     RankIndices,
     RebuiltSource,
@@ -72,11 +73,11 @@ class Flow:
     Attributes:
         args: arguments of the call.
         carried: what the last region handed on.
-        shared: what the first region computed for all others.
+        shared: what the first region returned: what it handed on, then what it computed for all others.
     """
 
     args: Sequence[Any]
-    carried: Any = None
+    carried: Sequence[Any] = ()
     shared: Sequence[Any] = ()
     _caches: dict[int, Sequence[torch.Tensor]] = field(default_factory=dict)
 
@@ -85,9 +86,9 @@ class Flow:
         return [self._fill(value) for value in values]
 
     def take(self, results: Sequence[Any]) -> None:
-        """Take what a region hands on: (carried, *shared) from the first, (carried,) from the others."""
-        self.carried, *shared = results
-        self.shared = shared or self.shared
+        """Take what a region returned."""
+        self.carried = results
+        self.shared = self.shared or results
 
     def through(self, regions: Sequence[BoundRegion]) -> Sequence[Any]:
         """Run regions, one after the other; returns the last one's results."""
@@ -101,8 +102,8 @@ class Flow:
         match value:
             case torch.Tensor():
                 return value
-            case CarriedSource():
-                return self.carried
+            case CarriedSource(index):
+                return self.carried[index]
             case SharedSource(index):
                 return self.shared[index]
             case InputSource(index):
@@ -210,10 +211,12 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
             return table if layer is None else table[plan.rows(layer)]
         case SymmetricSource() if state.all_reduce.buffer is not None:
             return state.all_reduce.buffer
+        case MailboxSource() if state.all_reduce.mailbox is not None:
+            return state.all_reduce.mailbox
         case RankIndices(length, pieces):
             part = shard_slice((length * pieces,), Shard(0, pieces), state.rank, plan.mesh)
             return torch.arange(part.start, part.stop, device=plan.device)
-        case ArgumentWeight() | RebuiltSource() | SymmetricSource() | None:
+        case ArgumentWeight() | RebuiltSource() | SymmetricSource() | MailboxSource() | None:
             raise PassError(
                 "placeholder",
                 found="no source, or one of a model that its owner sharded",

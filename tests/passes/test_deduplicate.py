@@ -103,8 +103,9 @@ def test_regions_run_the_kept_layer_for_all() -> None:
             read = step if step.layer not in of_layer else replace(step, layer=of_layer[step.layer])
             bound = [values[it.parameter] if isinstance(it, WeightSource) else it for it in regions.sources(read)]
             flow.take(regions.modules[step.region](*flow.arguments(bound)))  # type: ignore[arg-type]  # no other kinds
-        assert isinstance(flow.carried, torch.Tensor)
-        return flow.carried
+        (logits,) = flow.carried
+        assert isinstance(logits, torch.Tensor)
+        return logits
 
     sources = [record(node).source for node in placeholders(whole.graph)]
     arguments = [values[source.parameter] if isinstance(source, WeightSource) else x for source in sources]

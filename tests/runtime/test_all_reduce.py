@@ -1,6 +1,7 @@
 """Which transport sums over the ranks: agreed by all of them, by size, and told; and the graph that calls it."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is in this rank's way, and its buffer is ordinary memory."""
     monkeypatch.setattr(all_reduce, "_obstacle", lambda *_: "")
     monkeypatch.setattr(all_reduce, "_symmetric_buffer", lambda size, *_: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(all_reduce, "new_mailbox", lambda *_: torch.zeros(1, dtype=torch.int64))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
 
 
 def test_where_it_cannot_be_had_the_reason_is_told() -> None:
@@ -63,9 +66,10 @@ def test_where_it_cannot_be_had_the_reason_is_told() -> None:
 def test_all_ranks_take_it_or_none() -> None:
     """Another host, other limits, or a failure on either rank keeps all from it."""
     fine = "HOST\nLIMITS\n"
-    found = choose("auto", Others(fine, fine))
+    found = choose("auto", Others(fine, fine, fine))
     assert found.text.startswith("symmetric memory, one-shot to 1048576 bytes, two-shot to 16777216, nccl above")
-    assert found.text.endswith("(h100-nvlink, measured)")
+    assert found.text.endswith("(h100-nvlink, measured); one-shot with residual and norm")
+    assert found.mailbox is not None
     assert found.buffer is not None
     assert found.buffer.numel() == 16777216
     for first, second, reason in (
@@ -76,6 +80,21 @@ def test_all_ranks_take_it_or_none() -> None:
     ):
         found = choose("auto", Others(first, second))
         assert (found.text, found.buffer) == (f"lock-step: {reason}", None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_norms_stay_apart_on_all_ranks_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where any rank's GPU cannot hold all programs at once, and where there are more ranks than the kernel is for."""
+    fine, small = "HOST\nLIMITS\n", "HOST\nLIMITS\na GPU has 108 multiprocessors, 128 wanted"
+    found = choose("auto", Others(fine, fine, small))
+    assert found.text.endswith("; norms apart: rank 1: a GPU has 108 multiprocessors, 128 wanted")
+    assert found.buffer is not None
+    assert found.mailbox is None
+    many = choose("auto", Others(fine, fine, fine), ranks=16)
+    assert many.text.endswith("; norms apart: rank 0: the kernel is for up to 8 ranks")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=108))
+    own = choose("auto", Others(fine, fine, fine))
+    assert own.text.endswith("; norms apart: rank 0: a GPU has 108 multiprocessors, 128 wanted")
 
 
 @pytest.mark.usefixtures("gpu")

@@ -1,0 +1,53 @@
+"""Launching the kernels of `norm.py`."""
+
+import torch
+import triton
+from torch import Tensor
+
+from bdlora_compile.runtime.kernels.norm import (
+    MAX_RANKS,
+    MAX_ROWS,
+    PLACE_BYTES,
+    add_norm_rows,
+    all_reduce_add_norm_rows,
+)
+from bdlora_compile.runtime.kernels.tiles import can_overlap
+
+_ELEMENTS_OF_A_WARP = 256
+"""16 bytes of bf16 for each thread."""
+_MOST_WARPS = 16
+
+
+def can_exchange(rows: int, columns: int, element_size: int, ranks: int) -> bool:
+    """Whether a mailbox has room for a call."""
+    return rows <= MAX_ROWS.value and columns * element_size <= PLACE_BYTES.value and ranks <= MAX_RANKS.value
+
+
+def reduce_add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, mailbox: Tensor, epsilon: float, rank: int, ranks: int
+) -> tuple[Tensor, Tensor]:
+    """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    rows, columns = x.shape
+    overlap = can_overlap()
+    all_reduce_add_norm_rows[(rows,)](
+        x, residual, weight, mailbox, total, normed, epsilon, RANK=rank, RANKS=ranks, **_options(columns, overlap)
+    )
+    return total, normed
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(residual + x, its norm), [rows, columns] each, for x that is the sum already."""
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    rows, columns = x.shape
+    overlap = can_overlap()
+    add_norm_rows[(rows,)](x, residual, weight, total, normed, epsilon, **_options(columns, overlap))
+    return total, normed
+
+
+def _options(columns: int, overlap: bool) -> dict[str, int | bool]:
+    block = triton.next_power_of_2(columns)
+    warps = min(max(1, block // _ELEMENTS_OF_A_WARP), _MOST_WARPS)
+    found = {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps}
+    # Asked for only where it is wanted: the interpreter knows no such option.
+    return {**found, "launch_pdl": True} if overlap else found

@@ -1,0 +1,89 @@
+"""All-reduce, residual addition and RMSNorm as one operator: by one kernel for few tokens, one after the other else."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlora_compile.collectives import group_named
+from bdlora_compile.runtime.all_reduce import all_reduce, way
+
+KINDS = (torch.bfloat16, torch.float32)
+"""What symmetric memory adds up."""
+
+
+@torch.library.custom_op("bdlora::all_reduce_add_norm", mutates_args=())
+def all_reduce_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    buffer: Tensor,
+    mailbox: Tensor,
+    epsilon: float,
+    one_shot: int,
+    two_shot: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """s = residual + the sum of x over the ranks, and RMSNorm(s) * weight.
+
+    Args:
+        x, residual: [..., D], bf16 or float32; all ranks' x have one shape, and residual is the same on all.
+        weight: [D].
+        buffer: as for `all_reduce`. mailbox: int64, see `kernels/norm.py`. Nothing else reads either.
+        epsilon: added to the mean of squares.
+        one_shot, two_shot: bytes of the largest x that goes each way; larger ones go through the process group.
+        group: name of the process group.
+
+    Returns:
+        (s, normed), new contiguous tensors like x, the same bits on all ranks. Rounded to x's dtype are: the sum over
+        the ranks, s, s over its root mean square, and its product with the weight.
+    """
+    reduced = all_reduce(x, buffer, one_shot, two_shot, group)
+    total = residual + reduced
+    exact = total.float()
+    scaled = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
+    return total, weight * scaled.to(x.dtype)
+
+
+@all_reduce_add_norm.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    buffer: Tensor,
+    mailbox: Tensor,
+    epsilon: float,
+    one_shot: int,
+    two_shot: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return total, torch.empty_like(total)
+
+
+@all_reduce_add_norm.register_kernel("cuda")
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    buffer: Tensor,
+    mailbox: Tensor,
+    epsilon: float,
+    one_shot: int,
+    two_shot: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
+
+    members: Any = group_named(group)
+    own, carried = (value.reshape(-1, x.shape[-1]).contiguous() for value in (x, residual))
+    rows, columns, width = math.prod(x.shape[:-1]), x.shape[-1], x.element_size()
+    goes_one_way = way(x.numel() * width, one_shot, two_shot, members.size()) == "one-shot"
+    if goes_one_way and launch_norm.can_exchange(rows, columns, width, members.size()):
+        pair = launch_norm.reduce_add_norm(own, carried, weight, mailbox, epsilon, members.rank(), members.size())
+    else:
+        reduced = all_reduce(own, buffer, one_shot, two_shot, group)
+        pair = launch_norm.add_norm(reduced, carried, weight, epsilon)
+    total, normed = pair
+    return total.view(x.shape), normed.view(x.shape)

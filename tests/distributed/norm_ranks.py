@@ -1,0 +1,212 @@
+"""All-reduces with residual and norm on two ranks: the kernel itself in Triton's interpreter, and graphs that call it.
+
+Run by `tests.distributed.launch`. The ranks' mailboxes are files that both map, so what one writes the other sees while
+it waits: as on GPUs, but that a CPU keeps writes in order.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import bdlora_compile as bd
+from bdlora_compile import fused_norms
+from bdlora_compile.machine import SymmetricLimits
+from bdlora_compile.rms_norms import norm_of
+from bdlora_compile.runtime.all_reduce import AllReduce
+from bdlora_compile.runtime.kernels import launch_norm, norm
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
+from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
+
+COLUMNS = 24
+FIRST_LINE = 16
+"""Where the first row's line begins in a mailbox: there rank 0 tells of its exchanges."""
+EPSILON = 1e-5
+FLOAT32 = 4 * 2.0**-23
+"""The mean of 24 squares, its root and two products, each rounded in float32; measured 1.2e-7."""
+
+
+@contextmanager
+def patched(module: Any, name: str, value: object) -> Iterator[None]:
+    """An attribute of a module replaced for a while."""
+    intact = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, intact)
+
+
+def mailbox(folder: Path, name: str) -> Tensor:
+    """This rank's mailbox, with the addresses at which this process sees both."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own = folder / f"{name}-{rank}"
+    own.write_bytes(bytes(8 * norm.MAILBOX_WORDS))
+    dist.barrier()
+    paths = [str(folder / f"{name}-{peer}") for peer in range(size)]
+    boxes = [torch.from_file(path, shared=True, size=norm.MAILBOX_WORDS, dtype=torch.int64) for path in paths]
+    boxes[rank][:size] = torch.tensor([box.data_ptr() for box in boxes])
+    # A mapping ends with its tensor.
+    boxes[rank].peers = boxes  # type: ignore[attr-defined]  # kept alive
+    dist.barrier()
+    return boxes[rank]
+
+
+def integers(turn: int, rank: int, rows: int) -> Tensor:
+    """float32 [rows, COLUMNS] of small integers, so that sums are exact."""
+    return ((torch.arange(rows * COLUMNS) * 7 + turn * 5 + rank * 13) % 31 - 15).float().view(rows, COLUMNS)
+
+
+def expected(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(residual + x, its norm) in float64."""
+    total = residual.double() + x.double()
+    return total, total / (total.square().mean(-1, keepdim=True) + EPSILON).sqrt() * weight.double()
+
+
+def exchange(box: Tensor, rows_of_turns: Sequence[int]) -> int:
+    """Turns that gave a wrong sum on this rank; the ranks are late in turn."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    weight, wrong = torch.linspace(0.5, 2, COLUMNS), 0
+    for turn, rows in enumerate(rows_of_turns):
+        if turn % 4 == 2 * rank:
+            time.sleep(0.05)
+        summands = [integers(turn, peer, rows) for peer in range(size)]
+        residual = integers(turn, size, rows)
+        total, normed = launch_norm.reduce_add_norm(summands[rank], residual, weight, box, EPSILON, rank, size)
+        exact, exact_norm = expected(sum(summands, torch.zeros(())), residual, weight)
+        if torch.equal(total.double(), exact):
+            assert (normed - exact_norm).abs().max() / exact_norm.abs().max() < FLOAT32
+        else:
+            wrong += 1
+    dist.barrier()
+    return wrong
+
+
+def as_late_as_can_be(wait: Callable[..., object], box: Tensor, turns: int) -> Callable[..., object]:
+    """The second rank reads when the first has written the values of the next exchange and told of it."""
+    exchanges = iter(range(turns))
+
+    def waiting(*arguments: object) -> None:
+        wait(*arguments)
+        number = next(exchanges)
+        end = time.monotonic() + 60
+        while dist.get_rank() == 1 and number < turns - 1 and int(box[FIRST_LINE]) < number + 2:
+            assert time.monotonic() < end, "the first rank does not go on"
+
+    return waiting
+
+
+def check_kernel(folder: Path) -> str:
+    """No sum is wrong, rows may come and go; without the wait some are."""
+    rows = (1, 3, 2, 1, 1, 2, 3, 1)
+    assert exchange(mailbox(folder, "sound"), rows) == 0
+    with patched(norm, "_wait_for_peers", lambda *_: None):
+        wrong = torch.tensor(exchange(mailbox(folder, "no-wait"), rows))
+    dist.all_reduce(wrong)
+    assert wrong > 0
+    return f"kernel: {len(rows)} turns right; without the wait {int(wrong)} wrong"
+
+
+def check_places(folder: Path) -> str:
+    """Two places are enough for the latest of readers; one is not."""
+    turns, intact = 5, norm._place
+
+    def one_place(mailbox: Any, row: Any, exchange: Any, values: Any) -> Any:
+        return intact(mailbox, row, exchange * 0, values)
+
+    box = mailbox(folder, "two-places")
+    with patched(norm, "_wait_for_peers", as_late_as_can_be(norm._wait_for_peers, box, turns)):
+        assert exchange(box, [1] * turns) == 0
+    box = mailbox(folder, "one-place")
+    with (
+        patched(norm, "_wait_for_peers", as_late_as_can_be(norm._wait_for_peers, box, turns)),
+        patched(norm, "_place", one_place),
+    ):
+        wrong = exchange(box, [1] * turns)
+    assert wrong == (turns - 1 if dist.get_rank() == 1 else 0)
+    return f"places: {turns} turns right; with one place {turns - 1} wrong"
+
+
+def check_operator(folder: Path) -> str:
+    """Where there is no kernel the operator does one after the other: against float64, the same bits on all ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert dist.group.WORLD is not None, "initialized in main"
+    group: Any = dist.group.WORLD.group_name
+    nothing, weight = torch.zeros(1, dtype=torch.uint8), torch.linspace(0.5, 2, COLUMNS)
+    # Four roundings of half a unit in the last place each, of values up to twice the largest result.
+    for dtype in (torch.float32, torch.bfloat16):
+        tolerance = 4 * torch.finfo(dtype).eps
+        generator = torch.Generator().manual_seed(9)
+        *summands, residual = (torch.randn(2, 3, COLUMNS, generator=generator).to(dtype) for _ in range(size + 1))
+        own, scale = summands[rank], weight.to(dtype)
+        pair = all_reduce_add_norm(own, residual, scale, nothing, nothing, EPSILON, 0, 0, group)
+        exact = expected(summands[0].double() + summands[1].double(), residual, scale)
+        twin = expected(summands[0].double(), residual, scale)
+        for found, right, wrong in zip(pair, exact, twin, strict=True):
+            assert (found - right).abs().max() / right.abs().max() < tolerance
+            assert not (found - wrong).abs().max() / right.abs().max() < tolerance
+            both = [torch.empty_like(found) for _ in range(size)]
+            dist.all_gather(both, found)
+            assert torch.equal(*both)
+    return "operator: right in float32 and bf16"
+
+
+def check_graph(folder: Path) -> str:
+    """A model whose norms are part of its all-reduces has the very logits of one whose norms are not."""
+    adapters = {"blocks": folder / "blocks"}
+    fake = AllReduce("by hand", torch.zeros(1, dtype=torch.uint8), SymmetricLimits(0, 0))
+    fused = replace(fake, mailbox=torch.zeros(1, dtype=torch.int64))
+    apart, _ = logits(folder, adapters, fake)
+    together, counts = logits(folder, adapters, fused)
+    assert counts == {"with adapters": (3, 0), "base only": (3, 0)}, counts
+    assert torch.equal(apart, together)
+    intact = norm_of
+
+    def other_epsilon(value: torch.fx.Node) -> Any:
+        found = intact(value)
+        return found if isinstance(found, str) else replace(found, epsilon=0.5)
+
+    with patched(fused_norms, "norm_of", other_epsilon):
+        assert not torch.equal(logits(folder, adapters, fused)[0], apart)
+    return f"graph: the same logits, {counts}"
+
+
+def logits(folder: Path, adapters: dict[str, Path], transport: AllReduce) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """A prompt with an adapter, and without: logits of both; and what the report says of the norms."""
+    torch._dynamo.reset()
+    with patched(AllReduce, "choose", lambda *_: transport):
+        model, pool = bd.load(folder / "model", adapters, dtype=torch.float32)
+        model.compile(backend="bdlora", options={"inner": "eager"})
+        ids = torch.arange(3, 13).view(2, 5)
+        with torch.no_grad():
+            with pool.use(["blocks", None]):
+                first = model(ids).logits
+            second = model(ids).logits
+    report = bd.reports(model)[-1]
+    assert ("residual and norm in one, base only: 3 of 3" in report.summary()) == (transport.mailbox is not None)
+    return torch.cat([first, second], 1), {
+        name: (stats.matches, len(stats.refusals)) for name, stats in report.norms.items()
+    }
+
+
+def main() -> int:
+    """All checks; a line for each."""
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        save_model(ModelSpec(layers=3), folder / "model")
+        save_adapter(AdapterSpec(rank=8, nblocks=4), folder / "model", folder / "blocks")
+    dist.barrier()
+    for check in (check_kernel, check_places, check_operator, check_graph):
+        text = check(folder)
+        if dist.get_rank() == 0:
+            print(f"case: {text}", flush=True)
+    dist.destroy_process_group()
+    return 0
