@@ -69,6 +69,7 @@ class Report:
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
         symbols: what symbolic sizes are called in reports, by this process's names.
+        tracing: which layers Dynamo traced, and why not fewer.
         all_reduce: which transport sums over the ranks, and why.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
@@ -83,6 +84,7 @@ class Report:
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
     symbols: Mapping[str, str] = field(default_factory=dict)
+    tracing: str = ""
     all_reduce: str = ""
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
@@ -115,6 +117,8 @@ class Report:
         if self.rebuilt:
             size = sum(self.rebuilt.values())
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        if self.tracing:
+            lines.append(f"  traced: {self.tracing}")
         if self.all_reduce:
             lines.append(f"  all-reduce: {self.all_reduce}")
         if self.attention:
