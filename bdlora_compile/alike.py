@@ -7,14 +7,15 @@ that number only to say which part of a cache it updates. What cannot be compare
 import ast
 import inspect
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bdlora_compile.hollow import HollowGuard, tag_of
+from bdlora_compile.hollow import guards, tag_of
 
 _NUMBER = "layer_idx"
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, Enum)
@@ -36,6 +37,29 @@ def kind_of(layer: nn.Module, path: str, number: int, ignored: frozenset[str]) -
         state = [_attribute(key, value, own, path, number) for key, value in vars(module).items() if key not in skipped]
         parts.append((name, type(module), tuple(state)))
     return tuple(parts)
+
+
+class Attributes:
+    """What the modules of some layers held at one time, to see quickly that nothing was changed since.
+
+    A change inside of a list or a deeper object is not seen: `kind_of` calls layers alike only if they share it.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        own = [vars(module) for layer in layers for module in layer.modules()]
+        inner = [value for held in own for value in held.values() if isinstance(value, dict)]
+        self._empty = [held for held in inner if not held]
+        self._filled = [*own, *(held for held in inner if held)]
+        # Kept: what is alive shares its identity with nothing.
+        self._values = self._now()
+        self._ids = [*map(id, self._values)]
+
+    def are_unchanged(self) -> bool:
+        """Whether every attribute is the object that it was."""
+        return not any(self._empty) and [*map(id, self._now())] == self._ids
+
+    def _now(self) -> list[object]:
+        return [*chain.from_iterable(held.values() for held in self._filled)]
 
 
 def _attribute(key: str, value: Any, own: str, path: str, number: int) -> Hashable:
@@ -65,13 +89,11 @@ def _plain(value: Any, own: str = "") -> Hashable:
     """Plain values by what they are, all others by which they are."""
     if isinstance(value, _PLAIN):
         return (type(value), value)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return (type(value), tuple(_plain(item) for item in value))
     if isinstance(value, (set, frozenset)) and not value:
         return type(value)
-    if isinstance(value, HollowGuard) and value.module_name == own:
-        return HollowGuard
-    return id(value)
+    return "guard of its module" if own and guards(value, own) else id(value)
 
 
 def number_use(layers: Sequence[nn.Module]) -> str:

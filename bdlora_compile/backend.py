@@ -112,7 +112,7 @@ def bdlora(
     Raises:
         ConfigError: an option or ``mode`` cannot be honoured.
         HollowError: the model was not loaded or attached.
-        UnlikeLayersInGraphError: a layer cannot stand in for another; `ServedModel` has every layer traced then.
+        StandInError: a layer cannot stand in for another after all; see `StandIns.run`.
         PlacementError: strict mode, and a value cannot stay on its rank.
         AgreementError: ranks compiled different graphs.
     """

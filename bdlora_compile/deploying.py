@@ -71,7 +71,7 @@ def deploy(
     watch = _watch_of(ranks.agreement, setup.device)
     deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
-    deployment.stand_ins = _stand_ins(model, sites)
+    deployment.stand_ins = stand_ins_of(model, sites)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
@@ -81,7 +81,7 @@ def deploy(
     return adapters
 
 
-def _stand_ins(model: PreTrainedModel, sites: Iterable[str]) -> StandIns | None:
+def stand_ins_of(model: PreTrainedModel, sites: Iterable[str]) -> StandIns | None:
     """For the list that the sites' layers are in; None if they are in none, or in several."""
     paths = {layer.rpartition(".")[0] for site in sites if (layer := layer_of(site)) is not None}
     path = paths.pop() if len(paths) == 1 else ""

@@ -7,7 +7,7 @@ instead of computing with NaN.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,17 +48,6 @@ def _(x: Tensor, module: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@dataclass(frozen=True, slots=True)
-class HollowGuard:
-    """The hook before the forward of a module that owns hollow parameters."""
-
-    module_name: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments, the first of them past `shard_only`."""
-        return (shard_only(args[0], self.module_name), *args[1:])
-
-
 def hollow_out(model: PreTrainedModel, deployment: "Deployment", *, is_guarded: bool = True) -> None:
     """Replace every parameter by a hollow one, tied parameters by the same one, and guard the modules that own them.
 
@@ -72,7 +61,7 @@ def hollow_out(model: PreTrainedModel, deployment: "Deployment", *, is_guarded: 
                 replaced[parameter] = _hollow(parameter, HollowTag(f"{module_name}.{name}".lstrip("."), deployment))
             setattr(module, name, replaced[parameter])
         if own and is_guarded:
-            module.register_forward_pre_hook(HollowGuard(module_name))
+            module.register_forward_pre_hook(_guard(module_name))
 
 
 def tag_of(value: object) -> HollowTag | None:
@@ -111,3 +100,16 @@ def _hollow(parameter: nn.Parameter, tag: HollowTag) -> nn.Parameter:
     hollow = nn.Parameter(element.expand(parameter.shape), requires_grad=False)
     hollow.bdlora_tag = tag  # type: ignore[attr-defined]  # read back by `tag_of`
     return hollow
+
+
+def _guard(module_name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def guard(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (shard_only(args[0], module_name), *args[1:])
+
+    guard.bdlora_module = module_name  # type: ignore[attr-defined]  # read back by `guards`
+    return guard
+
+
+def guards(hook: object, module_name: str) -> bool:
+    """Whether a hook is the guard of the module of that name, and no other one's."""
+    return getattr(hook, "bdlora_module", None) == module_name

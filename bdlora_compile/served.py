@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +18,6 @@ from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.selection import Selection
 from bdlora_compile.tracing import own_errors
-from bdlora_compile.unfold import UnlikeLayersInGraphError
 
 _CACHE_STEP = 64
 """Cache lengths are rounded up to a multiple of this, so that calls of similar length allocate alike."""
@@ -63,8 +63,8 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
                     # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                     last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                     torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
-            with self._layers_standing_in():
-                output = self._call_compiled(**kwargs)
+            forward, stand_ins = partial(self._call_compiled, **kwargs), self.bdlora.stand_ins
+            output = forward() if stand_ins is None else stand_ins.run(forward)
             launched, self.bdlora.last_step = self.bdlora.last_step, None
             if launched is not None:
                 self.bdlora_known_steps.note(self, kwargs, launched, output)
@@ -108,18 +108,7 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
         yield
         cache.advance(seq)
 
-    def _layers_standing_in(self) -> AbstractContextManager[None]:
-        stand_ins = self.bdlora.stand_ins
-        return nullcontext() if stand_ins is None else stand_ins.in_forward()
-
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with own_errors():
-                return super().__call__(*args, **kwargs)
-        except UnlikeLayersInGraphError as unlike:
-            assert self.bdlora.stand_ins is not None, "without them no layer is left out"
-            self.bdlora.stand_ins.refuse(str(unlike))
-        # Dynamo kept nothing of it.
         with own_errors():
             return super().__call__(*args, **kwargs)
 

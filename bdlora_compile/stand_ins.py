@@ -1,22 +1,28 @@
 """Of layers that are alike Dynamo traces one: the others are an operator each, and `unfold` puts copies in their place.
 
-Tracing a layer takes Dynamo a quarter of a second and more, and it would find the same every time. A layer stands in
-for another where `alike.py` finds them alike; what each of them is given is written beside it into the graph, and
-`unfold` compares it. Only forwards of `ServedModel` are traced so: they look at the layers again before each.
+It would find the same in every layer, and take as long. A layer stands in for another where `alike.py` finds them
+alike; what each of them is given is written beside it into the graph, and `unfold` compares it. Only forwards of
+`ServedModel` and explanations are traced so: they look at the layers before each.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bdlora_compile.alike import kind_of, number_use
-from bdlora_compile.errors import HollowError
+from bdlora_compile.alike import Attributes, kind_of, number_use
+from bdlora_compile.errors import HollowError, PassError
 from bdlora_compile.runtime.cache import LocalCache
 
+Result = TypeVar("Result")
+
 _OWN = frozenset({"bdlora_like", "bdlora_number", "bdlora_stand_ins"})
+
+
+class StandInError(PassError):
+    """A layer stands in for one that gets other things than it, or that the graph does not hold by itself."""
 
 
 @torch.library.custom_op("bdlora::layer_input", mutates_args=())
@@ -87,31 +93,38 @@ class StandInLayer(nn.Module):
 
 
 def _operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], str] | None:
-    """Tensors and other arguments of a call without the first; None if one is of a kind that is not compared."""
+    """Tensors and other arguments of a call without the first; None if one is of a kind that is not compared.
+
+    Dynamo walks through this for each layer: few steps, and none that its releases treat differently.
+    """
     if len(args) == 0 or not isinstance(args[0], Tensor):
         return None
     tensors, constants = [], ""
-    for name, value in [*enumerate(args[1:]), *kwargs.items()]:
+    for name in kwargs:
+        constants += name + " "
+    for value in (*args[1:], *kwargs.values()):
         if isinstance(value, Tensor):
             tensors.append(value)
-            constants += f"{name}: tensor, "
-        elif value is None or isinstance(value, (bool, str)):
-            constants += f"{name}={value}, "
+            constants += "tensor "
+        elif value is None or isinstance(value, bool):
+            constants += str(value) + " "
+        elif isinstance(value, str):
+            constants += "'" + value + "' "
         elif isinstance(value, LocalCache):
-            constants += f"{name}: cache, "
+            constants += "cache "
         elif _is_pair(value):
             # Cosines and sines.
-            tensors.extend(value)
-            constants += f"{name}: two tensors, "
+            tensors.append(value[0])
+            tensors.append(value[1])
+            constants += "pair "
         else:
             return None
     return tensors, constants
 
 
-def _is_pair(value: object) -> bool:
-    return (
-        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor) and isinstance(value[1], Tensor)
-    )
+def _is_pair(value: Any) -> bool:
+    is_two = isinstance(value, tuple) and len(value) == 2
+    return is_two and isinstance(value[0], Tensor) and isinstance(value[1], Tensor)
 
 
 class StandIns:
@@ -132,6 +145,7 @@ class StandIns:
         self.layers = layers
         self.is_active = False
         self.reason = ""
+        self._seen = Attributes([])
         use = number_use(layers)
         mixed = {cls: _with_stand_ins(cls) for cls in dict.fromkeys(map(type, layers))}
         for number, layer in enumerate(layers):
@@ -140,17 +154,31 @@ class StandIns:
             vars(layer).update(bdlora_stand_ins=self, bdlora_number=number, bdlora_like=None)
         if use:
             self.refuse(f"the layers' code may depend on their number ({use})")
+        else:
+            self._look()
 
     def refuse(self, reason: str) -> None:
         """Have every layer traced from now on."""
         self.reason = reason
         self._write([None] * len(self.layers))
 
+    def run(self, forward: Callable[[], Result]) -> Result:
+        """Run a forward in which layers stand in; once more without, if its graph shows that they get unlike things.
+
+        Dynamo keeps nothing of a graph that was refused, and nothing of it has run.
+        """
+        try:
+            with self.in_forward():
+                return forward()
+        except StandInError as unlike:
+            self.refuse(str(unlike))
+        return forward()
+
     @contextmanager
     def in_forward(self) -> Iterator[None]:
         """For one forward: look which layers are alike now, and let them stand in."""
-        if not self.reason:
-            self._write(self._likes())
+        if not self.reason and not self._seen.are_unchanged():
+            self._look()
         self.is_active = not self.reason
         try:
             yield
@@ -160,11 +188,22 @@ class StandIns:
     def text(self, traced: int, copied: int) -> str:
         """For the report of a graph."""
         if copied:
-            return f"{traced} layers, and {copied} others of which each is like one of these"
-        unlike = "no layer but the last is like one before" if len(self.layers) > 2 else "few layers"
-        has_likes = any(layer.bdlora_like is not None for layer in self.layers)
-        found = "a layer has an argument that is not compared" if has_likes else unlike
-        return f"every layer: {self.reason or found}"
+            return f"{traced} of {traced + copied} layers; each of the others is like one of these"
+        if self.reason:
+            return f"every layer: {self.reason}"
+        if not self.is_active:
+            return "every layer: the forward was not called by `model(...)`, which looks at the layers before"
+        if any(layer.bdlora_like is not None for layer in self.layers):
+            return "every layer: they have arguments that are not compared"
+        return "every layer: none is like one before it, the last not counted"
+
+    def _look(self) -> None:
+        """Find anew which layers are alike."""
+        if any(vars(layer).get("bdlora_number") != number for number, layer in enumerate(self.layers)):
+            self.refuse("the list of layers is not the one that was loaded")
+            return
+        self._write(self._likes())
+        self._seen = Attributes([self.layers])
 
     def _likes(self) -> list[int | None]:
         """For each layer the first that is like it; None for those that are like no other.
@@ -182,13 +221,17 @@ class StandIns:
 
     def _write(self, likes: Sequence[int | None]) -> None:
         for layer, like in zip(self.layers, likes, strict=True):
-            # A change would have Dynamo look at all its guards again.
-            if layer.bdlora_like != like:
-                layer.bdlora_like = like  # type: ignore[assignment]  # typed for modules and tensors alone
+            # A write would have Dynamo look at all its guards again.
+            if isinstance(layer, StandInLayer) and layer.bdlora_like != like:
+                layer.bdlora_like = like
 
 
 def _with_stand_ins(cls: type) -> type:
-    return type(cls.__name__, (StandInLayer, cls), {"__module__": cls.__module__})
+    mixed = type(cls.__name__, (StandInLayer, cls), {"__module__": cls.__module__})
+    if "forward" in vars(mixed):
+        # transformers wraps it once more in every subclass.
+        del mixed.forward  # type: ignore[attr-defined]  # made by `__init_subclass__`
+    return mixed
 
 
 def _not_compiled() -> HollowError:

@@ -14,17 +14,12 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from bdlora_compile.errors import PassError
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.ir import Captured, fake_value, module_path, placeholders, plain_path
 from bdlora_compile.propagation import value_key
-from bdlora_compile.stand_ins import StandIns
+from bdlora_compile.stand_ins import StandInError, StandIns
 
 _OPS = torch.ops.bdlora
-
-
-class UnlikeLayersInGraphError(PassError):
-    """A layer stands in for one that gets other things than it, or that the graph does not hold by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +56,7 @@ def unfold(captured: Captured, stand_ins: StandIns | None) -> str:
     """Change the graph in place; returns for the report which layers Dynamo traced, empty for a model without layers.
 
     Raises:
-        UnlikeLayersInGraphError: a layer cannot stand in for another after all; nothing of the graph may be used.
+        StandInError: a layer cannot stand in for another after all; nothing of the graph may be used.
     """
     if stand_ins is None:
         return ""
@@ -218,8 +213,8 @@ def _tag_of(node: Node) -> Any:
     return tag_of(getattr(node.meta.get("grapharg"), "example", None)) if node.op == "placeholder" else None
 
 
-def _unlike(node: Node, found: str, expected: str) -> UnlikeLayersInGraphError:
-    return UnlikeLayersInGraphError(
+def _unlike(node: Node, found: str, expected: str) -> StandInError:
+    return StandInError(
         f"node {node.name} {module_path(node)}".rstrip(),
         found=found,
         expected=expected,
