@@ -69,7 +69,7 @@ class StandInLayer(nn.Module):
     """Mixed into the class of a loaded model's decoder layers; its methods are for Dynamo to trace.
 
     Attributes:
-        bdlora_stand_ins: whether layers stand in for others in this forward.
+        bdlora_stand_ins: of the model.
         bdlora_number: of this layer.
         bdlora_like: the layer that is traced for this one; its own number if it is traced for others; None: for itself.
     """
@@ -146,7 +146,7 @@ class StandIns:
         self.is_active = False
         self.reason = ""
         self._seen = Attributes([])
-        use = number_use(layers)
+        use = number_use([*layers])
         mixed = {cls: _with_stand_ins(cls) for cls in dict.fromkeys(map(type, layers))}
         for number, layer in enumerate(layers):
             layer.__class__ = mixed[type(layer)]

@@ -98,6 +98,7 @@ def _traced_layers(graph: Graph) -> dict[Any, _Traced]:
     order = {node: index for index, node in enumerate(graph.nodes)}
     first = min((order[node] for node in starts.values()), default=0)
     found = {}
+    number: Any  # of a node's arguments
     for number, start in starts.items():
         nodes = []
         node = start.next
