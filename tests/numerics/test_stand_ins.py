@@ -183,14 +183,22 @@ def texts(reports: Any) -> list[list[str]]:
     return [of(report) for report in reports]
 
 
-def test_a_copy_with_another_layers_weights_is_noticed(
-    unfolded: list[list[object]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "sabotage"),
+    [
+        ("bdlora_compile.unfold._renumber", lambda *arguments: None),
+        ("bdlora_compile.unfold._WeightsOfTwins.of", lambda weights, node, layer, number: node),
+    ],
+    ids=["the traced layer's part of the cache", "the traced layer's weights"],
+)
+def test_a_copy_that_keeps_what_is_not_its_own_is_noticed(
+    target: str, sabotage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The twin of the test above: copies that keep the traced layer's part of the cache give other logits."""
-    monkeypatch.setattr("bdlora_compile.unfold._renumber", lambda *arguments: None)
+    """The twin of the test above."""
+    monkeypatch.setattr(target, sabotage)
     plain = plain_model()
     model = served(plain)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="relative_error"):
         require_equal_logits(model, plain, count=2)
 
 
