@@ -35,6 +35,7 @@ from bdlora_compile.runtime.program import BoundRegion, Program, Variants, bind
 from bdlora_compile.runtime.ranges import RangedModule, in_range
 from bdlora_compile.runtime.step_graphs import CudaRecorder, StepGraphs
 from bdlora_compile.transport import through_symmetric_memory
+from bdlora_compile.unfold import unfold
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def bdlora(
     Raises:
         ConfigError: an option or ``mode`` cannot be honoured.
         HollowError: the model was not loaded or attached.
+        StandInError: a layer cannot stand in for another after all; see `StandIns.run`.
         PlacementError: strict mode, and a value cannot stay on its rank.
         AgreementError: ranks compiled different graphs.
     """
@@ -185,7 +187,9 @@ def analyse(module: GraphModule, deployment: Deployment, *, has_views: bool = Fa
         PlacementError: strict mode, and a value cannot stay on its rank.
     """
     captured = _copy(module)
+    tracing = unfold(captured, deployment.stand_ins)
     report = _new_report(captured, deployment)
+    report.tracing = tracing
     context = PassContext(deployment.plan, deployment.strict, has_views=has_views)
     run_passes(PIPELINE, captured, context, report.stages)
     report.symbols = symbol_names(captured)

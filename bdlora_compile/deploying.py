@@ -4,10 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from bdlora_compile.errors import PlacementError
 from bdlora_compile.hollow import hollow_out
+from bdlora_compile.ir import layer_of
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.ranks import Ranks
@@ -25,6 +27,7 @@ from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import ShardStore, WeightSource
 from bdlora_compile.served import serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
+from bdlora_compile.stand_ins import StandIns
 from bdlora_compile.strategy import Choice
 from bdlora_compile.timing import Terms
 
@@ -68,6 +71,7 @@ def deploy(
     watch = _watch_of(ranks.agreement, setup.device)
     deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
+    deployment.stand_ins = stand_ins_of(model, sites)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
@@ -75,6 +79,14 @@ def deploy(
     for name, adapter in found.items():
         adapters.add(name, adapter)
     return adapters
+
+
+def stand_ins_of(model: PreTrainedModel, sites: Iterable[str]) -> StandIns | None:
+    """For the list that the sites' layers are in; None if they are in none, or in several."""
+    paths = {layer.rpartition(".")[0] for site in sites if (layer := layer_of(site)) is not None}
+    path = paths.pop() if len(paths) == 1 else ""
+    layers = model.get_submodule(path)
+    return StandIns(path, layers) if isinstance(layers, nn.ModuleList) else None
 
 
 def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
-from bdlora_compile.deploying import cache_shape, offered_sites, served_sites
+from bdlora_compile.deploying import cache_shape, offered_sites, served_sites, stand_ins_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.estimate import Estimate, ModelShape, estimate, phases
 from bdlora_compile.explained_graph import explain_graph
@@ -275,6 +275,7 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
     deployment = Deployment(plan, [], Alone(), strict)
     shape = cache_shape(model, plan, num_hosted=1)
     hollow_out(model, deployment, is_guarded=False)
+    deployment.stand_ins = stand_ins_of(model, plan.sites)
     serve(model, deployment, shape)
     model.requires_grad_(False)
 
@@ -287,11 +288,15 @@ def _trace(model: PreTrainedModel, plan: ModelPlan, strict: bool) -> list[Report
 
     compiled = torch.compile(_forward_of(model), backend=look, fullgraph=True)
     cache = LocalCache(shape, _TRACED_BATCH, _TRACED_LENGTH)
-    with own_errors(), torch.no_grad():
-        for seq in (4, 1):
-            ids = torch.ones(_TRACED_BATCH, seq, dtype=torch.int64)
-            torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
-            compiled(ids, cache)
+    for seq in (4, 1):
+        ids = torch.ones(_TRACED_BATCH, seq, dtype=torch.int64)
+        torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
+
+        def forward(ids: torch.Tensor = ids) -> object:
+            with own_errors(), torch.no_grad():
+                return compiled(ids, cache)
+
+        forward() if deployment.stand_ins is None else deployment.stand_ins.run(forward)
     return deployment.reports
 
 

@@ -106,4 +106,10 @@ def _guard(module_name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any
     def guard(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (shard_only(args[0], module_name), *args[1:])
 
+    guard.bdlora_module = module_name  # type: ignore[attr-defined]  # read back by `guards`
     return guard
+
+
+def guards(hook: object, module_name: str) -> bool:
+    """Whether a hook is the guard of the module of that name, and no other one's."""
+    return getattr(hook, "bdlora_module", None) == module_name

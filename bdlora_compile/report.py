@@ -69,6 +69,7 @@ class Report:
         base_only: what a copy of the last stage went through for batches without adapters.
         decisions: why each group of LoRA sites has its layout.
         symbols: what symbolic sizes are called in reports, by this process's names.
+        tracing: which layers Dynamo traced, and why not fewer.
         all_reduce: which transport sums over the ranks, and why.
         norms: which all-reduces of each graph add the residual and norm as well, where the transport can; alike layers
             count once.
@@ -85,6 +86,7 @@ class Report:
     base_only: list[StageReport] = field(default_factory=list)
     decisions: Sequence[Decision] = ()
     symbols: Mapping[str, str] = field(default_factory=dict)
+    tracing: str = ""
     all_reduce: str = ""
     norms: dict[str, PassStats] = field(default_factory=dict)
     attention: str = ""
@@ -118,6 +120,8 @@ class Report:
         if self.rebuilt:
             size = sum(self.rebuilt.values())
             lines.append(f"  rebuilt at load by one all-to-all: {len(self.rebuilt)} factors, {size} bytes on a rank")
+        if self.tracing:
+            lines.append(f"  traced: {self.tracing}")
         if self.all_reduce:
             lines.append(f"  all-reduce: {self.all_reduce}")
         for graph, stats in self.norms.items():

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -62,7 +63,8 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
                     # Batch, sequence and key lengths; a hidden size is the same in each call and stays known.
                     last = value.ndim - 1 if value.is_floating_point() and value.ndim == 3 else value.ndim
                     torch._dynamo.maybe_mark_dynamic(value, list(range(last)))
-            output = self._call_compiled(**kwargs)
+            forward, stand_ins = partial(self._call_compiled, **kwargs), self.bdlora.stand_ins
+            output = forward() if stand_ins is None else stand_ins.run(forward)
             launched, self.bdlora.last_step = self.bdlora.last_step, None
             if launched is not None:
                 self.bdlora_known_steps.note(self, kwargs, launched, output)

@@ -92,6 +92,7 @@ def parts_of(model: Any, forwards: Callable[[], object]) -> dict[str, Any]:
         "passes_s": round(passes, 2),
         "emit_s": round(emit, 2),
         "graphs": len(reports),
+        "traced": sorted({report.tracing for report in reports}),
         "base_collectives": sorted(set(census.per_layer(Origin.BASE))),
         "lora_collectives": sorted(set(census.per_layer(Origin.LORA))),
     }

@@ -17,6 +17,7 @@ from bdlora_compile.runtime.leading import Leader
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
 from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import ShardStore
+from bdlora_compile.stand_ins import StandIns
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Deployment:
             two forwards.
         last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
         leader: on rank 0, while the other ranks follow its calls.
+        stand_ins: which layers Dynamo traces; None where it traces every layer, as for an explanation.
         watch: notices forwards that never end; None where the transport does so itself, or there is one rank.
     """
 
@@ -54,6 +56,7 @@ class Deployment:
     step: threading.RLock = field(default_factory=threading.RLock)
     leader: Leader | None = None
     watch: StepWatch | None = None
+    stand_ins: StandIns | None = None
     # Each thread, and each task of an event loop, has its own choice.
     _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))
     _num_choices: int = 0
