@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row |= {"layer_us": base, "layer_with_lora_us": full, "lora_us": full - base, "standalone_us": standalone}
         print(
             f"{tokens} tokens, local rank {rank}: layer {base:.1f} us, with LoRA {full:.1f}; adds {full - base:.1f}, "
-            f"alone {standalone:.1f}: ratio {(full - base) / standalone:.2f}",
+            f"alone {standalone:.1f}: the layer is {full / (base + standalone):.2f} of what its parts take alone",
             flush=True,
         )
         if options.json:

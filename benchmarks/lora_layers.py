@@ -151,6 +151,13 @@ class Layers:
         description = self.groups[group]
         return Call(self.case.tokens, description.in_features, description.out_features, self.case.width)
 
+    def arrive(self, group: int) -> None:
+        """What writes x in a layer (norm, attention, activation): a kernel that no other starts beside.
+
+        In line without it, products would start beside each other, as they never do in a layer.
+        """
+        self.x[group].mul_(1)
+
     def base(self, layer: int, group: int) -> None:
         """The product without LoRA."""
         torch.mm(self.x[group], self.weights[layer][group].t(), out=self.y[group])
@@ -175,7 +182,7 @@ class Layers:
         )  # fmt: skip
 
     def us(self, with_lora: bool, plans: Mapping[int, Plan] | None = None) -> float:
-        """Microseconds of a layer: all products, and LoRA on all groups.
+        """Microseconds of a layer: all products, and LoRA on all groups, each behind a kernel that writes its x.
 
         ``plans``: LoRA in launches of its own, and with these plans by group instead of the table's.
         """
@@ -184,6 +191,7 @@ class Layers:
             if with_lora and plans is None:
                 self.counters.zero_()  # once a forward
             for layer, group in itertools.product(range(self.num_layers), range(len(self.groups))):
+                self.arrive(group)
                 if with_lora and plans is None:
                     self.both(layer, group)
                     continue

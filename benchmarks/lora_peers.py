@@ -157,6 +157,7 @@ class Peers:
     def _time(self, step: Any) -> float:
         def run() -> None:
             for layer, group in itertools.product(range(self.layers.num_layers), range(4)):
+                self.layers.arrive(group)
                 step(layer, group)
 
         return replay_us(run, groups=5, milliseconds=6) / self.layers.num_layers

@@ -6,15 +6,15 @@
 
 A plan's time is that of a whole layer, products and LoRA on all sites, with the plan for one group of sites and the
 table's for the others (of products: the best found so far): weights and factors come from memory as in use. Each plan
-is also checked against float64.
+is also checked against float64. Where several files have plans of one shape, the table takes the last one's.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from bdlora_compile.runtime.kernels import launch, tuned
+from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import (
     NARROW,
     Call,
@@ -33,16 +33,12 @@ from bdlora_compile.runtime.kernels.tiles import (
     Product,
     Shrink,
     TwoLaunches,
-    bucket_of,
     can_overlap,
     product_for,
     segment_tokens,
 )
 from benchmarks.lora_layers import Case, Group, Layers, groups_of, in_processes
-
-TABLE = Path(tuned.__file__).resolve()
-TOLERANCE = 4e-3
-"""Relative error of a right result: bf16 rounds y to 2^-9, about 2e-3."""
+from benchmarks.plan_table import TABLE, TOLERANCE, fields_of, table
 
 CASES = [
     *(Case(m, 8, "bd", r, t, t, t) for t in (16, 64) for m in ("8B", "70B") for r in (16, 64)),
@@ -67,7 +63,8 @@ def one_launches(case: Case, in_features: int) -> list[Plan]:
         return []
     rows = max(2, 1 << (case.width - 1).bit_length())
     warps = (2, 4) if in_features <= 1024 else (8, 16) if in_features >= 8192 else (4, 8)
-    return [OneLaunch(rows, number, overlap) for number in warps for overlap in (True, False)]
+    registers = (0, 128) if case.tokens > 16 else (0,)
+    return [OneLaunch(rows, *rest) for rest in itertools.product(warps, (True, False), registers)]
 
 
 def shrinks(case: Case) -> list[Shrink]:
@@ -261,41 +258,6 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         yield from found
 
 
-def fields_of(plan: Plan) -> list[Any]:
-    """A plan as it stands in the table."""
-    return [[*part] if isinstance(part, tuple) else part for part in astuple(plan)[:3]]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The text of the tables: the fastest right plan of each shape."""
-    text = TABLE.read_text().partition("TUNED:")[0]
-    text += "TUNED: dict[str, dict[Key, Fields]] = " + _entries([row for row in rows if "plan" in row], "plan")
-    found = _entries([row for row in rows if "product" in row], "product")
-    return text + "\nPRODUCTS: dict[str, dict[Key, ProductFields | None]] = " + found
-
-
-def _entries(rows: list[dict[str, Any]], name: str) -> str:
-    """One table, from rows whose plan is the field ``name``."""
-    best: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        width = 1 << (row["width"] - 1).bit_length()
-        key = (bucket_of(row["tokens"]), row["in_features"], tuple(row["out_features"]), width)
-        if row["error"] < TOLERANCE and row["us"] < best[row["device"]].get(key, {"us": float("inf")})["us"]:
-            best[row["device"]][key] = row
-    text = "{\n"
-    for device, plans in best.items():
-        text += f'    "{device}": {{\n'
-        for key, row in sorted(plans.items()):
-            text += f"        {key}: {_as_tuples(row[name])},  # layer {row['us']:.1f} us\n"
-        text += "    },\n"
-    return text + "}\n"
-
-
-def _as_tuples(plan: Any) -> Any:
-    """A plan of a row, whose lists were tuples."""
-    return tuple(_as_tuples(part) for part in plan) if isinstance(plan, list) else plan
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -308,8 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so long")
     options = parser.parse_args(arguments)
     if options.table:
-        lines = [line for file in options.table for line in file.read_text().splitlines()]
-        TABLE.write_text(table([json.loads(line) for line in lines]))
+        files = [[json.loads(line) for line in file.read_text().splitlines()] for file in options.table]
+        TABLE.write_text(table(files))
         return
     begin = time.monotonic()
     known, prepare, run = (

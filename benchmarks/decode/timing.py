@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.decode.loops import ROOM, DecodeLoop
 
 STEPS = 24
-ROUNDS = 4
+ROUNDS = 3
 PARTS = ("GEMM", "LoRA", "attention", "collectives", "rest", "idle")
 
 _KINDS: Mapping[str, tuple[str, ...]] = {

@@ -93,7 +93,7 @@ def _apply_by_token(
     apply_tokens[grid](
         x, y, pool, slots, scales, token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
         BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
-        **_pdl(overlap),
+        **_pdl(overlap), **_at_most(plan.registers),
     )  # fmt: skip
 
 
@@ -238,6 +238,11 @@ def expand(
 def _pdl(overlap: bool) -> dict[str, bool]:
     """Asked for only where it is wanted: the interpreter knows no such option."""
     return {"launch_pdl": True} if overlap else {}
+
+
+def _at_most(registers: int) -> dict[str, int]:
+    """A limit on a thread's registers, which the interpreter does not know."""
+    return {"maxnreg": registers} if registers and torch.cuda.is_available() else {}
 
 
 def _three(values: Sequence[int]) -> tuple[int, ...]:

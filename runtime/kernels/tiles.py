@@ -37,11 +37,13 @@ class OneLaunch:
         warps: of a program, which owns 256 columns of y for each: 16 bytes a thread.
         overlap: start before the base product has ended. That pays behind a product that ends in a small kernel of its
             own; behind others the launch takes longer.
+        registers: of a thread, at most, so that more programs fit a multiprocessor; 0 is what the compiler takes.
     """
 
     rows: int
     warps: int
     overlap: bool = True
+    registers: int = 0
 
     @property
     def columns(self) -> int:
@@ -254,10 +256,10 @@ def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
     return {key: Product(*fields) if fields else None for key, fields in plans.items()}
 
 
-def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool) -> Plan:
+def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool, registers: int = 0) -> Plan:
     if isinstance(first, int):
         assert isinstance(second, int)
-        return OneLaunch(first, second, overlap)
+        return OneLaunch(first, second, overlap, registers)
     assert isinstance(second, tuple)
     return TwoLaunches(Shrink(*first), Expand(*second), overlap)
 

@@ -172,7 +172,7 @@ def test_a_forward_begins_with_a_short_piece(count: int) -> None:
         return (x + shared,)
 
     first = BoundRegion(start, [InputSource(0)])
-    regions = [first, *[BoundRegion(add, [CarriedSource(), SharedSource(0)])] * (count - 1)]
+    regions = [first, *[BoundRegion(add, [CarriedSource(0), SharedSource(1)])] * (count - 1)]
     parts = pieces(regions, [2])
     assert len(parts) == (2 if count >= 8 else 1)
     if count >= 8:
