@@ -105,6 +105,9 @@ Plan = OneLaunch | TwoLaunches
 BY_TOKEN_LIMIT = 64
 """Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
 
+_LIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""GPUs whose launches of their own take another's plans: the same multiprocessors; faster than the default there."""
+
 BUCKETS = (16, 64, 256, 2048)
 """Numbers of tokens in the table; a call takes the next larger one, or the last."""
 
@@ -244,7 +247,8 @@ def _key(call: Call) -> tuple[int, int, tuple[int, ...], int]:
 def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
     if not torch.cuda.is_available():
         return {}
-    plans = TUNED.get(torch.cuda.get_device_name(), {})
+    name = torch.cuda.get_device_name()
+    plans = TUNED.get(_LIKE.get(name, name), {})
     return {key: _plan(*fields) for key, fields in plans.items()}
 
 

@@ -61,6 +61,19 @@ def test_the_table_holds_plans_for_its_keys(device: str, monkeypatch: pytest.Mon
         tiles._table.cache_clear()
 
 
+def test_an_h200_takes_the_plans_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of launches of their own alone; another GPU takes the default."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    key, fields = next((key, fields) for key, fields in TUNED["NVIDIA H100 80GB HBM3"].items() if len(fields) == 4)
+    for device, is_like in (("NVIDIA H200", True), ("a GPU that nobody measured", False)):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda name=device: name)
+        tiles._table.cache_clear()
+        try:
+            assert (tiles.plan_for(Call(*key)) == tiles._plan(*fields)) is is_like
+        finally:
+            tiles._table.cache_clear()
+
+
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Choose as on a GPU of this name."""
