@@ -1,7 +1,9 @@
 """Recorded decode steps: equal to plain ones, whatever of their inputs changes; a stand-in records on the CPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -159,6 +161,22 @@ def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCa
     assert steps.stats.refusals == ("ValueError: a value is read by the host",), "and was tried once"
     assert "cannot be recorded: a value is read" in caplog.text
     assert "refused: ValueError: a value is read" in steps.stats.text()
+
+
+def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may have warmed the forward up, and inside a recording the handle cannot be made."""
+    told: list[str] = []
+
+    @contextmanager
+    def recording(graph: object, pool: object, capture_error_mode: str) -> Iterator[None]:
+        told.append("recording begins")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.append("handle"))
+    step_graphs.CudaRecorder()(lambda: told.append("forward"))
+    assert told == ["handle", "recording begins", "forward"]
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 33])
