@@ -156,14 +156,14 @@ def view_graph(captured: Captured) -> GraphView:
 
 
 def _nodes_by_layer(graph: Graph) -> dict[str, list[Node]]:
-    by_layer: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        layer = _layer_of_node(node)
-        if layer is not None:
-            by_layer.setdefault(layer, []).append(node)
+    layers = {node: layer for node in graph.nodes if (layer := _layer_of_node(node)) is not None}
+    # In the order in which they run: weights may come in another.
+    calls = dict.fromkeys(layer for node, layer in layers.items() if node.op != "placeholder")
+    by_layer: dict[str, list[Node]] = {layer: [] for layer in (*calls, *layers.values())}
+    for node, layer in layers.items():
+        by_layer[layer].append(node)
     # What the cache does after its last layer makes that layer no other kind.
-    calls = [layer for layer, nodes in by_layer.items() if any(node.op != "placeholder" for node in nodes)]
-    for layer in calls[-1:]:
+    for layer in [*calls][-1:]:
         writes = trailing_writes(by_layer[layer])
         by_layer[layer] = [node for node in by_layer[layer] if node not in writes]
     return by_layer
