@@ -101,19 +101,31 @@ def limits(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {"one_shot": one, "two_shot": two}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, then measure all sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def joined(description: str | None, arguments: Sequence[str] | None) -> Path:
+    """Read the command line and join torchrun's process group; returns the file that --json names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    from torch.distributed import _symmetric_memory as symmetric_memory  # needs CUDA's driver
-
+    file: Path = parser.parse_args(arguments).json
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    assert dist.group.WORLD is not None, "initialized above"
-    group: Any = dist.group.WORLD.group_name
-    buffer = symmetric_memory.empty(BUFFER, dtype=torch.uint8, device="cuda")
+    return file
+
+
+def shared_buffer(size: int) -> tuple[Tensor, Any]:
+    """Symmetric memory of all ranks, uint8 [size], and the name of their group."""
+    from torch.distributed import _symmetric_memory as symmetric_memory  # needs CUDA's driver
+
+    assert dist.group.WORLD is not None, "initialized by `joined`"
+    group = dist.group.WORLD.group_name
+    buffer = symmetric_memory.empty(size, dtype=torch.uint8, device="cuda")
     symmetric_memory.rendezvous(buffer, group)
+    return buffer, group
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check, then measure all sizes."""
+    file = joined(__doc__, arguments)
+    buffer, group = shared_buffer(BUFFER)
     lines: list[dict[str, Any]] = [{"replays": REPLAYS, "wrong_elements": check(buffer, group)}]
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ranks": dist.get_world_size()}
     for size in SIZES:
@@ -127,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if dist.get_rank() == 0:
         for line in lines:
             print(json.dumps(line), flush=True)
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     dist.destroy_process_group()
 
 

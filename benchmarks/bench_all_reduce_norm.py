@@ -9,13 +9,11 @@ of groups, the slowest rank). A part that takes longer than `LIMIT` seconds ends
 another waits for ever.
 """
 
-import argparse
 import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
-from benchmarks.bench_all_reduce import pair_us, summand
+from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -73,12 +71,7 @@ class Ranks:
     """This rank's memory, and the two ways to call."""
 
     def __init__(self) -> None:
-        from torch.distributed import _symmetric_memory as symmetric_memory  # needs CUDA's driver
-
-        assert dist.group.WORLD is not None, "initialized in main"
-        self.group: Any = dist.group.WORLD.group_name
-        self.buffer = symmetric_memory.empty(TWO_SHOT, dtype=torch.uint8, device="cuda")
-        symmetric_memory.rendezvous(self.buffer, self.group)
+        self.buffer, self.group = shared_buffer(TWO_SHOT)
         self.mailbox = new_mailbox(self.group, torch.device("cuda", torch.cuda.current_device()))
         dist.barrier()
         self._compiled = torch.compile(add_and_norm, dynamic=True)
@@ -147,11 +140,7 @@ def check(ranks: Ranks) -> dict[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Check, then measure all sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    file = joined(__doc__, arguments)
     limit = TimeLimit()
     limit.begin("the check")
     ranks = Ranks()
@@ -172,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines.append(line)
     limit.begin("")
     if dist.get_rank() == 0:
-        options.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     dist.destroy_process_group()
 
 

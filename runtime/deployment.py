@@ -44,7 +44,8 @@ class Deployment:
             two forwards.
         last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
         leader: on rank 0, while the other ranks follow its calls.
-        stand_ins: which layers Dynamo traces; None where it traces every layer, as for an explanation.
+        stand_ins: which layers Dynamo traces; None where it traces every layer, as in a model
+            whose sites are not in one list of layers.
         watch: notices forwards that never end; None where the transport does so itself, or there is one rank.
     """
 

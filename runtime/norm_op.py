@@ -47,17 +47,7 @@ def all_reduce_add_norm(
 
 
 @all_reduce_add_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    buffer: Tensor,
-    mailbox: Tensor,
-    epsilon: float,
-    one_shot: int,
-    two_shot: int,
-    group: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_others: object) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     return total, torch.empty_like(total)
 

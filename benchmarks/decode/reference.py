@@ -143,13 +143,12 @@ def greedy_choices(
     """
     texts = torch.cat([prompts, chosen[:, :-1]], 1)
 
-    def logits(precision: torch.dtype, paths: Sequence[Path | None]) -> Tensor:
-        rows = list(zip(paths, texts, strict=True))
-        return torch.stack(reference_logits(model, rows, precision, device, chosen.shape[1]))
-
-    exact = logits(torch.float32, adapters)
-    allowed = 2 * _gap(exact, logits(dtype, adapters).argmax(2)) + max(torch.finfo(dtype).eps / 2, 1e-5)
-    swapped = logits(torch.float32, [*adapters[1:], adapters[0]])
+    rows = list(zip(adapters, texts, strict=True))
+    with_next = list(zip([*adapters[1:], adapters[0]], texts, strict=True))
+    keep = chosen.shape[1]
+    exact, swapped = torch.stack(reference_logits(model, [*rows, *with_next], torch.float32, device, keep)).chunk(2)
+    rounded = torch.stack(reference_logits(model, rows, dtype, device, keep))
+    allowed = 2 * _gap(exact, rounded.argmax(2)) + max(torch.finfo(dtype).eps / 2, 1e-5)
     return Choices(_gap(exact, chosen), allowed, _gap(swapped, chosen))
 
 

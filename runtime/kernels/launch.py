@@ -93,7 +93,7 @@ def _apply_by_token(
     apply_tokens[grid](
         x, y, pool, slots, scales, token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
         BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
-        **_pdl(overlap), **_at_most(plan.registers),
+        **pdl(overlap), **_at_most(plan.registers),
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def linear(
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **_pdl(overlap),
+        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
 
@@ -183,7 +183,7 @@ def shrink(
     h = make(planes, tokens, len(sites), width, dtype=torch.float32)
     sizes = (x.stride(0), in_features, slots.shape[1], tokens, width, len(sites), *_three(sites))
     constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
-    options = {"num_warps": tiles.warps, **_pdl(early)}
+    options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
         grid = (tokens, len(sites), planes * triton.cdiv(width, tiles.rows))
         shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, ROWS=tiles.rows, **options)
@@ -224,7 +224,7 @@ def expand(
     sizes = (y.stride(0), columns, slots.shape[1], tokens, width, len(sites), *_three(counts)[:2])
     sizes = (*sizes, *_three(sites), *_three(out_features))
     constants = {"PLANES": h.shape[0], "PARTS": parts, "BLOCK_R": tiles.rows, "BLOCK_O": tiles.columns}
-    options = {"OVERLAP": overlap, "num_warps": tiles.warps, "num_stages": 1, **_pdl(overlap)}
+    options = {"OVERLAP": overlap, "num_warps": tiles.warps, "num_stages": 1, **pdl(overlap)}
     if work is None:
         expand_tokens[(tokens, sum(counts))](y, h, pool, slots, scales, token_slot, *sizes, **constants, **options)
         return
@@ -235,7 +235,7 @@ def expand(
     )  # fmt: skip
 
 
-def _pdl(overlap: bool) -> dict[str, bool]:
+def pdl(overlap: bool) -> dict[str, bool]:
     """Asked for only where it is wanted: the interpreter knows no such option."""
     return {"launch_pdl": True} if overlap else {}
 

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bdlora_compile.runtime.kernels.launch import pdl
 from bdlora_compile.runtime.kernels.norm import (
     MAX_RANKS,
     MAX_ROWS,
@@ -48,6 +49,4 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
 def _options(columns: int, overlap: bool) -> dict[str, int | bool]:
     block = triton.next_power_of_2(columns)
     warps = min(max(1, block // _ELEMENTS_OF_A_WARP), _MOST_WARPS)
-    found = {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps}
-    # Asked for only where it is wanted: the interpreter knows no such option.
-    return {**found, "launch_pdl": True} if overlap else found
+    return {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps, **pdl(overlap)}
