@@ -5,6 +5,7 @@ that number only to say which part of a cache it updates. What cannot be compare
 """
 
 import ast
+import gc
 import inspect
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -107,7 +108,7 @@ def number_use(layers: Sequence[nn.Module]) -> str:
     )
     for file in dict.fromkeys(base.__module__ for base in owners):
         try:
-            tree = ast.parse(inspect.getsource(sys.modules[file]))
+            tree = _parsed(inspect.getsource(sys.modules[file]))
         except (KeyError, OSError, TypeError, SyntaxError):
             return f"{file}: no source to read"
         names = {base.__name__ for base in owners if base.__module__ == file}
@@ -119,6 +120,21 @@ def number_use(layers: Sequence[nn.Module]) -> str:
         if line is not None:
             return f"{file}, line {line}"
     return ""
+
+
+def _parsed(source: str) -> ast.Module:
+    """The tree of a source, while the collector rests.
+
+    CPython 3.11 counts the depth of all its parsers in one place: an object that is collected meanwhile, and whose end
+    parses something itself (a traceback that is formatted does), makes this parser fail with a SystemError.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _from_elsewhere(cls: type) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """A graph in which layers stand in for others is the one that Dynamo captures of all layers; unlike ones are traced."""
 
+import ast
 import copy
+import gc
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import bdlora_compile as bd
 from bdlora_compile import backend
+from bdlora_compile.alike import number_use
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.ir import Captured, fake_value, module_path, operator_name
 from bdlora_compile.propagation import value_key
@@ -263,6 +266,28 @@ def test_code_that_reads_the_layers_number_has_every_layer_traced() -> None:
         r"every layer: the layers' code may depend on their number \(tests.numerics.test_stand_ins, line \d+\)",
         tracing(model),
     )
+
+
+class ParsesAtItsEnd:
+    """Garbage that only the collector finds, and whose end parses a source, as formatting a traceback does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        ast.parse("a = 1")
+
+
+def test_sources_are_read_whatever_the_collector_ends_meanwhile() -> None:
+    """CPython 3.11 runs the collector inside of its parser, and has one counter of depth for both."""
+    model = plain_model()
+    thresholds = gc.get_threshold()
+    ParsesAtItsEnd()
+    try:
+        gc.set_threshold(50)
+        assert number_use(model.model.layers) == ""
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_code_that_writes_to_its_module_has_every_layer_traced() -> None:
