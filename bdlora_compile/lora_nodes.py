@@ -2,24 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import operator_name
 
-SHRINK = "bdlora::lora_shrink"
-LOOKUP = "bdlora::lora_lookup"
-EXPAND = "bdlora::lora_expand"
-SHRINK_GROUPED = "bdlora::lora_shrink_grouped"
-EXPAND_IN_PLACE = "bdlora::lora_expand_"
-APPLY = "bdlora::lora_apply_"
-LINEAR = "bdlora::lora_linear"
-
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
+    OPERATOR: ClassVar[str]
+
+    @classmethod
+    def is_of(cls, node: Node) -> bool:
+        """Whether the node is this operator's."""
+        return operator_name(node) == f"bdlora::{cls.OPERATOR}"
+
     @classmethod
     def of(cls, node: Node) -> Self:
         """The arguments of a node of this operator."""
@@ -30,6 +29,10 @@ class _Arguments:
         """Arguments by name: each from the last of the records that has it, or from ``more``."""
         known = {member.name: getattr(source, member.name) for source in sources for member in fields(source)} | more
         return cls(**{member.name: known[member.name] for member in fields(cls)})
+
+    def insert(self, graph: Graph) -> Node:
+        """A node of the operator."""
+        return graph.call_function(getattr(torch.ops.bdlora, self.OPERATOR).default, self._in_order())
 
     def write_to(self, node: Node) -> None:
         """Make these the node's arguments."""
@@ -43,6 +46,8 @@ class _Arguments:
 class ShrinkArguments(_Arguments):
     """Of ``bdlora::lora_shrink``."""
 
+    OPERATOR = "lora_shrink"
+
     x: Node
     pool: Node
     slots: Node
@@ -50,14 +55,12 @@ class ShrinkArguments(_Arguments):
     sites: Sequence[int]
     width: int
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_shrink.default, self._in_order())
-
 
 @dataclass(frozen=True, slots=True)
 class LookupArguments(_Arguments):
     """Of ``bdlora::lora_lookup``, which is to an embedding what ``lora_shrink`` is to a linear layer."""
+
+    OPERATOR = "lora_lookup"
 
     x: Node
     pool: Node
@@ -67,14 +70,12 @@ class LookupArguments(_Arguments):
     width: int
     length: int
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_lookup.default, self._in_order())
-
 
 @dataclass(frozen=True, slots=True)
 class ExpandArguments(_Arguments):
     """Of ``bdlora::lora_expand``."""
+
+    OPERATOR = "lora_expand"
 
     y: Node
     h: Node
@@ -85,16 +86,14 @@ class ExpandArguments(_Arguments):
     sites: Sequence[int]
     out_features: Sequence[int]
     parts: int
-
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_expand.default, self._in_order())
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkGroupedArguments(_Arguments):
     """Of ``bdlora::lora_shrink_grouped``."""
 
+    OPERATOR = "lora_shrink_grouped"
+
     x: Node
     pool: Node
     slots: Node
@@ -104,14 +103,12 @@ class ShrinkGroupedArguments(_Arguments):
     sites: Sequence[int]
     width: int
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_shrink_grouped.default, self._in_order())
-
 
 @dataclass(frozen=True, slots=True)
 class ExpandInPlaceArguments(_Arguments):
     """Of ``bdlora::lora_expand_``, which adds to ``y`` in place."""
+
+    OPERATOR = "lora_expand_"
 
     y: Node
     h: Node
@@ -125,14 +122,12 @@ class ExpandInPlaceArguments(_Arguments):
     out_features: Sequence[int]
     parts: int
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_expand_.default, self._in_order())
-
 
 @dataclass(frozen=True, slots=True)
 class ApplyArguments(_Arguments):
     """Of ``bdlora::lora_apply_``, which adds to ``y`` in place."""
+
+    OPERATOR = "lora_apply_"
 
     x: Node
     y: Node
@@ -146,14 +141,12 @@ class ApplyArguments(_Arguments):
     width: int
     out_features: Sequence[int]
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_apply_.default, self._in_order())
-
 
 @dataclass(frozen=True, slots=True)
 class LinearArguments(_Arguments):
     """Of ``bdlora::lora_linear``, a base product with its LoRA."""
+
+    OPERATOR = "lora_linear"
 
     x: Node
     weight: Node
@@ -168,19 +161,15 @@ class LinearArguments(_Arguments):
     width: int
     out_features: Sequence[int]
 
-    def insert(self, graph: Graph) -> Node:
-        """A node of the operator."""
-        return graph.call_function(torch.ops.bdlora.lora_linear.default, self._in_order())
-
 
 def is_shrink(node: Node) -> bool:
     """Whether the node is the first half of the LoRA path of a linear layer."""
-    return operator_name(node) == SHRINK
+    return ShrinkArguments.is_of(node)
 
 
 def is_lookup(node: Node) -> bool:
     """Whether the node is the first half of the LoRA path of an embedding."""
-    return operator_name(node) == LOOKUP
+    return LookupArguments.is_of(node)
 
 
 def first_half(node: Node) -> ShrinkArguments | LookupArguments:
@@ -190,17 +179,17 @@ def first_half(node: Node) -> ShrinkArguments | LookupArguments:
 
 def is_expand(node: Node) -> bool:
     """Whether the node is the second half of a LoRA path."""
-    return operator_name(node) == EXPAND
+    return ExpandArguments.is_of(node)
 
 
 def is_in_place(node: Node) -> bool:
     """Whether the node is a LoRA path, or its second half, that adds in place."""
-    return operator_name(node) in (APPLY, EXPAND_IN_PLACE)
+    return ApplyArguments.is_of(node) or ExpandInPlaceArguments.is_of(node)
 
 
 def is_lora_linear(node: Node) -> bool:
     """Whether the node is a base product with its LoRA."""
-    return operator_name(node) == LINEAR
+    return LinearArguments.is_of(node)
 
 
 def bridge_of(expand: Node) -> tuple[Node, list[Node]]:

@@ -59,20 +59,7 @@ def lora_linear(
 
 
 @lora_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    counters: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 

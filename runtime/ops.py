@@ -129,17 +129,7 @@ def lora_expand(
 
 
 @lora_expand.register_fake
-def _(
-    y: Tensor,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> Tensor:
+def _(y: Tensor, *_: object) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
@@ -163,17 +153,7 @@ def lora_apply(
 
 
 @lora_apply.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> Tensor:
+def _(x: Tensor, y: Tensor, *_: object) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
@@ -205,19 +185,7 @@ def lora_apply_(
 
 
 @lora_apply_.register_fake
-def _(
-    x: Tensor,
-    y: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> None:
+def _(*_: object) -> None:
     return None
 
 
