@@ -12,6 +12,7 @@ and norms as well (`norm_op.py`, `kernels/norm.py`); neither knows of the other.
 """
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -74,20 +75,17 @@ class AllReduce:
         if wanted == "nccl":
             return cls(_own_text("asked for"))
         limits = machine.symmetric_limits(mesh.size)
-        obstacle = _agreed(agreement, _obstacle(mesh, limits, dtype, device), str(limits))
+        obstacle = _agreed(agreement, _obstacle(mesh, limits, dtype, device), limits)
         buffer = mailbox = None
         if limits is not None and not obstacle:
-            try:
-                buffer, mailbox = _symmetric_buffer(limits.two_shot, mesh, device), new_mailbox(mesh.group, device)
-            except Exception as error:  # whatever the driver, the links or the build lack
-                obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-            obstacle = _agreed(agreement, obstacle, str(limits))
+            size = limits.two_shot
+            buffer, obstacle = _on_all(agreement, lambda: _symmetric_buffer(size, mesh, device), limits)
         if limits is not None and not obstacle:
-            apart = _agreed(agreement, _norm_obstacle(mesh, device), str(limits))
-            text = _symmetric_text(limits, machine, mesh.size)
-            if apart:
-                return cls(f"{text}; norms apart: {apart}", buffer, limits)
-            return cls(f"{text}; one-shot with residual and norm", buffer, limits, mailbox)
+            apart = _agreed(agreement, _norm_obstacle(mesh, device), limits)
+            if not apart:
+                mailbox, apart = _on_all(agreement, lambda: new_mailbox(mesh.group, device), limits)
+            norms = f"norms apart: {apart}" if apart else "one-shot with residual and norm"
+            return cls(f"{_symmetric_text(limits, machine, mesh.size)}; {norms}", buffer, limits, mailbox)
         if wanted == "symmetric":
             raise ConfigError(
                 "all_reduce='symmetric'",
@@ -161,7 +159,18 @@ def _obstacle(mesh: Mesh, limits: SymmetricLimits | None, dtype: torch.dtype, de
     return "" if limits is not None else "it was not measured on this machine"
 
 
-def _agreed(agreement: Agreement, own: str, limits: str) -> str:
+def _on_all(agreement: Agreement, allocate: Callable[[], Tensor], limits: SymmetricLimits) -> tuple[Tensor | None, str]:
+    """This rank's memory of something that all ranks have; or nothing, and why some rank has none."""
+    memory, obstacle = None, ""
+    try:
+        memory = allocate()
+    except Exception as error:  # whatever the driver, the links or the build lack
+        obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    obstacle = _agreed(agreement, obstacle, limits)
+    return (None, obstacle) if obstacle else (memory, "")
+
+
+def _agreed(agreement: Agreement, own: str, limits: SymmetricLimits | None) -> str:
     """What is in the way on any rank, the same text on all."""
     note = f"{socket.gethostname()}\n{limits}\n{own}"
     told = [text.split("\n") for text in agreement.exchange("all-reduce", note, is_setup=True)]

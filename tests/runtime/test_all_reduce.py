@@ -66,7 +66,7 @@ def test_where_it_cannot_be_had_the_reason_is_told() -> None:
 def test_all_ranks_take_it_or_none() -> None:
     """Another host, other limits, or a failure on either rank keeps all from it."""
     fine = "HOST\nLIMITS\n"
-    found = choose("auto", Others(fine, fine, fine))
+    found = choose("auto", Others(fine, fine, fine, fine))
     assert found.text.startswith("symmetric memory, one-shot to 1048576 bytes, two-shot to 16777216, nccl above")
     assert found.text.endswith("(h100-nvlink, measured); one-shot with residual and norm")
     assert found.mailbox is not None
@@ -95,6 +95,24 @@ def test_norms_stay_apart_on_all_ranks_or_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=108))
     own = choose("auto", Others(fine, fine, fine))
     assert own.text.endswith("; norms apart: rank 0: a GPU has 108 multiprocessors, 128 wanted")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_mailbox_that_a_rank_lacks_keeps_norms_apart_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums go through symmetric memory all the same."""
+    fine = "HOST\nLIMITS\n"
+    theirs = choose("auto", Others(fine, fine, fine, "HOST\nLIMITS\nOutOfMemoryError: full"))
+    assert theirs.text.endswith("; norms apart: rank 1: OutOfMemoryError: full")
+
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("no address")
+
+    monkeypatch.setattr(all_reduce, "new_mailbox", fail)
+    own = choose("auto", Others(fine, fine, fine, fine))
+    assert own.text.endswith("; norms apart: rank 0: RuntimeError: no address")
+    for found in (theirs, own):
+        assert found.buffer is not None
+        assert found.mailbox is None
 
 
 @pytest.mark.usefixtures("gpu")
