@@ -41,7 +41,7 @@ class Job:
         prompts: texts of the user.
         new_tokens: tokens to generate for each row.
         strategy: layout of the LoRA sites.
-        machine: what an "auto" strategy chooses for, None for the device's default.
+        machine: what it runs on, None for the device's default.
         inner: what runs a rank's graph, None for the device's default.
         check: compare every token with PEFT's eager result.
     """

@@ -54,7 +54,7 @@ class Choice:
     Attributes:
         layout: for every site; None is by the cost model.
         workload: the load to choose for.
-        machine: the machine to choose for, None for the device's default.
+        machine: what it runs on, None for the device's default.
     """
 
     layout: Layout | None
@@ -66,7 +66,7 @@ class Choice:
         """Check what the caller asked for.
 
         Raises:
-            ConfigError: the strategy is unknown, or a load or a machine is given to one that does not choose.
+            ConfigError: the strategy is unknown, or a load is given to one that does not choose.
         """
         known = get_args(Strategy)
         if strategy not in known:
@@ -76,17 +76,17 @@ class Choice:
                 expected=f"one of {', '.join(map(repr, known))}",
                 remedy="choose one of them",
             )
-        if strategy != "auto" and (workload, machine) != (None, None):
+        if strategy != "auto" and workload is not None:
             raise ConfigError(
-                "workload" if workload is not None else "machine",
+                "workload",
                 found=f"one given with strategy={strategy!r}",
-                expected="strategy='auto', which chooses for them",
+                expected="strategy='auto', which chooses for it",
                 remedy="leave it out, or load with strategy='auto'",
             )
         return cls(None if strategy == "auto" else Layout(strategy), workload or Workload(), machine)
 
     def machine_for(self, device: torch.device) -> Machine:
-        """The machine to choose for.
+        """What it runs on.
 
         Raises:
             ConfigError: there is no such machine.

@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Bench:
         self.is_fake = dist.is_initialized() and dist.get_backend() == "fake"
         self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
         self.machine = find_machine(None, self.device)
+        if options.fetch_ahead is not None:
+            self.machine = replace(self.machine, fetch_ahead=options.fetch_ahead)
         self.base_step: dict[int, float] = {}
 
     def say(self, text: str) -> None:
@@ -152,7 +154,7 @@ class Bench:
             "max_local_rank": max(kind.local_rank(self.size) for kind in kinds),
         }
         start = time.perf_counter()
-        loop = OurLoop(model, strategy, self.dtype, self.device, self.options.inner, capacity)
+        loop = OurLoop(model, strategy, self.machine, self.dtype, self.device, self.options.inner, capacity)
         self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
         for number, kind in enumerate(self.columns(strategy)):
             names = [f"{kind}-{i}" for i in range(slots)]
@@ -265,6 +267,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fake-tp", type=int, default=0, help="be rank 0 of so many, on one GPU")
     parser.add_argument("--no-check", action="store_true", help="do not compare logits")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave transformers' own out")
+    parser.add_argument("--fetch-ahead", type=int, help="bytes of coming weights to fetch, instead of the machine's")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--out", help="results, a JSON line each")
     return parser.parse_args()

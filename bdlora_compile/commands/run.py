@@ -26,7 +26,7 @@ def run(
         typer.Option(help="local: no LoRA collective. slora: S-LoRA's collectives. auto: the cheaper of them."),
     ] = StrategyName.local,
     machine: Annotated[
-        str | None, typer.Option(help="With auto: a known machine, or a file of bdlora calibrate.")
+        str | None, typer.Option(help="What it runs on: a known machine, or a file of bdlora calibrate.")
     ] = None,
     inner: Annotated[InnerName | None, typer.Option(help="Default: inductor on GPUs, eager on CPUs.")] = None,
     check: Annotated[bool, typer.Option(help="Compare every token with PEFT's eager result.")] = False,

@@ -89,6 +89,7 @@ class OurLoop(DecodeLoop):
         self,
         folder: Path,
         strategy: Strategy,
+        machine: bd.Machine,
         dtype: torch.dtype,
         device: torch.device,
         inner: str,
@@ -96,8 +97,8 @@ class OurLoop(DecodeLoop):
     ) -> None:
         super().__init__(device)
         torch._dynamo.reset()
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "strategy": strategy, **capacity}
-        self.model, self.adapters = bd.load(folder, host_bytes=2 << 30, max_tokens=8192, **options)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "strategy": strategy, "machine": machine}
+        self.model, self.adapters = bd.load(folder, host_bytes=2 << 30, max_tokens=8192, **options, **capacity)
         # The function, not its name: a checkout that was not installed has no entry point.
         self.model.compile(backend=bdlora, options={"inner": inner})
 

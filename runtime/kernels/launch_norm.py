@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bdlora_compile.runtime.kernels.fetch import Fetch
 from bdlora_compile.runtime.kernels.launch import pdl
 from bdlora_compile.runtime.kernels.norm import (
     MAX_RANKS,
@@ -25,15 +26,28 @@ def can_exchange(rows: int, columns: int, element_size: int, ranks: int) -> bool
 
 
 def reduce_add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, mailbox: Tensor, epsilon: float, rank: int, ranks: int
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mailbox: Tensor,
+    epsilon: float,
+    rank: int,
+    ranks: int,
+    fetch: Fetch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked."""
+    """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked.
+
+    ``fetch`` is brought into the cache meanwhile.
+    """
     total, normed = torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape
-    overlap = can_overlap()
-    all_reduce_add_norm_rows[(rows,)](
-        x, residual, weight, mailbox, total, normed, epsilon, RANK=rank, RANKS=ranks, **_options(columns, overlap)
-    )
+    fetch = fetch or Fetch(x)
+    options = _options(columns)
+    warps = options["num_warps"]
+    all_reduce_add_norm_rows[(rows + fetch.programs(warps),)](
+        x, residual, weight, mailbox, total, normed, fetch.matrix, rows, epsilon, RANK=rank, RANKS=ranks,
+        THREADS=32 * warps, **fetch.constants(), **options,
+    )  # fmt: skip
     return total, normed
 
 
@@ -41,12 +55,12 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
     """(residual + x, its norm), [rows, columns] each, for x that is the sum already."""
     total, normed = torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape
-    overlap = can_overlap()
-    add_norm_rows[(rows,)](x, residual, weight, total, normed, epsilon, **_options(columns, overlap))
+    add_norm_rows[(rows,)](x, residual, weight, total, normed, epsilon, **_options(columns))
     return total, normed
 
 
-def _options(columns: int, overlap: bool) -> dict[str, int | bool]:
+def _options(columns: int) -> dict[str, int]:
+    overlap = can_overlap()
     block = triton.next_power_of_2(columns)
     warps = min(max(1, block // _ELEMENTS_OF_A_WARP), _MOST_WARPS)
     return {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps, **pdl(overlap)}

@@ -208,9 +208,7 @@ def test_ranks_that_choose_differently_are_refused(files: tuple[Path, dict[str, 
         bd.load(files[0], files[1], ranks=ranks, strategy="auto", machine=machine(1e-6))
 
 
-def test_a_machine_without_a_choice_is_refused(files: tuple[Path, dict[str, Path]]) -> None:
-    with pytest.raises(bd.ConfigError, match="strategy='auto'"):
-        bd.load(files[0], machine="h100-nvlink")
+def test_a_load_without_a_choice_is_refused(files: tuple[Path, dict[str, Path]]) -> None:
     with pytest.raises(bd.ConfigError, match="strategy='auto'"):
         bd.load(files[0], workload=bd.Workload(), strategy="slora")
     with pytest.raises(bd.ConfigError, match="no more adapters than tokens"):
