@@ -33,7 +33,10 @@ def piece_offset(piece, PIECES: tl.constexpr, PIECES_A_ROW: tl.constexpr, ROW_BY
 def fetch_pieces(
     matrix, program, PIECES: tl.constexpr, PIECES_A_ROW: tl.constexpr, ROW_BYTES: tl.constexpr, THREADS: tl.constexpr
 ):
-    """Ask for the pieces of one of the programs that fetch, one for each thread."""
+    """Ask for the pieces of one of the programs that fetch, one for each thread.
+
+    ``matrix`` begins at a multiple of 16 bytes, as do its rows, ROW_BYTES apart.
+    """
     piece = program * THREADS + tl.arange(0, THREADS)
     address = matrix.to(tl.int64) + piece_offset(piece, PIECES, PIECES_A_ROW, ROW_BYTES)
     tl.inline_asm_elementwise(

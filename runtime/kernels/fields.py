@@ -48,7 +48,11 @@ def wait_for_kernel_ahead(OVERLAP: tl.constexpr):
 
 @triton.jit
 def let_next_kernel_start(OVERLAP: tl.constexpr):
-    """Called behind `wait_for_kernel_ahead`, so that the next kernel knows that all but this one has ended."""
+    """The next kernel may start once all programs of this one have come here or ended.
+
+    Called behind `wait_for_kernel_ahead`, the next kernel knows that all but this one has ended. Called before, it must
+    wait for this one before it reads what an earlier one writes.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 

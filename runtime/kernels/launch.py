@@ -129,7 +129,8 @@ def linear(
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     if plan.ahead:
         tiles = shrink_ahead(in_features, width)
-        h = shrink(x, pool, slots, token_slot, None, sites, width, tiles, overlap=overlap, early=overlap)
+        started = {"overlap": overlap, "early": overlap, "eager": plan.eager}
+        h = shrink(x, pool, slots, token_slot, None, sites, width, tiles, **started)
         parts = 0
     else:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, len(sites), width, dtype=torch.float32)
@@ -144,7 +145,8 @@ def linear(
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
+        STAGES=plan.stages, AHEAD=plan.ahead, EAGER=plan.eager, PIECES=plan.pieces if overlap else 0,
+        THREADS=32 * plan.warps, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
 
@@ -171,10 +173,12 @@ def shrink(
     zeroed: bool = False,
     overlap: bool = False,
     early: bool = False,
+    eager: bool = False,
 ) -> Tensor:
     """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
 
-    ``overlap`` lets the expand behind start early, ``early`` starts the shrink itself early.
+    ``overlap`` lets the kernel behind start early, when x is there; ``eager`` (by token) when all programs have
+    started, before x is there. ``early`` starts the shrink itself early.
     """
     tokens, in_features = x.shape
     tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink
@@ -186,7 +190,8 @@ def shrink(
     options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
         grid = (tokens, len(sites), planes * triton.cdiv(width, tiles.rows))
-        shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, ROWS=tiles.rows, **options)
+        constants |= {"ROWS": tiles.rows, "EAGER": eager}
+        shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(len(sites) * width, tiles.rows)
     grid = (num_segments(tokens, slots.shape[1], work.size), row_tiles, planes)

@@ -14,6 +14,7 @@ all fit the GPU at once. Whoever is last sets the counters to zero again, so tha
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.fetch import fetch_pieces
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
@@ -144,7 +145,7 @@ def linear_tokens(
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, EAGER: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
@@ -152,7 +153,9 @@ def linear_tokens(
     Those that make h are tokens * N_SITES * row groups * PLANES; none if AHEAD.
     counters int32 [2 + column tiles] are zero, and are so again at the end.
     OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended. If
-    AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for.
+    AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for. If EAGER, it has
+    not, and x is there when the shrink has ended.
+    PIECES: of each of a program's rows of W it asks for so many (`fetch.py`) before it waits.
     """
     OUT: tl.constexpr = OUT0 + OUT1 + OUT2
     TILES: tl.constexpr = OUT // BLOCK_O
@@ -169,6 +172,11 @@ def linear_tokens(
             return
     tile = (program - goal) % TILES
     split = (program - goal) // TILES
+    if PIECES > 0:
+        ROW_BYTES: tl.constexpr = IN * weight.dtype.element_ty.primitive_bitwidth // 8
+        share = weight + tile.to(tl.int64) * (BLOCK_O * IN) + split * DEPTH
+        for turn in tl.static_range((BLOCK_O * PIECES + THREADS - 1) // THREADS):
+            fetch_pieces(share, turn, BLOCK_O * PIECES, PIECES, ROW_BYTES, THREADS)
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     t = tl.arange(0, BLOCK_T)
     is_token = t < tokens
@@ -199,7 +207,7 @@ def linear_tokens(
     own_within = within - tl.multiple_of(start // 8 * 8 + block * own_columns, 8)[:, None]
     one_block = tl.zeros_like(rank) + WIDTH
     factor = _load_b(pool, own_offset, tl.where(is_plain, own_rank, 0), own_columns, one_block, own_within, j)
-    if not AHEAD:
+    if EAGER or not AHEAD:
         wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)

@@ -102,8 +102,8 @@ def all_reduce_add_norm_rows(
 
     The sum over the ranks is taken in float32 in their order and rounded once, so all have the same bits.
 
-    OVERLAP: weight and addresses are read before the kernel ahead in the stream has ended; the next one may start when
-    nothing is left to wait for.
+    OVERLAP: weight and addresses are read before the kernel ahead in the stream has ended; the next one may start while
+    this one waits for the peers.
     """
     row = tl.program_id(0)
     if PIECES > 0:
@@ -123,8 +123,9 @@ def all_reduce_add_norm_rows(
     tl.store(_place(_address_of(mailboxes, RANK), row, exchange, x) + column, own, mask=inside)
     _tell_peers(mailboxes, row, exchange, RANK, RANKS)
     tl.store(mailbox + (row + 1) * _LINE + _EXCHANGES, exchange + 1)
-    _wait_for_peers(mailbox, row, exchange, RANK, RANKS)
+    # All programs are on the device now: the next kernel can get ready, and keeps none of them out.
     let_next_kernel_start(OVERLAP)
+    _wait_for_peers(mailbox, row, exchange, RANK, RANKS)
     reduced = tl.zeros([BLOCK], dtype=tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:

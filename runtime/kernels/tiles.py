@@ -147,6 +147,9 @@ class Product:
         stages: 1 more than the tiles of W under way.
         warps: of a program.
         ahead: h is made by a launch of its own ahead of this one, not by its first programs.
+        eager: with ``ahead``, programs start when those that make h have started, get ready, and wait for all of h
+            before they read x; else they start when x is there, and wait for h behind their sums.
+        pieces: of each of its rows of W (see `fetch.py`) that a program asks for when it starts, before it waits.
     """
 
     columns: int
@@ -155,6 +158,8 @@ class Product:
     stages: int
     warps: int = 4
     ahead: bool = False
+    eager: bool = False
+    pieces: int = 0
 
 
 def product_for(call: Call) -> Product | None:

@@ -6,7 +6,7 @@ Written by `benchmarks/tune.py`; do not edit.
 
 Key = tuple[int, int, tuple[int, ...], int]
 Fields = tuple[int, int, bool] | tuple[int, int, bool, int] | tuple[tuple[int, ...], tuple[int, ...], bool]
-ProductFields = tuple[int, int, int, int, int, bool]
+ProductFields = tuple[int, int, int, int, int, bool] | tuple[int, int, int, int, int, bool, bool, int]
 
 TUNED: dict[str, dict[Key, Fields]] = {
     "NVIDIA H100 80GB HBM3": {

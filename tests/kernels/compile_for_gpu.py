@@ -1,7 +1,11 @@
-"""Compile kernels for an H100, without one, and print how often each loads 16 bytes and 2 bytes at once, as JSON."""
+"""Compile kernels for an H100, without one, and print what each does to memory, in the order of its code, as JSON.
+
+A process of its own: elsewhere in the tests Triton is an interpreter.
+"""
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -9,34 +13,82 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bdlora_compile.runtime.kernels.apply import apply_tokens
+from bdlora_compile.runtime.kernels.cache import write_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
+from bdlora_compile.runtime.kernels.linear import linear_tokens
+from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.shrink import shrink_tokens
 
-POINTERS = {"x": "*bf16", "y": "*bf16", "pool": "*bf16", "slots": "*i64", "scales": "*fp32", "h": "*fp32"}
-POINTERS |= {"token_slot": "*i32", "order": "*i32", "segments": "*i32"}
+TYPES = {
+    **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
+    **dict.fromkeys(("keys", "values", "k", "v"), "*bf16"),
+    **dict.fromkeys(("scales", "h", "shares"), "*fp32"),
+    **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
+    **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
+    "epsilon": "fp32",
+}
+"""Of arguments; the others are numbers, int32."""
+
+KINDS = {
+    "wide load": r"ld\.global\.v4",
+    "load of 8 bytes": r"ld\.global\.v2",
+    "narrow load": r"ld\.global\.b16",
+    "load to shared memory": r"cp\.async\.c",
+    "wide store": r"st\.global\.v4",
+    "store of 8 bytes": r"st\.global\.v2",
+    "narrow store": r"st\.global\.b16",
+    "release": r"atom\.global\.sys\.release\.exch\.b64",
+    "acquire": r"atom\.global\.sys\.acquire\.add\.u64",
+    "barrier": r"bar\.sync",
+    "wait": r"griddepcontrol\.wait",
+    "let start": r"griddepcontrol\.launch_dependents",
+    "fetch": r"cp\.async\.bulk\.prefetch\.L2\.global",
+}
+
+FETCH = {"PIECES": 3072 * 10, "PIECES_A_ROW": 10, "ROW_BYTES": 8192, "THREADS": 128}
+NO_FETCH = {**FETCH, "PIECES": 0}
+SHRINK = {"SPLITS": 2, "ROWS": 8, "BLOCK_K": 2048, "OVERLAP": True}
 EXPAND = {"PLANES": 2, "PARTS": 1, "OVERLAP": True}
-KERNELS: list[tuple[Any, dict[str, Any]]] = [
-    (shrink_tokens, {"SPLITS": 2, "ROWS": 8, "BLOCK_K": 2048, "OVERLAP": True}),
-    (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}),
-    (expand_segments, {**EXPAND, "BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_O": 128, "REPEAT": 1}),
-    (apply_tokens, {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}),
-]
+APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "OVERLAP": True}
+CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
+PRODUCT = {
+    "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
+    "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
+    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5,
+    "AHEAD": True, "OVERLAP": True, "THREADS": 128,
+}  # fmt: skip
+KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
+    "shrink": (shrink_tokens, {**SHRINK, "EAGER": False}, 4),
+    "eager shrink": (shrink_tokens, {**SHRINK, "EAGER": True}, 4),
+    "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
+    "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_O": 128, "REPEAT": 1}, 4),
+    "apply": (apply_tokens, {**APPLY, "OVERLAP": True}, 4),
+    "product": (linear_tokens, {**PRODUCT, "EAGER": False, "PIECES": 0}, 4),
+    "eager product": (linear_tokens, {**PRODUCT, "EAGER": True, "PIECES": 2}, 4),
+    "norm": (all_reduce_add_norm_rows, {**NORM, **NO_FETCH, "THREADS": 512}, 16),
+    "norm that fetches": (all_reduce_add_norm_rows, {**NORM, **FETCH, "THREADS": 512}, 16),
+    "cache": (write_tokens, {**CACHE, **NO_FETCH}, 4),
+    "cache that fetches": (write_tokens, {**CACHE, **FETCH}, 4),
+}
+"""Kernel, constants and warps."""
+
+
+def memory_of(kernel: Any, constants: Mapping[str, Any], warps: int) -> list[str]:
+    """Kinds of accesses and of waiting, in the order of the code."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    unknown = {*constants, *kernel.do_not_specialize, "epsilon"}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in unknown}
+    source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    lines = compiled.asm["ptx"].splitlines()
+    return [kind for line in lines for kind, form in KINDS.items() if re.search(form, line)]
 
 
 def main() -> None:
-    """One line: loads of 16 and of 2 bytes by kernel."""
-    found = {}
-    for kernel, constants in KERNELS:
-        names = kernel.arg_names
-        known = {**constants, "OVERLAP": True}
-        signature = {name: "constexpr" if name in known else POINTERS.get(name, "i32") for name in names}
-        varying = {*known, *kernel.do_not_specialize}
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in varying}
-        source = ASTSource(kernel, signature=signature, constexprs=known, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-        loads = re.findall(r"ld\.global[\w.]*", compiled.asm["ptx"])
-        found[kernel.__name__] = [sum("v4.b32" in load for load in loads), sum(load.endswith("b16") for load in loads)]
-    print(json.dumps(found))
+    """One line."""
+    print(json.dumps({name: memory_of(*kernel) for name, kernel in KERNELS.items()}))
 
 
 if __name__ == "__main__":

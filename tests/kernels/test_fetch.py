@@ -1,4 +1,4 @@
-"""What is fetched ahead: whole pieces at the beginning of each row, nothing outside of the matrix; the instruction."""
+"""What is fetched ahead: whole pieces at the beginning of each row, nothing outside of the matrix."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from bdlora_compile.runtime.kernels import fetch
 from bdlora_compile.runtime.kernels.fetch import PIECE, Fetch, fetch_of, piece_offset
-from tests.kernels.test_alignment import compiled
 from tests.kernels.test_kernels import DEVICE
 
 WARPS = 4
@@ -67,11 +66,3 @@ def test_nothing_is_fetched_without_a_gpu_that_can() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert fetch_of(matrix(4, 512), 4096) is None
-
-
-def test_the_kernels_ask_the_l2_cache_and_go_on_as_before() -> None:
-    """Compiled for an H100: one request in each, before and beside all that the kernel does else."""
-    for kernel, (with_fetch, without) in compiled("tests.kernels.compile_fetch").items():
-        assert with_fetch.count("fetch") == 1, kernel
-        assert "fetch" not in without, kernel
-        assert [kind for kind in with_fetch if kind != "fetch"] == without, kernel

@@ -3,6 +3,8 @@
 Tolerance as in `test_kernels`: only y is rounded. fp16, since the interpreter multiplies the bits of bf16 operands.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ TOLERANCE = 4 * 2.0**-11
 SHARED = Product(columns=16, depth=16, splits=2, stages=1)
 ALONE = Product(columns=32, depth=32, splits=1, stages=1)
 AHEAD = Product(columns=16, depth=16, splits=2, stages=1, warps=1, ahead=True)
-PLANS = [SHARED, ALONE, AHEAD]
+EAGER = replace(AHEAD, eager=True)
+PLANS = [SHARED, ALONE, AHEAD, EAGER]
 RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
 CASES = {
     "plain": Case(RANKS, 64, (64, 32, 32), 1, 1, 5, 3, torch.float16, True),
@@ -47,7 +50,7 @@ def run(case: Case, bank: AdapterBank, x: Tensor, weight: Tensor, counters: Tens
     return launch.linear(x, weight, *arguments, case.out_features, plan)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead"])
+@pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead", "started with h"])
 @pytest.mark.parametrize("name", CASES)
 def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> None:
     """And the counters are zero again, as the next launch wants them."""

@@ -1,0 +1,66 @@
+"""Kernels compiled for a GPU: how wide they load, who waits where, what they fetch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+Code = dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def code() -> Code:
+    """What each kernel does to memory, in the order of its code (`compile_for_gpu.py`)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_for_gpu"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "expand by segment", "apply"])
+def test_odd_sizes_are_not_taken_for_multiples_of_eight(code: Code, kernel: str) -> None:
+    """Both are there: wide loads for the one branch, narrow ones for the other, which would fault otherwise."""
+    assert "wide load" in code[kernel]
+    assert "narrow load" in code[kernel]
+
+
+def test_an_exchange_releases_and_acquires_for_the_whole_system(code: Code) -> None:
+    """All threads' values are written, then peers are told; all threads read the peers' after one of them was told.
+
+    Between a thread's writes and another's release, and an acquire and other threads' reads, there is a barrier.
+    """
+    order = code["norm"]
+    assert "narrow load" not in order
+    assert "narrow store" not in order
+    tell, wait = order.index("release"), order.index("acquire")
+    last = len(order) - 1 - order[::-1].index("acquire")
+    assert order[:tell] == ["wide load", "wait", "wide load", "wide load", "wide store", "barrier"]
+    assert tell < wait <= last
+    assert "wide load" not in order[tell:last]
+    assert tell < order.index("let start") < wait, "the next kernel may get ready meanwhile, once peers are told"
+    rest = order[last + 1 :]
+    assert rest[0] == "barrier"
+    assert rest.count("wide load") == 3, "one of each peer"
+
+
+@pytest.mark.parametrize("kernel", ["norm", "cache"])
+def test_who_can_fetch_does_all_else_as_before(code: Code, kernel: str) -> None:
+    """One request, of the L2 cache, by programs of its own."""
+    with_fetch = code[f"{kernel} that fetches"]
+    assert with_fetch.count("fetch") == 1
+    assert len(with_fetch) > 4
+    assert [kind for kind in with_fetch if kind != "fetch"] == code[kernel]
+
+
+def test_a_product_that_starts_with_its_shrink_waits_before_it_reads_x(code: Code) -> None:
+    """Others start when x is there: they read it at once, and wait for h alone."""
+    shrink, product = code["eager shrink"], code["eager product"]
+    assert shrink.index("let start") < shrink.index("wait")
+    assert product.index("fetch") < product.index("wait") < product.index("load to shared memory")
+    shrink, product = code["shrink"], code["product"]
+    assert shrink.index("wait") < shrink.index("let start")
+    assert "fetch" not in product
+    assert product.index("load to shared memory") < product.index("wait")
