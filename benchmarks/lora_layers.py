@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Plan, product_for, segment_tokens
+from bdlora_compile.runtime.kernels.tiles import Call, Plan, TwoLaunches, plan_for, product_for, segment_tokens
 from bdlora_compile.runtime.linear_op import lora_counters
 from bdlora_compile.runtime.ops import SlotField
 from benchmarks.replays import replay_us
@@ -169,13 +169,23 @@ class Layers:
             self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
         )  # fmt: skip
 
+    def apart(self, layer: int, group: int, plan: Plan | None = None) -> Tensor:
+        """The product, and LoRA in launches of its own: behind it or, where the plan says so, partly beside it."""
+        plan = plan or plan_for(self.call(group))
+        if isinstance(plan, TwoLaunches) and plan.beside:
+            return launch.linear_beside(
+                self.x[group], self.weights[layer][group], self.pool, self.slots, self.scales, self.token_slot,
+                self.work, self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
+            )  # fmt: skip
+        self.base(layer, group)
+        self.lora(layer, group, plan)
+        return self.y[group]
+
     def both(self, layer: int, group: int) -> Tensor:
         """The product with LoRA, as the operator `lora_linear` does it: in one where a plan says so."""
         plan = self.products[group]
         if plan is None:
-            self.base(layer, group)
-            self.lora(layer, group)
-            return self.y[group]
+            return self.apart(layer, group)
         return launch.linear(
             self.x[group], self.weights[layer][group], self.pool, self.slots, self.scales, self.token_slot,
             self.counters, self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
@@ -192,12 +202,12 @@ class Layers:
                 self.counters.zero_()  # once a forward
             for layer, group in itertools.product(range(self.num_layers), range(len(self.groups))):
                 self.arrive(group)
-                if with_lora and plans is None:
+                if not with_lora:
+                    self.base(layer, group)
+                elif plans is None:
                     self.both(layer, group)
-                    continue
-                self.base(layer, group)
-                if with_lora and plans is not None:
-                    self.lora(layer, group, plans.get(group))
+                else:
+                    self.apart(layer, group, plans.get(group))
 
         return replay_us(run) / self.num_layers
 

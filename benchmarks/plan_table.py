@@ -26,9 +26,9 @@ def table(files: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 def fields_of(plan: Plan) -> list[Any]:
     """A plan as it stands in the table; what is not so by default comes last."""
-    parts = (plan.rows, plan.warps) if isinstance(plan, OneLaunch) else (astuple(plan.shrink), astuple(plan.expand))
-    registers = plan.registers if isinstance(plan, OneLaunch) else 0
-    return [*parts, plan.overlap, *([registers] if registers else [])]
+    if isinstance(plan, OneLaunch):
+        return [plan.rows, plan.warps, plan.overlap, *([plan.registers] if plan.registers else [])]
+    return [astuple(plan.shrink), astuple(plan.expand), plan.overlap, *([True] if plan.beside else [])]
 
 
 def _fastest(rows: Sequence[dict[str, Any]], name: str) -> Best:

@@ -6,6 +6,7 @@ not write them; x and y it may write.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     Plan,
     Product,
     Shrink,
+    TwoLaunches,
     can_overlap,
     default_launches,
     plan_for,
@@ -95,6 +97,43 @@ def _apply_by_token(
         BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
         **pdl(overlap), **_at_most(plan.registers),
     )  # fmt: skip
+
+
+def linear_beside(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    work: Work | None,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+    plan: TwoLaunches,
+) -> Tensor:
+    """x W^T + scale * (B (A x)) as a new tensor: h on a stream of its own beside the product, then B h is added."""
+    work = None if plan.by_token else work
+    if not x.is_cuda:
+        h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink)
+        y = torch.nn.functional.linear(x, weight)
+    else:
+        current = torch.cuda.current_stream()
+        side = _stream_beside(current)
+        side.wait_stream(current)
+        # h is the side stream's memory: what is made there later waits for the current stream first, as here.
+        with torch.cuda.stream(side):
+            h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink)
+        y = torch.nn.functional.linear(x, weight)
+        current.wait_stream(side)
+    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand)
+    return y
+
+
+@cache
+def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each stream: what one thread records must not meet what another launches."""
+    return torch.cuda.Stream(stream.device)
 
 
 _ROWS_OF_A = 8

@@ -91,12 +91,15 @@ class TwoLaunches:
 
     Attributes:
         overlap: as for `OneLaunch`, for the shrink (the expand always overlaps it).
+        beside: where the base product and LoRA are one operator, the shrink runs on a stream of its own beside the
+            product, and neither kernel starts early.
         by_token: work token by token also where tokens are grouped.
     """
 
     shrink: Shrink
     expand: Expand
     overlap: bool = True
+    beside: bool = False
     by_token: bool = False
 
 
@@ -265,12 +268,13 @@ def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
     return {key: Product(*fields) if fields else None for key, fields in plans.items()}
 
 
-def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], overlap: bool, registers: int = 0) -> Plan:
+def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], *rest: int) -> Plan:
+    """Of a table's fields: those that are not as by default come last."""
     if isinstance(first, int):
         assert isinstance(second, int)
-        return OneLaunch(first, second, overlap, registers)
+        return OneLaunch(first, second, *rest)  # type: ignore[arg-type]  # a flag is a number here
     assert isinstance(second, tuple)
-    return TwoLaunches(Shrink(*first), Expand(*second), overlap)
+    return TwoLaunches(Shrink(*first), Expand(*second), *rest)  # type: ignore[arg-type]  # as above
 
 
 def default_plan(call: Call) -> Plan:

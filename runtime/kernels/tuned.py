@@ -5,7 +5,9 @@ Written by `benchmarks/tune.py`; do not edit.
 """
 
 Key = tuple[int, int, tuple[int, ...], int]
-Fields = tuple[int, int, bool] | tuple[int, int, bool, int] | tuple[tuple[int, ...], tuple[int, ...], bool]
+OneFields = tuple[int, int, bool] | tuple[int, int, bool, int]
+TwoFields = tuple[tuple[int, ...], tuple[int, ...], bool] | tuple[tuple[int, ...], tuple[int, ...], bool, bool]
+Fields = OneFields | TwoFields
 ProductFields = tuple[int, int, int, int, int, bool] | tuple[int, int, int, int, int, bool, bool, int]
 
 TUNED: dict[str, dict[Key, Fields]] = {

@@ -9,6 +9,7 @@ from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink
 from benchmarks import plan_table
 
 ONE = OneLaunch(8, 8, overlap=False, registers=128)
+TWO_BESIDE = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4), beside=True)
 TWO = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4))
 
 
@@ -23,6 +24,7 @@ def row(plan: Plan, us: float, error: float = 2e-3) -> dict[str, Any]:
         pytest.param([[row(TWO, 2), row(ONE, 1)]], ONE, id="the fastest"),
         pytest.param([[row(TWO, 2), row(ONE, 1, error=1)]], TWO, id="the fastest that is right"),
         pytest.param([[row(ONE, 1)], [row(TWO, 2)]], TWO, id="of the last file"),
+        pytest.param([[row(TWO, 2), row(TWO_BESIDE, 1)]], TWO_BESIDE, id="one beside the product"),
         pytest.param([[row(ONE, 1)], []], ONE, id="of the last file that has the shape"),
     ],
 )
