@@ -163,6 +163,12 @@ def test_stages_folds_search_and_keys(open_page: Open, pages: Any) -> None:
     assert page.locator("html").get_attribute("data-theme") != theme
 
 
+def unfold(page: Page, title: str) -> None:
+    """Open a block of code; the browser tells the page of it a little later, and only then are there lines."""
+    page.locator(".codes summary", has_text=title).click()
+    page.locator(".codes pre > *").first.wait_for()
+
+
 def test_a_node_tells_where_it_comes_from(open_page: Open, pages: Any) -> None:
     """Source file and line, shape, placement, the slice, the kernel; operands lead on."""
     path, _ = pages["local"]
@@ -177,7 +183,7 @@ def test_a_node_tells_where_it_comes_from(open_page: Open, pages: Any) -> None:
         assert part in said, part
     page.click('.row[data-key="model.layers.0.self_attn.o_proj/bdlora::lora_apply_"]')
     assert "runtime/kernels/apply.py" in page.locator("#detail").inner_text()
-    page.locator(".codes summary", has_text="runtime/kernels/apply.py").click()
+    unfold(page, "runtime/kernels/apply.py")
     assert (
         page.locator(".codes pre").first.inner_text().strip()
         == (PACKAGE / "runtime/kernels/apply.py").read_text().strip()
@@ -190,7 +196,7 @@ def test_code_of_a_run(open_page: Open, pages: Any) -> None:
     page = open_page(path)
     key = "model.layers.0.mlp.down_proj/linear"
     page.locator(f'.row[data-key="{key}"]').click()
-    page.locator(".codes summary", has_text="Inductor's code of layers 0-2").click()
+    unfold(page, "Inductor's code of layers 0-2")
     marked = page.locator(".codes mark")
     (code,) = told.code
     assert [text.strip() for text in marked.all_inner_texts()] == [
