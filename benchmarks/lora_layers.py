@@ -151,6 +151,10 @@ class Layers:
         description = self.groups[group]
         return Call(self.case.tokens, description.in_features, description.out_features, self.case.width)
 
+    def factors(self, layer: int, group: int) -> launch.Factors:
+        """Of the sites of a layer's group."""
+        return launch.Factors(self.pool, self.slots, self.token_slot, self.sites[layer][group])
+
     def arrive(self, group: int) -> None:
         """What writes x in a layer (norm, attention, activation): a kernel that no other starts beside.
 
@@ -164,18 +168,16 @@ class Layers:
 
     def lora(self, layer: int, group: int, plan: Plan | None = None) -> None:
         """y += scale * (B (A x)), as the operator does it."""
-        launch.apply_(
-            self.x[group], self.y[group], self.pool, self.slots, self.scales, self.token_slot, self.work,
-            self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
-        )  # fmt: skip
+        factors, outs = self.factors(layer, group), self.groups[group].out_features
+        launch.apply_(self.x[group], self.y[group], factors, self.scales, self.work, self.case.width, outs, plan)
 
     def apart(self, layer: int, group: int, plan: Plan | None = None) -> Tensor:
         """The product, and LoRA in launches of its own: behind it or, where the plan says so, partly beside it."""
         plan = plan or plan_for(self.call(group))
         if isinstance(plan, TwoLaunches) and plan.beside:
             return launch.linear_beside(
-                self.x[group], self.weights[layer][group], self.pool, self.slots, self.scales, self.token_slot,
-                self.work, self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
+                self.x[group], self.weights[layer][group], self.factors(layer, group), self.scales, self.work,
+                self.case.width, self.groups[group].out_features, plan,
             )  # fmt: skip
         self.base(layer, group)
         self.lora(layer, group, plan)
@@ -187,8 +189,8 @@ class Layers:
         if plan is None:
             return self.apart(layer, group)
         return launch.linear(
-            self.x[group], self.weights[layer][group], self.pool, self.slots, self.scales, self.token_slot,
-            self.counters, self.sites[layer][group], self.case.width, self.groups[group].out_features, plan,
+            self.x[group], self.weights[layer][group], self.factors(layer, group), self.scales, self.counters,
+            self.case.width, self.groups[group].out_features, plan,
         )  # fmt: skip
 
     def us(self, with_lora: bool, plans: Mapping[int, Plan] | None = None) -> float:

@@ -155,18 +155,13 @@ def candidates(case: Case, group: Group) -> list[Product | None]:
 
 def run_piece(layers: Layers, group: int, piece: Plan | Shrink | Expand, planes: int) -> None:
     """One launch of a part of a plan, so that it is compiled."""
-    bank = (layers.pool, layers.slots)
-    sites, case = layers.sites[0][group], layers.case
+    factors, case = layers.factors(0, group), layers.case
     if isinstance(piece, Shrink):
-        launch.shrink(
-            layers.x[group], *bank, layers.token_slot, layers.work, sites, case.width, piece, overlap=can_overlap()
-        )  # fmt: skip
+        launch.shrink(layers.x[group], factors, layers.work, case.width, piece, overlap=can_overlap())
     elif isinstance(piece, Expand):
-        h = torch.zeros(planes, case.tokens, len(sites), case.width, device="cuda")
-        launch.expand(
-            layers.y[group], h, *bank, layers.scales, layers.token_slot, layers.work, sites,
-            layers.groups[group].out_features, 1, piece, overlap=can_overlap(),
-        )  # fmt: skip
+        h = torch.zeros(planes, case.tokens, len(factors.sites), case.width, device="cuda")
+        outs = layers.groups[group].out_features
+        launch.expand(layers.y[group], h, factors, layers.scales, layers.work, outs, 1, piece, overlap=can_overlap())
     else:
         layers.lora(0, group, piece)
 

@@ -70,7 +70,7 @@ def shrink_by_kernels(
     rows = x.reshape(-1, x.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
     tiles = one_plane_shrink(rows.shape[1], width) if work is None else None
-    planes = launch.shrink(rows, pool, slots, token_slot, work, sites, width, tiles)
+    planes = launch.shrink(rows, launch.Factors(pool, slots, token_slot, sites), work, width, tiles)
     h = planes[0] if planes.shape[0] == 1 else planes.sum(0)
     return h.flatten(1)
 
@@ -126,4 +126,4 @@ def expand_by_kernels(
     rows = y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
     planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
-    launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
+    launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)

@@ -78,18 +78,17 @@ def _(
     width: int,
     out_features: Sequence[int],
 ) -> Tensor:
-    bank = (pool, slots, scales, token_slot)
     plan = _plan_of(x, weight, width, out_features)
     if plan is None:
-        return _in_two(x, weight, bank, order, segments, sites, width, out_features)
+        return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
     if isinstance(plan, Product):
-        y = launch.linear(rows, weight, *bank, counters, sites, width, out_features, plan)
+        y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
     else:
         work = launch.work_for(rows.shape[0], order, segments)
-        y = launch.linear_beside(rows, weight, *bank, work, sites, width, out_features, plan)
+        y = launch.linear_beside(rows, weight, factors, scales, work, width, out_features, plan)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

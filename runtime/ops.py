@@ -240,7 +240,7 @@ def _(
 
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
-    launch.apply_(rows, out, pool, slots, scales, token_slot, work, sites, width, out_features)
+    launch.apply_(rows, out, launch.Factors(pool, slots, token_slot, sites), scales, work, width, out_features)
 
 
 @lora_shrink.register_kernel("cuda")
@@ -252,7 +252,7 @@ def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequenc
     rows = x.reshape(-1, x.shape[-1])
     work = _own_work(rows.shape[0], token_slot)
     # A collective follows: what no slot writes must be zero.
-    planes = launch.shrink(rows, pool, slots, token_slot, work, sites, width, zeroed=True)
+    planes = launch.shrink(rows, launch.Factors(pool, slots, token_slot, sites), work, width, zeroed=True)
     return planes.sum(0).flatten(1)
 
 
@@ -276,7 +276,7 @@ def _(
     rows = out.view(-1, out.shape[-1])
     work = _own_work(rows.shape[0], token_slot)
     planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
-    launch.expand(rows, planes, pool, slots, scales, token_slot, work, sites, out_features, parts)
+    launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
     return out
 
 

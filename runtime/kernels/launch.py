@@ -38,6 +38,27 @@ _ONE_GROUPING_LAUNCH = 1024
 """Tokens up to which one program groups them."""
 
 
+class Factors(NamedTuple):
+    """Where the factors of a call's sites lie, and which adapter each token has; see `runtime/ops.py`.
+
+    Attributes:
+        pool: flat pool of factors.
+        slots: int64 [sites, S, 7], the slot table.
+        token_slot: int32 [at least T].
+        sites: rows of ``slots`` that the call serves, up to three.
+    """
+
+    pool: Tensor
+    slots: Tensor
+    token_slot: Tensor
+    sites: Sequence[int]
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.slots.shape[1]
+
+
 class Work(NamedTuple):
     """Tokens grouped by slot: ``order`` and ``segments`` of `segment_work`, segments of up to ``size`` tokens."""
 
@@ -55,12 +76,9 @@ def work_for(tokens: int, order: Tensor, segments: Tensor) -> Work | None:
 def apply_(
     x: Tensor,
     y: Tensor,
-    pool: Tensor,
-    slots: Tensor,
+    factors: Factors,
     scales: Tensor,
-    token_slot: Tensor,
     work: Work | None,
-    sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
     plan: Plan | None = None,
@@ -68,32 +86,29 @@ def apply_(
     """y += scale * (B (A x)), in place."""
     plan = plan or plan_for(Call(x.shape[0], x.shape[1], tuple(out_features), width))
     if isinstance(plan, OneLaunch):
-        _apply_by_token(x, y, pool, slots, scales, token_slot, sites, out_features, plan)
+        _apply_by_token(x, y, factors, scales, out_features, plan)
         return
     overlap = can_overlap()
     early = plan.overlap and overlap
     work = None if plan.by_token else work
-    h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink, overlap=overlap, early=early)
-    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand, overlap=overlap)
+    h = shrink(x, factors, work, width, plan.shrink, overlap=overlap, early=early)
+    expand(y, h, factors, scales, work, out_features, 1, plan.expand, overlap=overlap)
 
 
 def _apply_by_token(
     x: Tensor,
     y: Tensor,
-    pool: Tensor,
-    slots: Tensor,
+    factors: Factors,
     scales: Tensor,
-    token_slot: Tensor,
-    sites: Sequence[int],
     out_features: Sequence[int],
     plan: OneLaunch,
 ) -> None:
     overlap = plan.overlap and can_overlap()
     tokens, in_features = x.shape
-    sizes = (x.stride(0), y.stride(0), y.shape[1], slots.shape[1], *_three(sites), in_features)
+    sizes = (x.stride(0), y.stride(0), y.shape[1], factors.num_slots, *_three(factors.sites), in_features)
     grid = (tokens, sum(triton.cdiv(size, plan.columns) for size in out_features))
     apply_tokens[grid](
-        x, y, pool, slots, scales, token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
+        x, y, factors.pool, factors.slots, scales, factors.token_slot, *sizes, *_three(out_features), ROWS=plan.rows,
         BLOCK_K=triton.next_power_of_2(in_features), BLOCK_O=plan.columns, OVERLAP=overlap, num_warps=plan.warps,
         **pdl(overlap), **_at_most(plan.registers),
     )  # fmt: skip
@@ -102,12 +117,9 @@ def _apply_by_token(
 def linear_beside(
     x: Tensor,
     weight: Tensor,
-    pool: Tensor,
-    slots: Tensor,
+    factors: Factors,
     scales: Tensor,
-    token_slot: Tensor,
     work: Work | None,
-    sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
     plan: TwoLaunches,
@@ -115,7 +127,7 @@ def linear_beside(
     """x W^T + scale * (B (A x)) as a new tensor: h on a stream of its own beside the product, then B h is added."""
     work = None if plan.by_token else work
     if not x.is_cuda:
-        h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink)
+        h = shrink(x, factors, work, width, plan.shrink)
         y = torch.nn.functional.linear(x, weight)
     else:
         current = torch.cuda.current_stream()
@@ -123,10 +135,10 @@ def linear_beside(
         side.wait_stream(current)
         # h is the side stream's memory: what is made there later waits for the current stream first, as here.
         with torch.cuda.stream(side):
-            h = shrink(x, pool, slots, token_slot, work, sites, width, plan.shrink)
+            h = shrink(x, factors, work, width, plan.shrink)
         y = torch.nn.functional.linear(x, weight)
         current.wait_stream(side)
-    expand(y, h, pool, slots, scales, token_slot, work, sites, out_features, 1, plan.expand)
+    expand(y, h, factors, scales, work, out_features, 1, plan.expand)
     return y
 
 
@@ -149,12 +161,9 @@ _ELEMENTS_A_TURN = 512
 def linear(
     x: Tensor,
     weight: Tensor,
-    pool: Tensor,
-    slots: Tensor,
+    factors: Factors,
     scales: Tensor,
-    token_slot: Tensor,
     counters: Tensor,
-    sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
     plan: Product,
@@ -162,25 +171,25 @@ def linear(
     """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after."""
     overlap = can_overlap()
     tokens, in_features = x.shape
-    columns = sum(out_features)
+    columns, n_sites = sum(out_features), len(factors.sites)
     width = max(2, triton.next_power_of_2(width))
     rows = min(width, _ROWS_OF_A)
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     if plan.ahead:
         tiles = shrink_ahead(in_features, width)
         started = {"overlap": overlap, "early": overlap, "eager": plan.eager}
-        h = shrink(x, pool, slots, token_slot, None, sites, width, tiles, **started)
+        h = shrink(x, factors, None, width, tiles, **started)
         parts = 0
     else:
-        h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, len(sites), width, dtype=torch.float32)
-        parts = tokens * len(sites) * (width // rows) * h.shape[0]
+        h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
+        parts = tokens * n_sites * (width // rows) * h.shape[0]
     y = x.new_empty(tokens, columns)
     shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(tokens))
     grid = (parts + columns // plan.columns * plan.splits,)
     linear_tokens[grid](
-        x, weight, y, shares, h, counters, pool, slots, scales, token_slot,
-        tokens, x.stride(0), slots.shape[1], *_three(sites), len(sites), in_features, *_three(out_features),
+        x, weight, y, shares, h, counters, factors.pool, factors.slots, scales, factors.token_slot,
+        tokens, x.stride(0), factors.num_slots, *_three(factors.sites), n_sites, in_features, *_three(out_features),
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
@@ -201,11 +210,8 @@ def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
 
 def shrink(
     x: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    token_slot: Tensor,
+    factors: Factors,
     work: Work | None,
-    sites: Sequence[int],
     width: int,
     tiles: Shrink | None = None,
     *,
@@ -220,23 +226,24 @@ def shrink(
     started, before x is there. ``early`` starts the shrink itself early.
     """
     tokens, in_features = x.shape
+    n_sites, num_slots = len(factors.sites), factors.num_slots
     tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink
     planes = triton.cdiv(in_features, tiles.depth) if work is None else tiles.splits
     make = x.new_zeros if zeroed else x.new_empty
-    h = make(planes, tokens, len(sites), width, dtype=torch.float32)
-    sizes = (x.stride(0), in_features, slots.shape[1], tokens, width, len(sites), *_three(sites))
+    h = make(planes, tokens, n_sites, width, dtype=torch.float32)
+    sizes = (x.stride(0), in_features, num_slots, tokens, width, n_sites, *_three(factors.sites))
     constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
     options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
-        grid = (tokens, len(sites), planes * triton.cdiv(width, tiles.rows))
+        grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
         constants |= {"ROWS": tiles.rows, "EAGER": eager}
-        shrink_tokens[grid](x, pool, slots, token_slot, h, *sizes, **constants, **options)
+        shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
-    row_tiles = triton.cdiv(len(sites) * width, tiles.rows)
-    grid = (num_segments(tokens, slots.shape[1], work.size), row_tiles, planes)
+    row_tiles = triton.cdiv(n_sites * width, tiles.rows)
+    grid = (num_segments(tokens, num_slots, work.size), row_tiles, planes)
     shrink_segments[grid](
-        x, pool, slots, work.order, work.segments, h, *sizes, **constants, BLOCK_T=work.size, BLOCK_R=tiles.rows,
-        num_stages=tiles.stages, **options,
+        x, factors.pool, factors.slots, work.order, work.segments, h, *sizes, **constants, BLOCK_T=work.size,
+        BLOCK_R=tiles.rows, num_stages=tiles.stages, **options,
     )  # fmt: skip
     return h
 
@@ -244,12 +251,9 @@ def shrink(
 def expand(
     y: Tensor,
     h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
+    factors: Factors,
     scales: Tensor,
-    token_slot: Tensor,
     work: Work | None,
-    sites: Sequence[int],
     out_features: Sequence[int],
     parts: int = 1,
     tiles: Expand | None = None,
@@ -265,17 +269,19 @@ def expand(
     tiles = tiles or default_launches(Call(tokens, 0, tuple(out_features), width)).expand
     repeat = 1 if work is None else tiles.repeat
     counts = [triton.cdiv(size, tiles.columns * repeat) for size in out_features]
-    sizes = (y.stride(0), columns, slots.shape[1], tokens, width, len(sites), *_three(counts)[:2])
-    sizes = (*sizes, *_three(sites), *_three(out_features))
+    sizes = (y.stride(0), columns, factors.num_slots, tokens, width, len(factors.sites), *_three(counts)[:2])
+    sizes = (*sizes, *_three(factors.sites), *_three(out_features))
     constants = {"PLANES": h.shape[0], "PARTS": parts, "BLOCK_R": tiles.rows, "BLOCK_O": tiles.columns}
     options = {"OVERLAP": overlap, "num_warps": tiles.warps, "num_stages": 1, **pdl(overlap)}
     if work is None:
-        expand_tokens[(tokens, sum(counts))](y, h, pool, slots, scales, token_slot, *sizes, **constants, **options)
+        expand_tokens[(tokens, sum(counts))](
+            y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, **constants, **options
+        )
         return
-    grid = (num_segments(tokens, slots.shape[1], work.size), sum(counts))
+    grid = (num_segments(tokens, factors.num_slots, work.size), sum(counts))
     expand_segments[grid](
-        y, h, pool, slots, scales, work.order, work.segments, *sizes, **constants, BLOCK_T=work.size, REPEAT=repeat,
-        **options,
+        y, h, factors.pool, factors.slots, scales, work.order, work.segments, *sizes, **constants, BLOCK_T=work.size,
+        REPEAT=repeat, **options,
     )  # fmt: skip
 
 

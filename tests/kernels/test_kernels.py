@@ -82,14 +82,17 @@ PLANS: dict[str, Plan] = {
 FORMS = [*PLANS]
 
 
+def factors_of(bank: AdapterBank, case: Case) -> launch.Factors:
+    """Those of all the case's sites, for its tokens."""
+    return launch.Factors(bank.pool, bank.slots, bank.token_slot[: case.tokens], [*range(len(case.out_features))])
+
+
 def run(case: Case, bank: AdapterBank, x: Tensor, y: Tensor, form: str) -> Tensor:
     """y with all sites' LoRA added by the kernels."""
-    tokens = bank.token_slot[: case.tokens]
-    work = launch.segment_work(tokens, SIZE) if form.startswith("segments") else None
+    factors = factors_of(bank, case)
+    work = launch.segment_work(factors.token_slot, SIZE) if form.startswith("segments") else None
     out = y.clone()
-    sites = list(range(len(case.out_features)))
-    arguments = (bank.pool, bank.slots, bank.scales, tokens, work, sites, case.width, case.out_features)
-    launch.apply_(x, out, *arguments, plan=PLANS[form])
+    launch.apply_(x, out, factors, bank.scales, work, case.width, case.out_features, PLANS[form])
     return out
 
 
@@ -193,19 +196,18 @@ def test_shares_of_several_ranks() -> None:
     case = Case(((8, 4, 2),), 64, (64, 24, 24), 1, 1, 5, 0, torch.bfloat16, False)
     bank, dense = bank_of(case)
     x, y, _ = inputs(case)
-    tokens = bank.token_slot[:5].fill_(0)
-    sites = [0, 1, 2]
+    bank.token_slot[:5].fill_(0)
+    factors = factors_of(bank, case)
     plan = PLANS["two launches"]
     assert isinstance(plan, TwoLaunches)
-    whole = launch.shrink(x, bank.pool, bank.slots, tokens, None, sites, 8, plan.shrink, zeroed=True).sum(0)
+    whole = launch.shrink(x, factors, None, 8, plan.shrink, zeroed=True).sum(0)
     gathered = torch.zeros(1, 5, 2 * 3, 8, device=DEVICE)
     for part in range(2):
         for site, rank in enumerate(case.ranks[0]):
             share = rank // 2
             gathered[0, :, part * 3 + site, :share] = whole[:, site, part * share : (part + 1) * share]
     found = y.clone()
-    arguments = (bank.pool, bank.slots, bank.scales, tokens, None, sites, case.out_features, 2, plan.expand)
-    launch.expand(found, gathered, *arguments)
+    launch.expand(found, gathered, factors, bank.scales, None, case.out_features, 2, plan.expand)
     assert error(found, expected(case, x, y, torch.zeros(5, dtype=torch.int64), dense)) < 4 * ROUNDING[case.dtype]
 
 

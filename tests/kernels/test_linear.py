@@ -23,7 +23,7 @@ from bdlora_compile.runtime.kernels.tiles import (
 )
 from bdlora_compile.runtime.linear_op import NUM_COUNTERS, lora_counters, lora_linear
 from bdlora_compile.runtime.ops import lora_work
-from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, inputs
+from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, factors_of, inputs
 
 TOLERANCE = 4 * 2.0**-11
 SHARED = Product(columns=16, depth=16, splits=2, stages=1)
@@ -54,9 +54,8 @@ def prepared(case: Case) -> tuple[AdapterBank, Tensor, Tensor, Tensor]:
 
 def run(case: Case, bank: AdapterBank, x: Tensor, weight: Tensor, counters: Tensor, plan: Product) -> Tensor:
     """y by the kernel."""
-    sites = list(range(len(case.out_features)))
-    arguments = (bank.pool, bank.slots, bank.scales, bank.token_slot[: case.tokens], counters, sites, case.width)
-    return launch.linear(x, weight, *arguments, case.out_features, plan)
+    factors = factors_of(bank, case)
+    return launch.linear(x, weight, factors, bank.scales, counters, case.width, case.out_features, plan)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead", "started with h"])
@@ -80,8 +79,8 @@ def test_h_beside_the_product_equals_dense_products(name: str) -> None:
     by_segment = TwoLaunches(Shrink(16, 16, 1, splits=2), Expand(16, 16, 1), beside=True)
 
     def found(plan: TwoLaunches, work: launch.Work | None) -> Tensor:
-        arguments = (bank.pool, bank.slots, bank.scales, tokens, work, [*range(len(case.out_features))], case.width)
-        return launch.linear_beside(x, weight, *arguments, case.out_features, plan)
+        factors = factors_of(bank, case)
+        return launch.linear_beside(x, weight, factors, bank.scales, work, case.width, case.out_features, plan)
 
     # The product is rounded before LoRA is added.
     assert error(found(plan, None), wanted) < 2 * TOLERANCE
