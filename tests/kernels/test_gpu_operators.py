@@ -1,0 +1,132 @@
+"""What the operators do on GPUs, which launch kernels, against what they do elsewhere; here in Triton's interpreter.
+
+Tolerance as in `test_kernels`: y is rounded, by the one once and by the other twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdlora_compile.runtime import linear_op
+from bdlora_compile.runtime.cache_ops import cache_write_
+from bdlora_compile.runtime.kernels.tiles import Expand, Product, Shrink, TwoLaunches
+from bdlora_compile.runtime.linear_op import lora_counters, lora_linear
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
+from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
+from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, inputs
+
+TOLERANCE = 4 * 2.0**-11
+SITES = [0, 1, 2]
+RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
+
+
+def on_gpu(operator: Any) -> Callable[..., Any]:
+    """What runs for tensors on a GPU."""
+    return operator if DEVICE.type == "cuda" else operator._backend_fns["cuda"]  # type: ignore[no-any-return]
+
+
+def plain(operator: Any) -> Callable[..., Any]:
+    """What runs for tensors elsewhere."""
+    return operator._init_fn  # type: ignore[no-any-return]
+
+
+class Call:
+    """Arguments of the operators: fp16, tokens with three adapters and without one."""
+
+    def __init__(self, tokens: int) -> None:
+        self.case = Case(RANKS, 64, (64, 32, 32), 1, 1, tokens, 3, torch.float16, False)
+        bank, _ = bank_of(self.case)
+        self.x, self.y, _ = inputs(self.case)
+        self.token_slot = (torch.arange(tokens, device=DEVICE) % 4 - 1).to(torch.int32)
+        self.factors = (bank.pool, bank.slots, self.token_slot)
+        self.bank = (bank.pool, bank.slots, bank.scales, self.token_slot)
+        self.weight = (torch.randn(128, 64) / 4).to(DEVICE, torch.float16)
+
+    def work(self) -> tuple[Tensor, Tensor]:
+        order, segments = on_gpu(lora_work)(self.x, self.token_slot)
+        return order, segments
+
+    def linear(self, run: Callable[..., Any]) -> Tensor:
+        arguments = (*self.bank, *self.work(), lora_counters(self.token_slot), SITES, 8, self.case.out_features)
+        result: Tensor = run(self.x, self.weight, *arguments)
+        return result
+
+
+@pytest.fixture(params=[5, 70], ids=["by token", "by segment"])
+def call(request: pytest.FixtureRequest) -> Call:
+    return Call(request.param)
+
+
+def test_shrink_and_expand(call: Call) -> None:
+    h, wanted = (run(call.x, *call.factors, SITES, 8) for run in (on_gpu(lora_shrink), plain(lora_shrink)))
+    assert error(h, wanted.double()) < TOLERANCE
+    assert not h[call.token_slot < 0].any()
+    found, wanted = (
+        run(call.y, h, *call.bank, SITES, call.case.out_features, 1)
+        for run in (on_gpu(lora_expand), plain(lora_expand))
+    )
+    assert error(found, wanted.double()) < TOLERANCE
+    assert not error(call.y, wanted.double()) < 0.02
+
+
+def test_apply(call: Call) -> None:
+    found, wanted = call.y.clone(), call.y.clone()
+    for y, run in ((found, on_gpu(lora_apply_)), (wanted, plain(lora_apply_))):
+        assert run(call.x, y, *call.bank, *call.work(), SITES, 8, call.case.out_features) is None
+    assert error(found, wanted.double()) < TOLERANCE
+    assert not error(call.y, wanted.double()) < 0.02
+
+
+@pytest.mark.parametrize("way", ["inside", "beside", "apart"])
+def test_linear(call: Call, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one kernel, with h made on a stream beside the product, and by two operators."""
+    by_token = call.case.tokens <= 64
+    product = Product(columns=16, depth=16, splits=2, stages=1)
+    shrink = Shrink(2, 16, 1) if by_token else Shrink(16, 16, 1, splits=2)
+    beside = TwoLaunches(shrink, Expand(2 if by_token else 16, 16, 1), beside=way == "beside")
+    monkeypatch.setattr(linear_op, "product_for", lambda _: product if way == "inside" and by_token else None)
+    monkeypatch.setattr(linear_op, "plan_for", lambda _: beside)
+    wanted = call.linear(plain(lora_linear)).double()
+    assert error(call.linear(on_gpu(lora_linear)), wanted) < TOLERANCE
+    assert not error(call.x @ call.weight.t(), wanted) < 0.02
+
+
+def test_cache_write() -> None:
+    torch.manual_seed(0)
+    stores = [torch.randn(2, 4, 2, 9, 8, device=DEVICE) for _ in range(2)]
+    k, v = torch.randn(2, 4, 2, 1, 8, device=DEVICE).unbind()
+    lengths = torch.tensor([0, 5, 2, 8], device=DEVICE)
+    stores[1].copy_(stores[0])
+    weight = torch.randn(64, 512, device=DEVICE)
+    for (keys, values), run in zip(stores, (on_gpu(cache_write_), plain(cache_write_)), strict=True):
+        before = keys.clone()
+        assert run(keys, values, k, v, lengths, weight, 1 << 20) is None
+        assert not torch.equal(keys, before)
+    assert torch.equal(*stores)
+
+
+def test_a_norm_behind_a_sum_over_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large for one kernel: the sum, then the kernel that adds and norms."""
+    from bdlora_compile.runtime import norm_op
+
+    class Alone:
+        """A process group of one rank."""
+
+        def size(self) -> int:
+            return 1
+
+    monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
+    monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 3, 4, 32, device=DEVICE).unbind()
+    weight = torch.rand(32, device=DEVICE)
+    memory = torch.zeros(8, dtype=torch.uint8, device=DEVICE)
+    arguments = (x, residual, weight, memory, memory, 1e-5, 0, 0, "group", weight[None], 4096)
+    run = on_gpu(all_reduce_add_norm) if DEVICE.type == "cpu" else all_reduce_add_norm._backend_fns["cuda"]
+    for found, wanted in zip(run(*arguments), plain(all_reduce_add_norm)(*arguments), strict=True):
+        assert found.shape == (3, 4, 32)
+        assert error(found, wanted.double()) < 1e-6
+        assert not error(found, 1.01 * wanted.double()) < 1e-6
