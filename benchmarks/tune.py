@@ -68,11 +68,12 @@ def one_launches(case: Case, in_features: int) -> list[Plan]:
 
 
 def shrinks(case: Case) -> list[Shrink]:
-    """Shrinks of two launches."""
+    """Shrinks of two launches; fewer registers where more programs then fit a multiprocessor and few values spill."""
     if segment_tokens(case.tokens) == 0:
         return [
             Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8), Shrink(16, 1024, 8), Shrink(4, 4096, 8),
-            Shrink(16, 512, 4), Shrink(4, 2048, 4),
+            Shrink(16, 512, 4), Shrink(4, 2048, 4), Shrink(8, 1024, 4, registers=128),
+            Shrink(16, 1024, 8, registers=128),
         ]  # fmt: skip
     if case.tokens <= 256:
         return [
@@ -91,13 +92,14 @@ def shrinks(case: Case) -> list[Shrink]:
 
 
 def expands(case: Case) -> list[Expand]:
-    """Expands of two launches."""
+    """The same for expands."""
     width = 1 << (case.width - 1).bit_length()
     if segment_tokens(case.tokens) == 0:
         wide = Expand(min(width, 64), 128, 4)
         return [
             wide, Expand(8, 1024, 4), Expand(16, 1024, 4), Expand(16, 512, 4), Expand(16, 512, 2), Expand(16, 256, 2),
-            Expand(16, 1024, 8), Expand(8, 512, 4),
+            Expand(16, 1024, 8), Expand(8, 512, 4), Expand(8, 1024, 4, registers=128),
+            Expand(16, 512, 4, registers=128), Expand(16, 1024, 8, registers=128), Expand(8, 512, 4, registers=96),
         ]  # fmt: skip
     rows = max(16, min(width, 64))
     if case.tokens <= 256:

@@ -237,6 +237,7 @@ def shrink(
     if work is None:
         grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
         constants |= {"ROWS": tiles.rows, "EAGER": eager}
+        options |= _at_most(tiles.registers)
         shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(n_sites * width, tiles.rows)
@@ -274,6 +275,7 @@ def expand(
     constants = {"PLANES": h.shape[0], "PARTS": parts, "BLOCK_R": tiles.rows, "BLOCK_O": tiles.columns}
     options = {"OVERLAP": overlap, "num_warps": tiles.warps, "num_stages": 1, **pdl(overlap)}
     if work is None:
+        options |= _at_most(tiles.registers)
         expand_tokens[(tokens, sum(counts))](
             y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, **constants, **options
         )

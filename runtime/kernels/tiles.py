@@ -60,6 +60,7 @@ class Shrink:
         warps: of a program.
         splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
             ``depth`` columns.
+        registers: by token only: as for `OneLaunch`.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class Shrink:
     warps: int
     splits: int = 1
     stages: int = 1
+    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,14 @@ class Expand:
         rows, columns: rows of B and columns of y that a program holds at once.
         warps: of a program.
         repeat: by segment only: tiles of columns that a program does one after the other.
+        registers: by token only: as for `OneLaunch`.
     """
 
     rows: int
     columns: int
     warps: int
     repeat: int = 1
+    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
