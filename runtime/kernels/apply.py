@@ -160,10 +160,14 @@ def apply_tokens(
         if (a_columns % 8 == 0) & (b_columns % 8 == 0) & (start % 8 == 0):
             _add_by_blocks(
                 x_row, y_row, a, b, scale, tile, size, known_multiple_of_8(start), y_columns, rank,
-                a_blocks, known_multiple_of_8(a_columns), b_blocks, known_multiple_of_8(b_columns), 4, BLOCK_O, BLOCK_O,
+                a_blocks, known_multiple_of_8(a_columns), b_blocks, known_multiple_of_8(b_columns),
+                4 if ROWS > 4 else 2, BLOCK_O, BLOCK_O,
             )  # fmt: skip
         else:
-            _add_by_blocks(
-                x_row, y_row, a, b, scale, tile, size, start, y_columns, rank, a_blocks, a_columns, b_blocks, b_columns,
-                4, BLOCK_O, BLOCK_O,
-            )  # fmt: skip
+            # Seldom used, and must not cost the others registers: a column and an element of A for each thread.
+            PART: tl.constexpr = BLOCK_O // 8
+            for part in range(8):
+                _add_by_blocks(
+                    x_row, y_row, a, b, scale, tile * 8 + part, size, start, y_columns, rank,
+                    a_blocks, a_columns, b_blocks, b_columns, 1, PART, PART,
+                )  # fmt: skip

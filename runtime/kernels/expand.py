@@ -25,6 +25,11 @@ _VARYING = ["num_slots", "tokens", "n_sites", "tiles0", "tiles1", "site0", "site
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
 
 
+NARROW: tl.constexpr = tl.constexpr(16)
+"""Columns that `expand_segments` holds at once where sizes are no multiples of 8; `expand_tokens` holds one row of B.
+Such sizes are seldom, and must not cost the others registers: a kernel has as many as its greediest branch."""
+
+
 @triton.jit
 def _h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
     """Where element j of a slot's rank lies in a token's row of h."""
@@ -105,7 +110,7 @@ def expand_tokens(
     else:
         _add_to_token(
             y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-            width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, True, OVERLAP,
+            width, n_sites, PLANES, PARTS, 1, BLOCK_O, True, OVERLAP,
         )  # fmt: skip
 
 
@@ -239,7 +244,9 @@ def expand_segments(
                 columns, index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
             )  # fmt: skip
     else:
+        PER_TILE: tl.constexpr = BLOCK_O // NARROW
         _add_to_segment(
-            y_rows, h_rows, plane_stride, is_token, b, scale, first_tile, size, start, y_columns, rank, blocks, columns,
-            index, width, n_sites, PLANES, PARTS, BLOCK_T, BLOCK_R, BLOCK_O, REPEAT, True, OVERLAP,
+            y_rows, h_rows, plane_stride, is_token, b, scale, first_tile * PER_TILE, size, start, y_columns, rank,
+            blocks, columns, index, width, n_sites,
+            PLANES, PARTS, BLOCK_T, 16, NARROW, REPEAT * PER_TILE, True, OVERLAP,
         )  # fmt: skip

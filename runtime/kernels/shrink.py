@@ -27,19 +27,22 @@ _VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
 
 PART_K: tl.constexpr = tl.constexpr(512)
 """Columns of packed factors that a program of `shrink_tokens` holds at once."""
+NARROW: tl.constexpr = tl.constexpr(16)
+"""The same where sizes are no multiples of 8: seldom, and must not cost the others registers (as in `expand.py`)."""
 
 
 @triton.jit
 def _h_of_packed_rows(
-    x_row, a, rows, is_row, first_column, columns, begin, end, ROWS: tl.constexpr, OVERLAP: tl.constexpr
+    x_row, a, rows, is_row, first_column, columns, begin, end,
+    ROWS: tl.constexpr, PART: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """[ROWS] products of A's rows with the part of x that their block sees, over the columns begin..end of A.
 
     The part begins at ``first_column``. A is read before x is waited for.
     """
-    total = tl.zeros([ROWS, PART_K], dtype=tl.float32)
-    for start in range(begin, end, PART_K):
-        k = start + tl.arange(0, PART_K)
+    total = tl.zeros([ROWS, PART], dtype=tl.float32)
+    for start in range(begin, end, PART):
+        k = start + tl.arange(0, PART)
         inside = is_row[:, None] & (k < end)[None, :]
         factor = tl.load(a + rows[:, None] * columns + k[None, :], mask=inside, other=0.0)
         wait_for_kernel_ahead(OVERLAP)
@@ -101,20 +104,22 @@ def shrink_tokens(
             # Known to be multiples: loads of 16 bytes.
             total = _h_of_packed_rows(
                 x_row, a, rows, is_row, known_multiple_of_8(first_column), known_multiple_of_8(columns),
-                known_multiple_of_8(begin), known_multiple_of_8(end), ROWS, OVERLAP,
+                known_multiple_of_8(begin), known_multiple_of_8(end), ROWS, PART_K, OVERLAP,
             )  # fmt: skip
         else:
-            total = _h_of_packed_rows(x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, OVERLAP)
+            total = _h_of_packed_rows(
+                x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, NARROW, OVERLAP
+            )  # fmt: skip
     tl.store(plane + rows, total, mask=is_row)
 
 
 @triton.jit
 def _segment_sums(
     x_rows, is_token, a, is_row, first_column, columns, begin, end, total,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_T, BLOCK_R] products over the columns begin..end of x; each row of A sees its own part of them."""
-    for start in range(begin, end, BLOCK_K):
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         in_range = k < end
         value = tl.load(x_rows + k[None, :], mask=is_token[:, None] & in_range[None, :], other=0.0)
@@ -172,11 +177,11 @@ def shrink_segments(
         columns = known_multiple_of_8(columns)
         first_column = known_multiple_of_8(first_column)
         total = _segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K, None
         )  # fmt: skip
     else:
         total = _segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, NARROW, 1
         )  # fmt: skip
     planes = h + (split * tokens + token) * (n_sites * width)
     tl.store(planes[:, None] + stacked[None, :], total, mask=is_token[:, None] & is_row[None, :])

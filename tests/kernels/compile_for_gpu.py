@@ -1,14 +1,19 @@
-"""Compile kernels for an H100, without one, and print what each does to memory, in the order of its code, as JSON.
+"""Compile kernels for an H100, without one, and print as JSON what each does to memory, in the order of its code, and
+how many registers a thread has.
 
 A process of its own: elsewhere in the tests Triton is an interpreter.
 """
 
 import json
 import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -17,7 +22,7 @@ from bdlora_compile.runtime.kernels.cache import write_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
-from bdlora_compile.runtime.kernels.shrink import shrink_tokens
+from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
@@ -47,23 +52,24 @@ KINDS = {
 
 FETCH = {"PIECES": 3072 * 10, "PIECES_A_ROW": 10, "ROW_BYTES": 8192, "THREADS": 128}
 NO_FETCH = {**FETCH, "PIECES": 0}
-SHRINK = {"SPLITS": 2, "ROWS": 8, "BLOCK_K": 2048, "OVERLAP": True}
-EXPAND = {"PLANES": 2, "PARTS": 1, "OVERLAP": True}
+SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
+EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
-NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "OVERLAP": True}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
     "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
     "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5,
-    "AHEAD": True, "OVERLAP": True, "THREADS": 128,
+    "AHEAD": True, "THREADS": 128,
 }  # fmt: skip
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, {**SHRINK, "EAGER": False}, 4),
     "eager shrink": (shrink_tokens, {**SHRINK, "EAGER": True}, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
-    "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_O": 128, "REPEAT": 1}, 4),
-    "apply": (apply_tokens, {**APPLY, "OVERLAP": True}, 4),
+    "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
+    "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
+    "apply": (apply_tokens, {**APPLY}, 4),
     "product": (linear_tokens, {**PRODUCT, "EAGER": False, "PIECES": 0}, 4),
     "eager product": (linear_tokens, {**PRODUCT, "EAGER": True, "PIECES": 2}, 4),
     "norm": (all_reduce_add_norm_rows, {**NORM, **NO_FETCH, "THREADS": 512}, 16),
@@ -74,21 +80,38 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
 """Kernel, constants and warps."""
 
 
-def memory_of(kernel: Any, constants: Mapping[str, Any], warps: int) -> list[str]:
-    """Kinds of accesses and of waiting, in the order of the code."""
+def code_of(kernel: Any, constants: Mapping[str, Any], warps: int) -> str:
+    """A kernel in PTX, with early starts where it has them."""
     names = kernel.arg_names
+    constants = {name: value for name, value in {**constants, "OVERLAP": True}.items() if name in names}
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
     unknown = {*constants, *kernel.do_not_specialize, "epsilon"}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in unknown}
     source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    lines = compiled.asm["ptx"].splitlines()
-    return [kind for line in lines for kind, form in KINDS.items() if re.search(form, line)]
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"])
+
+
+def memory_of(code: str) -> list[str]:
+    """Kinds of accesses and of waiting, in the order of the code."""
+    return [kind for line in code.splitlines() for kind, form in KINDS.items() if re.search(form, line)]
+
+
+def registers_of(code: str) -> int:
+    """Of a thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(code)
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file, "-o", file.with_suffix(".cubin")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"Used (\d+) registers", told)
+    assert found is not None, told
+    return int(found[1])
 
 
 def main() -> None:
     """One line."""
-    print(json.dumps({name: memory_of(*kernel) for name, kernel in KERNELS.items()}))
+    code = {name: code_of(*kernel) for name, kernel in KERNELS.items()}
+    print(json.dumps({name: [memory_of(text), registers_of(text)] for name, text in code.items()}))
 
 
 if __name__ == "__main__":
