@@ -68,12 +68,11 @@ def one_launches(case: Case, in_features: int) -> list[Plan]:
 
 
 def shrinks(case: Case) -> list[Shrink]:
-    """Shrinks of two launches; fewer registers where more programs then fit a multiprocessor and few values spill."""
+    """Shrinks of two launches."""
     if segment_tokens(case.tokens) == 0:
         return [
             Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8), Shrink(16, 1024, 8), Shrink(4, 4096, 8),
-            Shrink(16, 512, 4), Shrink(4, 2048, 4), Shrink(8, 1024, 4, registers=128),
-            Shrink(16, 1024, 8, registers=128),
+            Shrink(16, 512, 4), Shrink(4, 2048, 4),
         ]  # fmt: skip
     if case.tokens <= 256:
         return [
@@ -82,30 +81,33 @@ def shrinks(case: Case) -> list[Shrink]:
         ]  # fmt: skip
     narrow = [
         Shrink(32, 128, 4, 4, 4), Shrink(32, 128, 4, 2, 4), Shrink(32, 128, 4, 1, 4), Shrink(32, 128, 8, 4, 4),
-        Shrink(32, 256, 8, 4, 2), Shrink(32, 64, 4, 2, 6),
+        Shrink(32, 256, 8, 4, 2), Shrink(32, 64, 4, 2, 6), Shrink(32, 128, 4, 4, 2), Shrink(32, 64, 4, 4, 3),
     ]  # fmt: skip
     wide = [
         Shrink(64, 64, 4, 2, 4), Shrink(64, 64, 4, 1, 6), Shrink(64, 64, 4, 4, 4), Shrink(64, 128, 8, 2, 3),
-        Shrink(128, 64, 4, 2, 4), Shrink(128, 64, 8, 2, 4), Shrink(128, 64, 8, 4, 4),
+        Shrink(128, 64, 4, 2, 4), Shrink(128, 64, 8, 2, 4), Shrink(128, 64, 8, 4, 4), Shrink(64, 64, 4, 4, 2),
+        Shrink(128, 64, 8, 4, 2),
     ]  # fmt: skip
     return wide if case.width > 16 else narrow
 
 
 def expands(case: Case) -> list[Expand]:
-    """The same for expands."""
+    """Expands of two launches; fewer registers where more programs then fit a multiprocessor and nothing spills."""
     width = 1 << (case.width - 1).bit_length()
     if segment_tokens(case.tokens) == 0:
         wide = Expand(min(width, 64), 128, 4)
         return [
             wide, Expand(8, 1024, 4), Expand(16, 1024, 4), Expand(16, 512, 4), Expand(16, 512, 2), Expand(16, 256, 2),
-            Expand(16, 1024, 8), Expand(8, 512, 4), Expand(8, 1024, 4, registers=128),
-            Expand(16, 512, 4, registers=128), Expand(16, 1024, 8, registers=128), Expand(8, 512, 4, registers=96),
+            Expand(16, 1024, 8), Expand(8, 512, 4), Expand(16, 1024, 4, registers=128),
+            Expand(16, 512, 2, registers=128), Expand(4, 1024, 4),
         ]  # fmt: skip
     rows = max(16, min(width, 64))
     if case.tokens <= 256:
         sizes = ((64, 2, 4), (128, 4, 1), (128, 4, 4), (256, 4, 1), (256, 8, 1), (512, 8, 1), (128, 2, 2))
         return [Expand(rows, columns, warps, repeat) for columns, warps, repeat in sizes]
-    return [Expand(rows, columns, 4, repeat) for columns, repeat in ((64, 4), (64, 8), (128, 1), (128, 4), (64, 1))]
+    return [
+        Expand(rows, columns, 4, repeat) for columns, repeat in ((64, 4), (64, 8), (128, 1), (128, 4), (64, 1), (64, 2))
+    ]
 
 
 def products(case: Case, group: Group) -> list[Product]:

@@ -103,9 +103,10 @@ def expand_tokens(
                 width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP,
             )  # fmt: skip
         else:
+            # A tile meets few of the blocks, whose rows are few.
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, True, OVERLAP,
+                width, n_sites, PLANES, PARTS, (BLOCK_R + 1) // 2, BLOCK_O, True, OVERLAP,
             )  # fmt: skip
     else:
         _add_to_token(

@@ -237,7 +237,6 @@ def shrink(
     if work is None:
         grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
         constants |= {"ROWS": tiles.rows, "EAGER": eager}
-        options |= _at_most(tiles.registers)
         shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(n_sites * width, tiles.rows)

@@ -60,7 +60,6 @@ class Shrink:
         warps: of a program.
         splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
             ``depth`` columns.
-        registers: by token only: as for `OneLaunch`.
     """
 
     rows: int
@@ -68,7 +67,6 @@ class Shrink:
     warps: int
     splits: int = 1
     stages: int = 1
-    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
