@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,13 @@ def measure_products(case: Case) -> Iterator[dict[str, Any]]:
 def candidates(case: Case, group: Group) -> list[Product | None]:
     """What is tried for a group: two launches, today's plan, and others."""
     today = product_for(Call(case.tokens, group.in_features, group.out_features, case.width))
-    return list(dict.fromkeys([None, today, *products(case, group)]))
+    return list(dict.fromkeys([None, *(starts(today) if today else []), *products(case, group)]))
+
+
+def starts(product: Product) -> list[Product]:
+    """A product as it is, and other ways for its programs to start."""
+    ways = itertools.product((False, True) if product.ahead else (False,), (0, 1, 2))
+    return list(dict.fromkeys([product, *(replace(product, eager=eager, pieces=pieces) for eager, pieces in ways)]))
 
 
 def run_piece(layers: Layers, group: int, piece: Plan | Shrink | Expand, planes: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from bdlora_compile.runtime.kernels import tiles
 from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink, TwoLaunches
-from benchmarks import plan_table
+from benchmarks import plan_table, tune
 
 ONE = OneLaunch(8, 8, overlap=False, registers=128)
 TWO_BESIDE = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4), beside=True)
@@ -33,3 +33,10 @@ def test_the_table_takes(files: list[list[dict[str, Any]]], wanted: Plan) -> Non
     found = eval(plan_table.entries(files, "plan"))["a GPU"]
     assert [*found] == [(64, 4096, (768,), 8)]
     assert tiles._plan(*found[64, 4096, (768,), 8]) == wanted
+
+
+def test_a_product_is_tried_with_other_ways_to_start() -> None:
+    """Not twice the same, and none with a shrink that it has not."""
+    here = tiles.Product(64, 64, 4, 5, pieces=1)
+    assert [(way.eager, way.pieces) for way in tune.starts(here)] == [(False, 1), (False, 0), (False, 2)]
+    assert len(tune.starts(tiles.Product(64, 64, 4, 5, ahead=True))) == 6
