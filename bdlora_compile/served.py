@@ -1,9 +1,9 @@
 """What a loaded model adds to its Hugging Face class: a cache of own heads, and errors where it cannot do a thing."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -37,8 +37,10 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             # another thread compiles.
             return super().__call__(*args, **kwargs)
         if args:
-            names = list(inspect.signature(self.forward).parameters)[: len(args)]
-            kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
+            names = _parameters_of(getattr(self.forward, "__func__", self.forward))
+            if names[0] == "self":
+                names = names[1:]
+            kwargs = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
         return self._run(self.bdlora.selection, **kwargs)
 
     @property
@@ -204,6 +206,12 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         _refuse(self, "pickling", "load the model in the other process")
+
+
+@lru_cache(maxsize=64)
+def _parameters_of(function: Callable[..., Any]) -> Sequence[str]:
+    """Names, in order; looked up at every step."""
+    return [*inspect.signature(function).parameters]
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
