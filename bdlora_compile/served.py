@@ -37,9 +37,9 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             # another thread compiles.
             return super().__call__(*args, **kwargs)
         if args:
-            names = _parameters_of(getattr(self.forward, "__func__", self.forward))
-            if names[0] == "self":
-                names = names[1:]
+            # Of a method the function, which is the same object at every step; its first parameter is the model.
+            function = getattr(self.forward, "__func__", None)
+            names = _parameters_of(self.forward) if function is None else _parameters_of(function)[1:]
             kwargs = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
         return self._run(self.bdlora.selection, **kwargs)
 

@@ -239,7 +239,9 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
 
         def tried(plan: Plan, group: int = group) -> dict[str, Any] | None:
             try:
-                error = layers.group_error(group, plan)
+                is_beside = isinstance(plan, TwoLaunches) and plan.beside
+                wanted = layers.wanted(group) if is_beside else None
+                error = layers.group_error(group, plan) if wanted is None else layers.product_error(group, wanted, plan)
                 us = layers.us(True, {group: plan}) - base
             except OutOfResources:
                 return None

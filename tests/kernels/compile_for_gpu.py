@@ -55,6 +55,7 @@ NO_FETCH = {**FETCH, "PIECES": 0}
 SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
+GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
 NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
@@ -69,6 +70,9 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
     "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
+    "expand in wide rows": (expand_tokens, {**EXPAND, "BLOCK_R": 16, "BLOCK_O": 512}, 4),
+    "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),
+    "apply, rank 8, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 8}, 8),
     "apply": (apply_tokens, {**APPLY}, 4),
     "product": (linear_tokens, {**PRODUCT, "EAGER": False, "PIECES": 0}, 4),
     "eager product": (linear_tokens, {**PRODUCT, "EAGER": True, "PIECES": 2}, 4),

@@ -33,7 +33,7 @@ def code(compiled: dict[str, tuple[list[str], int]]) -> Code:
 def test_seldom_branches_cost_no_registers(compiled: dict[str, tuple[list[str], int]], kernel: str, most: int) -> None:
     """As many as the branches for multiples of 8 need by themselves: they decide how many programs a GPU holds.
 
-    With branches for other sizes as wide as these it was 139, 179, 186, 122 and 254.
+    With branches for other sizes as wide as these it was 139, 179, 186, 122 and 255.
     """
     assert 0 < compiled[kernel][1] <= most + 8, "compilers differ by a few"
 

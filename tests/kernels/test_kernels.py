@@ -153,6 +153,21 @@ def test_kernels_equal_a_dense_product(case: Case, form: str) -> None:
     assert error(found, expected(case, x, y, slots, dense)) < 4 * ROUNDING[case.dtype]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 1), (1, 2)], ids=["one block", "packed A", "packed B"])
+@pytest.mark.parametrize("sizes", [(64, (96, 32)), (36, (36, 12))], ids=["multiples of 8", "others"])
+def test_each_branch_of_each_form(form: str, blocks: tuple[int, int], sizes: tuple[int, tuple[int, ...]]) -> None:
+    """Random examples may miss one of them; tiles of columns meet several blocks, and blocks several tiles."""
+    case = Case(((4, 8, 0), (8, 2, 0)), *sizes, *blocks, 3, 7, torch.float16, False)
+    bank, dense = bank_of(case)
+    x, y, _ = inputs(case)
+    slots = torch.tensor([1, -1, 0])
+    bank.token_slot[:3] = slots.to(torch.int32)
+    wanted = expected(case, x, y, slots, dense)
+    assert error(run(case, bank, x, y, form), wanted) < 4 * ROUNDING[case.dtype]
+    assert not error(y, wanted) < 40 * ROUNDING[case.dtype], "LoRA is seen"
+
+
 PLAIN = Case(((4, 4, 4), (8, 2, 3)), 64, (64, 24, 24), 1, 1, 20, 3, torch.float16, False)
 
 
