@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 from bdlora_compile.attention import attention_text
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
-from bdlora_compile.fetch_ahead import fetch_ahead
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.generated_code import CodeOfRegion, code_of
@@ -222,8 +221,6 @@ def _emit(
         stats = through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
         if stats is not None:
             report.norms[name] = stats
-        if deployment.fetch_ahead:
-            report.fetches[name] = fetch_ahead(variant.graph, deployment.fetch_ahead)
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

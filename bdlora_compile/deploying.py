@@ -69,7 +69,7 @@ def deploy(
     transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
     watch = _watch_of(ranks.agreement, setup.device)
-    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch, fetch_ahead=machine.fetch_ahead)
+    deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
     deployment.stand_ins = stand_ins_of(model, sites)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))

@@ -64,8 +64,6 @@ class Machine:
         launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph, an operator on a CPU.
         all_reduce, all_gather: by number of ranks, those that were measured.
         symmetric: the same for all-reduces through symmetric memory; empty where there is none.
-        fetch_ahead: bytes of a weight that are best brought into the L2 cache while ranks exchange sums or attention
-            runs, at most; 0 where it does not pay or was not measured.
     """
 
     name: str
@@ -76,7 +74,6 @@ class Machine:
     all_reduce: Mapping[int, Link]
     all_gather: Mapping[int, Link]
     symmetric: Mapping[int, SymmetricLimits] = field(default_factory=dict)
-    fetch_ahead: pydantic.NonNegativeInt = 0
 
     def symmetric_limits(self, ranks: int) -> SymmetricLimits | None:
         """The limits for a number of ranks, or those of the nearest measured one; None if none was measured."""

@@ -73,8 +73,6 @@ class Report:
         all_reduce: which transport sums over the ranks, and why.
         norms: which all-reduces of each graph add the residual and norm as well, where the transport can; alike layers
             count once.
-        fetches: which exchanges and attentions of each graph bring the weight of the next product into the L2 cache;
-            empty where the machine's table does not say how much of it.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
@@ -91,7 +89,6 @@ class Report:
     tracing: str = ""
     all_reduce: str = ""
     norms: dict[str, PassStats] = field(default_factory=dict)
-    fetches: dict[str, PassStats] = field(default_factory=dict)
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
@@ -127,13 +124,10 @@ class Report:
             lines.append(f"  traced: {self.tracing}")
         if self.all_reduce:
             lines.append(f"  all-reduce: {self.all_reduce}")
-        for what, graphs in (
-            ("all-reduce, residual and norm in one", self.norms),
-            ("next weight fetched ahead", self.fetches),
-        ):
-            for graph, stats in graphs.items():
-                lines.append(f"  {what}, {graph}: {stats.matches} of {stats.matches + len(stats.refusals)}")
-                lines += _refusal_lines(stats.refusals)
+        for graph, stats in self.norms.items():
+            sums = stats.matches + len(stats.refusals)
+            lines.append(f"  all-reduce, residual and norm in one, {graph}: {stats.matches} of {sums}")
+            lines += _refusal_lines(stats.refusals)
         if self.attention:
             lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]

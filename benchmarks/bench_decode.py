@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,6 @@ class Bench:
         self.is_fake = dist.is_initialized() and dist.get_backend() == "fake"
         self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
         self.machine = find_machine(None, self.device)
-        if options.fetch_ahead is not None:
-            self.machine = replace(self.machine, fetch_ahead=options.fetch_ahead)
         self.base_step: dict[int, float] = {}
 
     def say(self, text: str) -> None:
@@ -267,7 +265,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fake-tp", type=int, default=0, help="be rank 0 of so many, on one GPU")
     parser.add_argument("--no-check", action="store_true", help="do not compare logits")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave transformers' own out")
-    parser.add_argument("--fetch-ahead", type=int, help="bytes of coming weights to fetch, instead of the machine's")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers")
     parser.add_argument("--out", help="results, a JSON line each")
     return parser.parse_args()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Plan, TwoLaunches, plan_for, product_for, segment_tokens
+from bdlora_compile.runtime.kernels.tiles import Call, Plan, product_for, segment_tokens
 from bdlora_compile.runtime.linear_op import lora_counters
 from bdlora_compile.runtime.ops import SlotField
 from benchmarks.replays import replay_us
@@ -172,13 +172,7 @@ class Layers:
         launch.apply_(self.x[group], self.y[group], factors, self.scales, self.work, self.case.width, outs, plan)
 
     def apart(self, layer: int, group: int, plan: Plan | None = None) -> Tensor:
-        """The product, and LoRA in launches of its own: behind it or, where the plan says so, partly beside it."""
-        plan = plan or plan_for(self.call(group))
-        if isinstance(plan, TwoLaunches) and plan.beside:
-            return launch.linear_beside(
-                self.x[group], self.weights[layer][group], self.factors(layer, group), self.scales, self.work,
-                self.case.width, self.groups[group].out_features, plan,
-            )  # fmt: skip
+        """The product, and LoRA in launches of its own."""
         self.base(layer, group)
         self.lora(layer, group, plan)
         return self.y[group]

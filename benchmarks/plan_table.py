@@ -28,7 +28,7 @@ def fields_of(plan: Plan) -> list[Any]:
     """A plan as it stands in the table; what is not so by default comes last."""
     if isinstance(plan, OneLaunch):
         return [plan.rows, plan.warps, plan.overlap, *([plan.registers] if plan.registers else [])]
-    return [astuple(plan.shrink), astuple(plan.expand), plan.overlap, *([True] if plan.beside else [])]
+    return [astuple(plan.shrink), astuple(plan.expand), plan.overlap]
 
 
 def _fastest(rows: Sequence[dict[str, Any]], name: str) -> Best:

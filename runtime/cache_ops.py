@@ -8,22 +8,13 @@ from torch import Tensor
 
 
 @torch.library.custom_op("bdlora::cache_write_", mutates_args=("keys", "values"))
-def cache_write_(
-    keys: Tensor,
-    values: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    fetched: Tensor | None = None,
-    fetch_limit: int = 0,
-) -> None:
+def cache_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
     """``keys[row, :, lengths[row] + i] = k[row, :, i]`` for all rows and new tokens i, and the same for values.
 
     Args:
         keys, values: [B, G, L, d], one layer of the cache.
         k, v: [B, G, S, d] in any layout.
         lengths: int64 [B], tokens that each row holds already; with S at most L, which `LocalCache` checks on the host.
-        fetched: a weight to be brought into the GPU's L2 cache meanwhile, at most ``fetch_limit`` bytes of it.
     """
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     position = lengths[:, None] + torch.arange(k.shape[2], device=k.device)
@@ -32,22 +23,12 @@ def cache_write_(
 
 
 @cache_write_.register_fake
-def _(*_: object) -> None:
+def _(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
     return None
 
 
 @cache_write_.register_kernel("cuda")
-def _(
-    keys: Tensor,
-    values: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    fetched: Tensor | None = None,
-    fetch_limit: int = 0,
-) -> None:
+def _(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
     from bdlora_compile.runtime.kernels.cache import write_tokens_  # Triton need not be installed elsewhere
-    from bdlora_compile.runtime.kernels.fetch import MOST_TOKENS, fetch_of
 
-    fetch = fetch_of(fetched, fetch_limit) if k.shape[0] * k.shape[2] <= MOST_TOKENS else None
-    write_tokens_(keys, values, k, v, lengths, fetch)
+    write_tokens_(keys, values, k, v, lengths)

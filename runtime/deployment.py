@@ -46,8 +46,6 @@ class Deployment:
         leader: on rank 0, while the other ranks follow its calls.
         stand_ins: which layers Dynamo traces; None where it traces every layer, as in a model
             whose sites are not in one list of layers.
-        fetch_ahead: bytes of a coming product's weight that GPUs bring into their L2 cache, at most
-            (`Machine.fetch_ahead`).
         watch: notices forwards that never end; None where the transport does so itself, or there is one rank.
     """
 
@@ -59,7 +57,6 @@ class Deployment:
     step: threading.RLock = field(default_factory=threading.RLock)
     leader: Leader | None = None
     watch: StepWatch | None = None
-    fetch_ahead: int = 0
     stand_ins: StandIns | None = None
     # Each thread, and each task of an event loop, has its own choice.
     _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))

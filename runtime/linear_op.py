@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.tiles import Call, Product, TwoLaunches, plan_for, product_for
+from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
 from bdlora_compile.runtime.ops import has_kernels, lora_apply_
 
 NUM_COUNTERS = 1024
@@ -78,17 +78,13 @@ def _(
     width: int,
     out_features: Sequence[int],
 ) -> Tensor:
-    plan = _plan_of(x, weight, width, out_features)
+    plan = _product_of(x, weight, width, out_features)
     if plan is None:
         return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    if isinstance(plan, Product):
-        y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
-    else:
-        work = launch.work_for(rows.shape[0], order, segments)
-        y = launch.linear_beside(rows, weight, factors, scales, work, width, out_features, plan)
+    y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -108,14 +104,10 @@ def _in_two(
     return y
 
 
-def _plan_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | TwoLaunches | None:
-    """The plan of a product with LoRA inside, or beside which h is made; None where the two are two operators."""
+def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:
+    """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
     if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
-    call = Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width)
-    product = product_for(call)
-    covers = product is not None and weight.shape[0] == sum(out_features)
-    if product and covers and weight.shape[0] // product.columns + 2 <= NUM_COUNTERS:
-        return product
-    apart = plan_for(call)
-    return apart if isinstance(apart, TwoLaunches) and apart.beside else None
+    plan = product_for(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width))
+    covers = plan is not None and weight.shape[0] == sum(out_features)
+    return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

@@ -24,8 +24,6 @@ def all_reduce_add_norm(
     one_shot: int,
     two_shot: int,
     group: str,
-    fetched: Tensor | None = None,
-    fetch_limit: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """s = residual + the sum of x over the ranks, and RMSNorm(s) * weight.
 
@@ -36,7 +34,6 @@ def all_reduce_add_norm(
         epsilon: added to the mean of squares.
         one_shot, two_shot: bytes of the largest x that goes each way; larger ones go through the process group.
         group: name of the process group.
-        fetched: a weight to be brought into the GPU's L2 cache by the one kernel, at most ``fetch_limit`` bytes of it.
 
     Returns:
         (s, normed), new contiguous tensors like x, the same bits on all ranks. Rounded to x's dtype are: the sum over
@@ -66,19 +63,15 @@ def _(
     one_shot: int,
     two_shot: int,
     group: str,
-    fetched: Tensor | None = None,
-    fetch_limit: int = 0,
 ) -> tuple[Tensor, Tensor]:
     from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
-    from bdlora_compile.runtime.kernels.fetch import fetch_of
 
     members: Any = group_named(group)
     own, carried = (value.reshape(-1, x.shape[-1]).contiguous() for value in (x, residual))
     rows, columns, width = math.prod(x.shape[:-1]), x.shape[-1], x.element_size()
     goes_one_way = way(x.numel() * width, one_shot, two_shot, members.size()) == "one-shot"
     if goes_one_way and launch_norm.can_exchange(rows, columns, width, members.size()):
-        place = (mailbox, epsilon, members.rank(), members.size())
-        pair = launch_norm.reduce_add_norm(own, carried, weight, *place, fetch_of(fetched, fetch_limit))
+        pair = launch_norm.reduce_add_norm(own, carried, weight, mailbox, epsilon, members.rank(), members.size())
     else:
         reduced = all_reduce(own, buffer, one_shot, two_shot, group)
         pair = launch_norm.add_norm(reduced, carried, weight, epsilon)

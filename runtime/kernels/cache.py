@@ -4,10 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.fetch import Fetch, fetch_pieces
-
-_WARPS = 4
-
 
 @triton.jit
 def _copy_heads(cache, new, position, token, inside, h, d, c_h, c_l, n_h, n_s):
@@ -15,22 +11,13 @@ def _copy_heads(cache, new, position, token, inside, h, d, c_h, c_l, n_h, n_s):
     tl.store(cache + h * c_h + position * c_l + d, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "seq", "room"])
+@triton.jit(do_not_specialize=["seq", "room"])
 def write_tokens(
-    keys, values, k, v, lengths, matrix, tokens, seq, room,
+    keys, values, k, v, lengths, seq, room,
     c_b, c_h, c_l, k_b, k_h, k_s, v_b, v_h, v_s,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    PIECES: tl.constexpr, PIECES_A_ROW: tl.constexpr, ROW_BYTES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens + those that fetch pieces of ``matrix``, see `fetch.py`).
-
-    Strides in elements by row, head and token: of the cache (c), k and v; a token's values lie together.
-    """
-    if PIECES > 0:
-        behind = tl.program_id(0) - tokens
-        if behind >= 0:
-            fetch_pieces(matrix, behind, PIECES, PIECES_A_ROW, ROW_BYTES, THREADS)
-            return
+    """Strides in elements by row, head and token: of the cache (c), k and v; a token's values lie together."""
     row = (tl.program_id(0) // seq).to(tl.int64)
     token = (tl.program_id(0) % seq).to(tl.int64)
     position = tl.load(lengths + row).to(tl.int64) + token
@@ -42,22 +29,18 @@ def write_tokens(
     _copy_heads(values + row * c_b, v + row * v_b, position, token, inside, h, d, c_h, c_l, v_h, v_s)
 
 
-def write_tokens_(
-    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, fetch: Fetch | None = None
-) -> None:
-    """`cache_ops.cache_write_` by the kernel; ``fetch`` is brought into the cache meanwhile."""
+def write_tokens_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:
+    """`cache_ops.cache_write_` by the kernel."""
     batch, heads, seq, head_dim = k.shape
     k, v = (new if new.stride(3) == 1 else new.contiguous() for new in (k, v))
     assert keys.stride() == values.stride(), "keys and values are parts of one tensor"
     assert keys.stride(3) == 1, "a token's values lie together"
-    tokens = batch * seq
-    if tokens == 0:
+    if batch * seq == 0:
         return
-    fetch = fetch or Fetch(k)
-    write_tokens[(tokens + fetch.programs(_WARPS),)](
-        keys, values, k, v, lengths, fetch.matrix, tokens, seq, keys.shape[2],
+    write_tokens[(batch * seq,)](
+        keys, values, k, v, lengths, seq, keys.shape[2],
         *keys.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         HEADS=heads, DIM=head_dim,
         BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(head_dim),
-        THREADS=32 * _WARPS, **fetch.constants(), num_warps=_WARPS,
+        num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,6 @@ not write them; x and y it may write.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
-from bdlora_compile.runtime.kernels.linear import linear_tokens
+from bdlora_compile.runtime.kernels.linear import FETCHED_BYTES, linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
     Call,
@@ -26,7 +25,6 @@ from bdlora_compile.runtime.kernels.tiles import (
     Plan,
     Product,
     Shrink,
-    TwoLaunches,
     can_overlap,
     default_launches,
     plan_for,
@@ -114,40 +112,6 @@ def _apply_by_token(
     )  # fmt: skip
 
 
-def linear_beside(
-    x: Tensor,
-    weight: Tensor,
-    factors: Factors,
-    scales: Tensor,
-    work: Work | None,
-    width: int,
-    out_features: Sequence[int],
-    plan: TwoLaunches,
-) -> Tensor:
-    """x W^T + scale * (B (A x)) as a new tensor: h on a stream of its own beside the product, then B h is added."""
-    work = None if plan.by_token else work
-    if not x.is_cuda:
-        h = shrink(x, factors, work, width, plan.shrink)
-        y = torch.nn.functional.linear(x, weight)
-    else:
-        current = torch.cuda.current_stream()
-        side = _stream_beside(current)
-        side.wait_stream(current)
-        # h is the side stream's memory: what is made there later waits for the current stream first, as here.
-        with torch.cuda.stream(side):
-            h = shrink(x, factors, work, width, plan.shrink)
-        y = torch.nn.functional.linear(x, weight)
-        current.wait_stream(side)
-    expand(y, h, factors, scales, work, out_features, 1, plan.expand)
-    return y
-
-
-@cache
-def _stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """One for each stream: what one thread records must not meet what another launches."""
-    return torch.cuda.Stream(stream.device)
-
-
 _ROWS_OF_A = 8
 """Rows of A that a program of `linear` holds at once, at most; 64 elements a thread."""
 
@@ -155,7 +119,7 @@ _ELEMENTS_OF_B = 2048
 """Elements of B that a warp of `linear` holds from the start, at most: 64 a thread."""
 
 _ELEMENTS_A_TURN = 512
-"""Elements of B that it holds at once where they are more than that: several turns, their loads in shared memory."""
+"""Elements of B that it holds at once in the turns behind those, whose loads take shared memory."""
 
 
 def linear(
@@ -177,8 +141,7 @@ def linear(
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     if plan.ahead:
         tiles = shrink_ahead(in_features, width)
-        started = {"overlap": overlap, "early": overlap, "eager": plan.eager}
-        h = shrink(x, factors, None, width, tiles, **started)
+        h = shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
         parts = 0
     else:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
@@ -186,26 +149,26 @@ def linear(
     y = x.new_empty(tokens, columns)
     shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(tokens))
+    share_bytes = in_features // plan.splits * weight.element_size()
     grid = (parts + columns // plan.columns * plan.splits,)
     linear_tokens[grid](
         x, weight, y, shares, h, counters, factors.pool, factors.slots, scales, factors.token_slot,
         tokens, x.stride(0), factors.num_slots, *_three(factors.sites), n_sites, in_features, *_three(out_features),
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
-        B_ROWS=_rows_of_b(width, block_t, plan),
+        **_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, EAGER=plan.eager, PIECES=plan.pieces if overlap else 0,
-        THREADS=32 * plan.warps, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
+        STAGES=plan.stages, AHEAD=plan.ahead, FETCH=plan.fetch and overlap and share_bytes >= FETCHED_BYTES,
+        OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
 
 
-def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
-    """Rows of B that a program of `linear` holds at once."""
+def _rows_of_b(width: int, block_t: int, plan: Product) -> dict[str, int]:
+    """Rows of B that a program of `linear` holds from the start, and in each turn behind those."""
     rows = triton.next_power_of_2(triton.cdiv(width, plan.splits))
     elements_a_warp = block_t * plan.columns // plan.warps
-    if rows * elements_a_warp <= _ELEMENTS_OF_B:
-        return rows
-    return min(rows, max(1, _ELEMENTS_A_TURN // elements_a_warp))
+    most, more = (max(1, elements // elements_a_warp) for elements in (_ELEMENTS_OF_B, _ELEMENTS_A_TURN))
+    return {"B_ROWS": min(rows, most), "B_MORE": min(rows, more)}
 
 
 def shrink(
@@ -218,12 +181,10 @@ def shrink(
     zeroed: bool = False,
     overlap: bool = False,
     early: bool = False,
-    eager: bool = False,
 ) -> Tensor:
     """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
 
-    ``overlap`` lets the kernel behind start early, when x is there; ``eager`` (by token) when all programs have
-    started, before x is there. ``early`` starts the shrink itself early.
+    ``overlap`` lets the kernel behind start early, when x is there; ``early`` starts the shrink itself early.
     """
     tokens, in_features = x.shape
     n_sites, num_slots = len(factors.sites), factors.num_slots
@@ -236,7 +197,7 @@ def shrink(
     options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
         grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
-        constants |= {"ROWS": tiles.rows, "EAGER": eager}
+        constants |= {"ROWS": tiles.rows}
         shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(n_sites * width, tiles.rows)

@@ -4,7 +4,6 @@ import torch
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.fetch import Fetch
 from bdlora_compile.runtime.kernels.launch import pdl
 from bdlora_compile.runtime.kernels.norm import (
     MAX_RANKS,
@@ -26,28 +25,14 @@ def can_exchange(rows: int, columns: int, element_size: int, ranks: int) -> bool
 
 
 def reduce_add_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    mailbox: Tensor,
-    epsilon: float,
-    rank: int,
-    ranks: int,
-    fetch: Fetch | None = None,
+    x: Tensor, residual: Tensor, weight: Tensor, mailbox: Tensor, epsilon: float, rank: int, ranks: int
 ) -> tuple[Tensor, Tensor]:
-    """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked.
-
-    ``fetch`` is brought into the cache meanwhile.
-    """
+    """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked."""
     total, normed = torch.empty_like(x), torch.empty_like(x)
     rows, columns = x.shape
-    fetch = fetch or Fetch(x)
-    options = _options(columns)
-    warps = options["num_warps"]
-    all_reduce_add_norm_rows[(rows + fetch.programs(warps),)](
-        x, residual, weight, mailbox, total, normed, fetch.matrix, rows, epsilon, RANK=rank, RANKS=ranks,
-        THREADS=32 * warps, **fetch.constants(), **options,
-    )  # fmt: skip
+    all_reduce_add_norm_rows[(rows,)](
+        x, residual, weight, mailbox, total, normed, epsilon, RANK=rank, RANKS=ranks, **_options(columns)
+    )
     return total, normed
 
 

@@ -14,7 +14,6 @@ all fit the GPU at once. Whoever is last sets the counters to zero again, so tha
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fetch import fetch_pieces
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
@@ -87,6 +86,19 @@ def _make_h(
     tl.atomic_add(counters + H_READY, 1, sem="release")
 
 
+FETCHED_BYTES = 512
+"""Of each row of W."""
+
+
+@triton.jit
+def _fetch(pointers):
+    """Ask for `FETCHED_BYTES` at each pointer to come into the L2 cache; nobody waits for them."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def _load_b(pool, b_offset, rank, columns, height, within, j):
     """Rows ``j`` [J] of each token's B at a tile's columns ``within`` [T, O] of its slot: [J, T, O]."""
@@ -124,17 +136,19 @@ def _load_h(h_token, plane_stride, rank, j, PLANES: tl.constexpr):
 
 @triton.jit
 def _b_h(
-    pool, b_offset, rank, columns, height, within, factor, h_token, plane_stride, j,
-    STEP: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, STAGES: tl.constexpr,
+    pool, b_offset, rank, columns, height, within, factor, h_token, plane_stride, split,
+    WIDTH: tl.constexpr, B_ROWS: tl.constexpr, B_MORE: tl.constexpr, SPLITS: tl.constexpr, PLANES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """B h [T, O] of a program's rows of B: ``j`` and every STEP rows on. ``factor`` holds the first of them."""
-    value = _load_h(h_token, plane_stride, rank, j, PLANES)
+    """B h [T, O] of a program's rows of B, every SPLITS-th: of B_ROWS in ``factor``, and B_MORE a turn behind those."""
+    value = _load_h(h_token, plane_stride, rank, split + SPLITS * tl.arange(0, B_ROWS), PLANES)
     total = tl.sum(value[:, :, None] * factor.to(tl.float32), axis=0)
-    if STEP < WIDTH:
-        for first in tl.range(STEP, tl.max(rank, axis=0), STEP, num_stages=STAGES):
-            more = _load_b(pool, b_offset, rank, columns, height, within, j + first)
-            value = _load_h(h_token, plane_stride, rank, j + first, PLANES)
-            total += tl.sum(value[:, :, None] * more.to(tl.float32), axis=0)
+    if B_ROWS * SPLITS < WIDTH:
+        for first in tl.range(B_ROWS * SPLITS, tl.max(rank, axis=0), B_MORE * SPLITS, num_stages=STAGES):
+            j = first + split + SPLITS * tl.arange(0, B_MORE)
+            more = _load_b(pool, b_offset, rank, columns, height, within, j)
+            values = _load_h(h_token, plane_stride, rank, j, PLANES)
+            total += tl.sum(values[:, :, None] * more.to(tl.float32), axis=0)
     return total
 
 
@@ -144,8 +158,8 @@ def linear_tokens(
     tokens, x_stride, num_slots, site0, site1, site2,
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, EAGER: tl.constexpr, PIECES: tl.constexpr, THREADS: tl.constexpr, OVERLAP: tl.constexpr,
+    B_MORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
@@ -153,9 +167,8 @@ def linear_tokens(
     Those that make h are tokens * N_SITES * row groups * PLANES; none if AHEAD.
     counters int32 [2 + column tiles] are zero, and are so again at the end.
     OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended. If
-    AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for. If EAGER, it has
-    not, and x is there when the shrink has ended.
-    PIECES: of each of a program's rows of W it asks for so many (`fetch.py`) before it waits.
+    AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for.
+    FETCH: the first bytes of a program's rows of W are on their way into the L2 cache before it waits for anything.
     """
     OUT: tl.constexpr = OUT0 + OUT1 + OUT2
     TILES: tl.constexpr = OUT // BLOCK_O
@@ -172,12 +185,9 @@ def linear_tokens(
             return
     tile = (program - goal) % TILES
     split = (program - goal) // TILES
-    if PIECES > 0:
-        ROW_BYTES: tl.constexpr = IN * weight.dtype.element_ty.primitive_bitwidth // 8
-        share = weight + tile.to(tl.int64) * (BLOCK_O * IN) + split * DEPTH
-        for turn in tl.static_range((BLOCK_O * PIECES + THREADS - 1) // THREADS):
-            fetch_pieces(share, turn, BLOCK_O * PIECES, PIECES, ROW_BYTES, THREADS)
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    if FETCH:
+        _fetch(weight + o.to(tl.int64) * IN + split * DEPTH)
     t = tl.arange(0, BLOCK_T)
     is_token = t < tokens
     index = tl.where(tile * BLOCK_O < OUT0, 0, tl.where(tile * BLOCK_O < OUT0 + OUT1, 1, 2))
@@ -207,7 +217,7 @@ def linear_tokens(
     own_within = within - tl.multiple_of(start // 8 * 8 + block * own_columns, 8)[:, None]
     one_block = tl.zeros_like(rank) + WIDTH
     factor = _load_b(pool, own_offset, tl.where(is_plain, own_rank, 0), own_columns, one_block, own_within, j)
-    if EAGER or not AHEAD:
+    if not AHEAD:
         wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     total = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
@@ -226,15 +236,15 @@ def linear_tokens(
     if is_plain:
         added = _b_h(
             pool, own_offset, own_rank, own_columns, one_block, own_within, factor, h_token + first_row, plane_stride,
-            j, SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
+            split, WIDTH, B_ROWS, B_MORE, SPLITS, PLANES, STAGES,
         )  # fmt: skip
     else:
         height = tl.maximum(own_rank, 1)
         moved = within - start[:, None]
         first = _load_b(pool, b_offset, rank, columns, height, moved, j)
         added = _b_h(
-            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, j,
-            SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
+            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, split,
+            WIDTH, B_ROWS, B_MORE, SPLITS, PLANES, STAGES,
         )  # fmt: skip
     total += scale[:, None] * added
     at = t[:, None] * OUT + o[None, :]

@@ -17,7 +17,6 @@ on the device at once, or those that wait could keep out those that others wait 
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fetch import fetch_pieces
 from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
 
 MAX_RANKS: tl.constexpr = tl.constexpr(8)
@@ -90,15 +89,12 @@ def _add_and_norm(reduced, before, scale, total, normed, inside, epsilon, COLUMN
     tl.store(normed, (scale.to(tl.float32) * scaled.to(tl.float32)).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def all_reduce_add_norm_rows(
-    x, residual, weight, mailbox, total, normed, matrix, rows, epsilon,
+    x, residual, weight, mailbox, total, normed, epsilon,
     RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-    PIECES: tl.constexpr, PIECES_A_ROW: tl.constexpr, ROW_BYTES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows + those that fetch pieces of ``matrix``, see `fetch.py`).
-
-    x, residual, total, normed: [rows, COLUMNS]; weight [COLUMNS]; mailbox: this rank's, int64.
+    """Grid (rows). x, residual, total, normed: [rows, COLUMNS]; weight [COLUMNS]; mailbox: this rank's, int64.
 
     The sum over the ranks is taken in float32 in their order and rounded once, so all have the same bits.
 
@@ -106,11 +102,6 @@ def all_reduce_add_norm_rows(
     this one waits for the peers.
     """
     row = tl.program_id(0)
-    if PIECES > 0:
-        behind = row - rows
-        if behind >= 0:
-            fetch_pieces(matrix, behind, PIECES, PIECES_A_ROW, ROW_BYTES, THREADS)
-            return
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
     at = row.to(tl.int64) * COLUMNS + column

@@ -59,15 +59,12 @@ def shrink_tokens(
     x, pool, slots, token_slot, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
     site0, site1, site2,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EAGER: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
 
     One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
-    EAGER: the next kernel may start before x is there, and must wait for this one before it reads x.
     """
-    if EAGER:
-        let_next_kernel_start(OVERLAP)
     token, index = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
     chosen = tl.load(token_slot + token)

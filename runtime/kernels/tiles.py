@@ -93,15 +93,12 @@ class TwoLaunches:
 
     Attributes:
         overlap: as for `OneLaunch`, for the shrink (the expand always overlaps it).
-        beside: where the base product and LoRA are one operator, the shrink runs on a stream of its own beside the
-            product, and neither kernel starts early.
         by_token: work token by token also where tokens are grouped.
     """
 
     shrink: Shrink
     expand: Expand
     overlap: bool = True
-    beside: bool = False
     by_token: bool = False
 
 
@@ -110,8 +107,8 @@ Plan = OneLaunch | TwoLaunches
 BY_TOKEN_LIMIT = 64
 """Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
 
-_LIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
-"""GPUs whose launches of their own take another's plans: the same multiprocessors; faster than the default there."""
+_LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+"""GPUs that take another's plans: the same multiprocessors, and plans chosen behind kernels as a layer has them."""
 
 BUCKETS = (16, 64, 256, 2048)
 """Numbers of tokens in the table; a call takes the next larger one, or the last."""
@@ -152,9 +149,7 @@ class Product:
         stages: 1 more than the tiles of W under way.
         warps: of a program.
         ahead: h is made by a launch of its own ahead of this one, not by its first programs.
-        eager: with ``ahead``, programs start when those that make h have started, get ready, and wait for all of h
-            before they read x; else they start when x is there, and wait for h behind their sums.
-        pieces: of each of its rows of W (see `fetch.py`) that a program asks for when it starts, before it waits.
+        fetch: a program asks for the first bytes of each of its rows of W when it starts, before it waits for x.
     """
 
     columns: int
@@ -163,8 +158,7 @@ class Product:
     stages: int
     warps: int = 4
     ahead: bool = False
-    eager: bool = False
-    pieces: int = 0
+    fetch: bool = False
 
 
 def product_for(call: Call) -> Product | None:
@@ -204,7 +198,7 @@ def _product_making_h(call: Call) -> Product | None:
         splits *= 2
         if columns % (splits * depth):
             return None
-    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1)))
+    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1), fetch=True))
 
 
 def _product_behind_h(call: Call) -> Product | None:
@@ -257,8 +251,7 @@ def _key(call: Call) -> tuple[int, int, tuple[int, ...], int]:
 def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
     if not torch.cuda.is_available():
         return {}
-    name = torch.cuda.get_device_name()
-    plans = TUNED.get(_LIKE.get(name, name), {})
+    plans = TUNED.get(_gpu(), {})
     return {key: _plan(*fields) for key, fields in plans.items()}
 
 
@@ -266,8 +259,14 @@ def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
 def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
     if not torch.cuda.is_available():
         return {}
-    plans = PRODUCTS.get(torch.cuda.get_device_name(), {})
+    plans = PRODUCTS.get(_gpu(), {})
     return {key: Product(*fields) if fields else None for key, fields in plans.items()}
+
+
+def _gpu() -> str:
+    """The name that the tables have for this GPU."""
+    name = torch.cuda.get_device_name()
+    return _LIKE.get(name, name)
 
 
 def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], *rest: int) -> Plan:

@@ -1,6 +1,5 @@
 """Caches: this rank's heads only, of fixed length; a user's cache of all heads is refused or gathered for."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from transformers import DynamicCache
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin
-from bdlora_compile.machine import find_machine
 from tests.api.conftest import Files
 from tests.models import Reference, relative_error
 
@@ -60,18 +58,6 @@ def test_local_cache_holds_own_heads(files: Files, served: tuple[Any, Any]) -> N
     assert cache.lengths.tolist() == [5, 5]
     assert cache.layers[0].keys[:, :, :5].any()
     assert not cache.layers[0].keys[:, :, 5:].any()
-
-
-def test_a_machine_that_fetches_ahead_changes_no_value(files: Files, served: tuple[Any, Any]) -> None:
-    """Each layer's write to the cache names the weight behind attention, with adapters and without; the same bits."""
-    machine = replace(find_machine("cpu-gloo"), fetch_ahead=4096)
-    model, adapters = loaded(files, machine=machine)
-    logits = [two_steps(one, own, bd.make_cache(one, 2, 16)) for one, own in ((model, adapters), served)]
-    assert torch.equal(*logits)
-    for report in bd.reports(model):
-        found = {graph: (stats.matches, stats.refusals) for graph, stats in report.fetches.items()}
-        assert found == {"with adapters": (1, []), "base only": (1, [])}
-    assert not any(report.fetches for report in bd.reports(served[0]))
 
 
 def test_reset_forgets(files: Files, served: tuple[Any, Any]) -> None:

@@ -50,8 +50,6 @@ KINDS = {
     "fetch": r"cp\.async\.bulk\.prefetch\.L2\.global",
 }
 
-FETCH = {"PIECES": 3072 * 10, "PIECES_A_ROW": 10, "ROW_BYTES": 8192, "THREADS": 128}
-NO_FETCH = {**FETCH, "PIECES": 0}
 SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
@@ -60,13 +58,13 @@ NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
-    "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
+    "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4, "B_MORE": 1,
     "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5,
-    "AHEAD": True, "THREADS": 128,
+    "FETCH": False,
 }  # fmt: skip
+WIDE = {"WIDTH": 64, "B_ROWS": 8, "B_MORE": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
-    "shrink": (shrink_tokens, {**SHRINK, "EAGER": False}, 4),
-    "eager shrink": (shrink_tokens, {**SHRINK, "EAGER": True}, 4),
+    "shrink": (shrink_tokens, SHRINK, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
     "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
@@ -74,12 +72,12 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),
     "apply, rank 8, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 8}, 8),
     "apply": (apply_tokens, {**APPLY}, 4),
-    "product": (linear_tokens, {**PRODUCT, "EAGER": False, "PIECES": 0}, 4),
-    "eager product": (linear_tokens, {**PRODUCT, "EAGER": True, "PIECES": 2}, 4),
-    "norm": (all_reduce_add_norm_rows, {**NORM, **NO_FETCH, "THREADS": 512}, 16),
-    "norm that fetches": (all_reduce_add_norm_rows, {**NORM, **FETCH, "THREADS": 512}, 16),
-    "cache": (write_tokens, {**CACHE, **NO_FETCH}, 4),
-    "cache that fetches": (write_tokens, {**CACHE, **FETCH}, 4),
+    "product behind h": (linear_tokens, {**PRODUCT, "AHEAD": True}, 4),
+    "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE, "AHEAD": True}, 4),
+    "product that makes h": (linear_tokens, {**PRODUCT, "AHEAD": False}, 4),
+    "product that fetches": (linear_tokens, {**PRODUCT, "AHEAD": False, "FETCH": True}, 4),
+    "norm": (all_reduce_add_norm_rows, NORM, 16),
+    "cache": (write_tokens, CACHE, 4),
 }
 """Kernel, constants and warps."""
 

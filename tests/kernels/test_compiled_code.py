@@ -1,4 +1,4 @@
-"""Kernels compiled for a GPU: how wide they load, who waits where, what they fetch, how many registers they have."""
+"""Kernels compiled for a GPU: how wide they load, who waits where, how many registers they have."""
 
 import json
 import os
@@ -64,21 +64,25 @@ def test_an_exchange_releases_and_acquires_for_the_whole_system(code: Code) -> N
     assert rest.count("wide load") == 3, "one of each peer"
 
 
-@pytest.mark.parametrize("kernel", ["norm", "cache"])
-def test_who_can_fetch_does_all_else_as_before(code: Code, kernel: str) -> None:
-    """One request, of the L2 cache, by programs of its own."""
-    with_fetch = code[f"{kernel} that fetches"]
-    assert with_fetch.count("fetch") == 1
-    assert len(with_fetch) > 4
-    assert [kind for kind in with_fetch if kind != "fetch"] == code[kernel]
-
-
-def test_a_product_that_starts_with_its_shrink_waits_before_it_reads_x(code: Code) -> None:
-    """Others start when x is there: they read it at once, and wait for h alone."""
-    shrink, product = code["eager shrink"], code["eager product"]
-    assert shrink.index("let start") < shrink.index("wait")
-    assert product.index("fetch") < product.index("wait") < product.index("load to shared memory")
-    shrink, product = code["shrink"], code["product"]
+def test_a_product_behind_its_shrink_reads_x_at_once(code: Code) -> None:
+    """It was let start when x was there, and waits for h alone."""
+    shrink, product = code["shrink"], code["product behind h"]
     assert shrink.index("wait") < shrink.index("let start")
-    assert "fetch" not in product
     assert product.index("load to shared memory") < product.index("wait")
+
+
+def test_a_product_of_wide_ranks_reads_the_rest_of_b_behind_h(code: Code) -> None:
+    """Some rows ahead of its sums, in registers; the others in turns, through shared memory."""
+    product = code["product of wide ranks"]
+    wait = product.index("wait")
+    assert "wide load" in product[:wait]
+    assert "load to shared memory" in product[wait:]
+
+
+def test_a_product_asks_for_its_weight_before_it_waits(code: Code) -> None:
+    """And does all else as without."""
+    product, fetching = code["product that makes h"], code["product that fetches"]
+    streams = fetching.index("fetch")
+    assert "wait" in fetching[streams : fetching.index("load to shared memory")]
+    assert fetching.count("fetch") == 1
+    assert sorted(kind for kind in fetching if kind != "fetch") == sorted(product)

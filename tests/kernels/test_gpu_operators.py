@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime import linear_op
 from bdlora_compile.runtime.cache_ops import cache_write_
-from bdlora_compile.runtime.kernels.tiles import Expand, Product, Shrink, TwoLaunches
+from bdlora_compile.runtime.kernels.tiles import Product
 from bdlora_compile.runtime.linear_op import lora_counters, lora_linear
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
@@ -80,15 +80,12 @@ def test_apply(call: Call) -> None:
     assert not error(call.y, wanted.double()) < 0.02
 
 
-@pytest.mark.parametrize("way", ["inside", "beside", "apart"])
-def test_linear(call: Call, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one kernel, with h made on a stream beside the product, and by two operators."""
+@pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "apart"])
+def test_linear(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one kernel, and by two operators."""
     by_token = call.case.tokens <= 64
     product = Product(columns=16, depth=16, splits=2, stages=1)
-    shrink = Shrink(2, 16, 1) if by_token else Shrink(16, 16, 1, splits=2)
-    beside = TwoLaunches(shrink, Expand(2 if by_token else 16, 16, 1), beside=way == "beside")
-    monkeypatch.setattr(linear_op, "product_for", lambda _: product if way == "inside" and by_token else None)
-    monkeypatch.setattr(linear_op, "plan_for", lambda _: beside)
+    monkeypatch.setattr(linear_op, "product_for", lambda _: product if is_inside and by_token else None)
     wanted = call.linear(plain(lora_linear)).double()
     assert error(call.linear(on_gpu(lora_linear)), wanted) < TOLERANCE
     assert not error(call.x @ call.weight.t(), wanted) < 0.02
@@ -100,10 +97,9 @@ def test_cache_write() -> None:
     k, v = torch.randn(2, 4, 2, 1, 8, device=DEVICE).unbind()
     lengths = torch.tensor([0, 5, 2, 8], device=DEVICE)
     stores[1].copy_(stores[0])
-    weight = torch.randn(64, 512, device=DEVICE)
     for (keys, values), run in zip(stores, (on_gpu(cache_write_), plain(cache_write_)), strict=True):
         before = keys.clone()
-        assert run(keys, values, k, v, lengths, weight, 1 << 20) is None
+        assert run(keys, values, k, v, lengths) is None
         assert not torch.equal(keys, before)
     assert torch.equal(*stores)
 
@@ -124,7 +120,7 @@ def test_a_norm_behind_a_sum_over_one_rank(monkeypatch: pytest.MonkeyPatch) -> N
     x, residual = torch.randn(2, 3, 4, 32, device=DEVICE).unbind()
     weight = torch.rand(32, device=DEVICE)
     memory = torch.zeros(8, dtype=torch.uint8, device=DEVICE)
-    arguments = (x, residual, weight, memory, memory, 1e-5, 0, 0, "group", weight[None], 4096)
+    arguments = (x, residual, weight, memory, memory, 1e-5, 0, 0, "group")
     run = on_gpu(all_reduce_add_norm) if DEVICE.type == "cpu" else all_reduce_add_norm._backend_fns["cuda"]
     for found, wanted in zip(run(*arguments), plain(all_reduce_add_norm)(*arguments), strict=True):
         assert found.shape == (3, 4, 32)

@@ -3,22 +3,15 @@
 Tolerance as in `test_kernels`: only y is rounded. fp16, since the interpreter multiplies the bits of bf16 operands.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime import linear_op
 from bdlora_compile.runtime.bank import AdapterBank
-from bdlora_compile.runtime.kernels import launch, tiles
+from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import (
     Call,
-    Expand,
     Product,
-    Shrink,
-    TwoLaunches,
-    bucket_of,
     default_product,
 )
 from bdlora_compile.runtime.linear_op import NUM_COUNTERS, lora_counters, lora_linear
@@ -29,8 +22,7 @@ TOLERANCE = 4 * 2.0**-11
 SHARED = Product(columns=16, depth=16, splits=2, stages=1)
 ALONE = Product(columns=32, depth=32, splits=1, stages=1)
 AHEAD = Product(columns=16, depth=16, splits=2, stages=1, warps=1, ahead=True)
-EAGER = replace(AHEAD, eager=True)
-PLANS = [SHARED, ALONE, AHEAD, EAGER]
+PLANS = [SHARED, ALONE, AHEAD]
 RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
 CASES = {
     "plain": Case(RANKS, 64, (64, 32, 32), 1, 1, 5, 3, torch.float16, True),
@@ -58,7 +50,7 @@ def run(case: Case, bank: AdapterBank, x: Tensor, weight: Tensor, counters: Tens
     return launch.linear(x, weight, factors, bank.scales, counters, case.width, case.out_features, plan)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead", "started with h"])
+@pytest.mark.parametrize("plan", PLANS, ids=["shared sums", "one program a tile", "h made ahead"])
 @pytest.mark.parametrize("name", CASES)
 def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> None:
     """And the counters are zero again, as the next launch wants them."""
@@ -67,38 +59,6 @@ def test_product_with_lora_equals_dense_products(name: str, plan: Product) -> No
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=DEVICE)
     assert error(run(case, bank, x, weight, counters, plan), wanted) < TOLERANCE
     assert not counters.any()
-
-
-@pytest.mark.parametrize("name", ["plain", "many tokens"])
-def test_h_beside_the_product_equals_dense_products(name: str) -> None:
-    """By token and by segment; a token with another slot is noticed."""
-    case = CASES[name]
-    bank, x, weight, wanted = prepared(case)
-    tokens = bank.token_slot[: case.tokens]
-    plan = TwoLaunches(Shrink(2, 16, 1), Expand(2, 16, 1), beside=True)
-    by_segment = TwoLaunches(Shrink(16, 16, 1, splits=2), Expand(16, 16, 1), beside=True)
-
-    def found(plan: TwoLaunches, work: launch.Work | None) -> Tensor:
-        factors = factors_of(bank, case)
-        return launch.linear_beside(x, weight, factors, bank.scales, work, case.width, case.out_features, plan)
-
-    # The product is rounded before LoRA is added.
-    assert error(found(plan, None), wanted) < 2 * TOLERANCE
-    assert error(found(by_segment, launch.segment_work(tokens, 16)), wanted) < 2 * TOLERANCE
-    tokens[:] = (tokens + 1) % len(case.ranks)
-    assert not error(found(plan, None), wanted) < 0.02
-
-
-@pytest.mark.parametrize("tokens", [64, 300])
-def test_the_table_says_whether_h_is_made_beside_the_product(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4), beside=True)
-    key = (bucket_of(tokens), 4096, (512, 128, 128), 16)
-    x, weight = torch.zeros(tokens, 4096, dtype=torch.bfloat16), torch.zeros(768, 4096, dtype=torch.bfloat16)
-    monkeypatch.setattr(tiles, "_table", lambda: {key: plan})
-    assert linear_op._plan_of(x, weight, 16, (512, 128, 128)) == plan
-    assert linear_op._plan_of(x.float(), weight.float(), 16, (512, 128, 128)) is None
-    monkeypatch.setattr(tiles, "_table", lambda: {key: replace(plan, beside=False)})
-    assert linear_op._plan_of(x, weight, 16, (512, 128, 128)) is None
 
 
 @pytest.mark.parametrize("plan", [SHARED, AHEAD], ids=["h made here", "h made ahead"])

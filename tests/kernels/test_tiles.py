@@ -61,11 +61,11 @@ def test_the_table_holds_plans_for_its_keys(device: str, monkeypatch: pytest.Mon
         tiles._table.cache_clear()
 
 
-def test_an_h200_takes_the_plans_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of launches of their own alone; another GPU takes the default."""
+def test_an_h100_takes_the_plans_of_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another GPU takes the default."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    key, fields = next((key, fields) for key, fields in TUNED["NVIDIA H100 80GB HBM3"].items() if len(fields) == 4)
-    for device, is_like in (("NVIDIA H200", True), ("a GPU that nobody measured", False)):
+    key, fields = next((key, fields) for key, fields in TUNED["NVIDIA H200"].items() if len(fields) == 4)
+    for device, is_like in (("NVIDIA H100 80GB HBM3", True), ("a GPU that nobody measured", False)):
         monkeypatch.setattr("torch.cuda.get_device_name", lambda name=device: name)
         tiles._table.cache_clear()
         try:

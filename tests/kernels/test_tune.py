@@ -7,9 +7,9 @@ import pytest
 from bdlora_compile.runtime.kernels import tiles
 from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink, TwoLaunches
 from benchmarks import plan_table, tune
+from benchmarks.lora_layers import Case, groups_of
 
 ONE = OneLaunch(8, 8, overlap=False, registers=128)
-TWO_BESIDE = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4), beside=True)
 TWO = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4))
 
 
@@ -24,7 +24,6 @@ def row(plan: Plan, us: float, error: float = 2e-3) -> dict[str, Any]:
         pytest.param([[row(TWO, 2), row(ONE, 1)]], ONE, id="the fastest"),
         pytest.param([[row(TWO, 2), row(ONE, 1, error=1)]], TWO, id="the fastest that is right"),
         pytest.param([[row(ONE, 1)], [row(TWO, 2)]], TWO, id="of the last file"),
-        pytest.param([[row(TWO, 2), row(TWO_BESIDE, 1)]], TWO_BESIDE, id="one beside the product"),
         pytest.param([[row(ONE, 1)], []], ONE, id="of the last file that has the shape"),
     ],
 )
@@ -35,8 +34,10 @@ def test_the_table_takes(files: list[list[dict[str, Any]]], wanted: Plan) -> Non
     assert tiles._plan(*found[64, 4096, (768,), 8]) == wanted
 
 
-def test_a_product_is_tried_with_other_ways_to_start() -> None:
-    """Not twice the same, and none with a shrink that it has not."""
-    here = tiles.Product(64, 64, 4, 5, pieces=1)
-    assert [(way.eager, way.pieces) for way in tune.starts(here)] == [(False, 1), (False, 0), (False, 2)]
-    assert len(tune.starts(tiles.Product(64, 64, 4, 5, ahead=True))) == 6
+def test_a_product_is_tried_with_its_weight_fetched_and_not() -> None:
+    """Both once, beside launches of their own."""
+    case = Case("8B", 8, "bd", 16, 16, 16, 16)
+    found = tune.candidates(case, groups_of(case)[0])
+    assert found[0] is None
+    assert [product.fetch for product in found[1:3] if product] == [True, False]
+    assert len(set(found)) == len(found)

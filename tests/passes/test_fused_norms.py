@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from bdlora_compile.factors import Layout
-from bdlora_compile.fetch_ahead import fetch_ahead
 from bdlora_compile.ir import Captured, stage_nodes
 from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.placement import Mesh
@@ -88,18 +87,6 @@ def test_all_three_become_one_operator_each(golden: GoldenCheck) -> None:
     assert len([*stage_nodes(captured.graph, FUSED)]) == 3
     assert not [*stage_nodes(captured.graph, "bdlora::all_reduce")]
     assert not [*stage_nodes(captured.graph, "rsqrt")]
-
-
-def test_each_fetches_the_weight_of_the_product_behind_its_norm() -> None:
-    """In the layer that the norm has moved to, and nothing else changes."""
-    captured = Layer().finish()
-    rewritten(captured)
-    before = [node.args for node in stage_nodes(captured.graph, FUSED)]
-    assert fetch_ahead(captured.graph, 4096) == PassStats(matches=3, refusals=[])
-    weights = [linear.args[1] for linear in stage_nodes(captured.graph, "linear")]
-    found = [node.args for node in stage_nodes(captured.graph, FUSED)]
-    assert found == [(*args, weight, 4096) for args, weight in zip(before, weights, strict=True)]
-    propagate(captured.graph, "emit")
 
 
 def test_without_a_mailbox_norms_stay_apart() -> None:
