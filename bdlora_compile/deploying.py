@@ -1,13 +1,13 @@
 """From a model and what was asked for to its deployment: sites, plan, banks and the set of adapters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bdlora_compile.errors import PlacementError
+from bdlora_compile.errors import ConfigError, PlacementError
 from bdlora_compile.hollow import hollow_out
 from bdlora_compile.ir import layer_of
 from bdlora_compile.placement import Mesh
@@ -29,7 +29,7 @@ from bdlora_compile.served import serve
 from bdlora_compile.sites import Site, in_module_order, unsplit_layers, vocabulary_sites
 from bdlora_compile.stand_ins import StandIns
 from bdlora_compile.strategy import Choice
-from bdlora_compile.timing import Terms
+from bdlora_compile.timing import Terms, group_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class Setup:
 
 def deploy(
     model: PreTrainedModel,
+    layers: Mapping[str, Site],
     sites: Mapping[str, Site],
     source: WeightSource,
     found: Mapping[str, Adapter],
@@ -63,7 +64,7 @@ def deploy(
     layouts, decisions = setup.choice.layouts(sites, list(found.values()), terms, ranks.agreement)
     plan = plan_model(
         model, sites, ranks.mesh, layouts, capacity.max_rank, setup.dtype, setup.device, decisions,
-        max_local_rank=capacity.max_local_rank,
+        max_local_rank=capacity.max_local_rank, layers=layers,
     )  # fmt: skip
     slots, pool = capacity.pool(plan)
     transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
@@ -71,7 +72,7 @@ def deploy(
     watch = _watch_of(ranks.agreement, setup.device)
     deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)
     hollow_out(model, deployment)
-    deployment.stand_ins = stand_ins_of(model, sites)
+    deployment.stand_ins = stand_ins_of(model, layers)
     serve(model, deployment, cache_shape(model, plan, len(ranks.hosted)))
     model.requires_grad_(False)
     model.eval()
@@ -81,16 +82,16 @@ def deploy(
     return adapters
 
 
-def stand_ins_of(model: PreTrainedModel, sites: Iterable[str]) -> StandIns | None:
-    """For the list that the sites' layers are in; None if they are in none, or in several."""
-    paths = {layer.rpartition(".")[0] for site in sites if (layer := layer_of(site)) is not None}
+def stand_ins_of(model: PreTrainedModel, linears: Iterable[str]) -> StandIns | None:
+    """For the list of layers that the linear layers are in; None if they are in none, or in several."""
+    paths = {layer.rpartition(".")[0] for site in linears if (layer := layer_of(site)) is not None}
     path = paths.pop() if len(paths) == 1 else ""
     layers = model.get_submodule(path)
     return StandIns(path, layers) if isinstance(layers, nn.ModuleList) else None
 
 
 def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, Site]:
-    """The model's sites; in strict mode ranks share all of the decoder's linear layers."""
+    """The linear layers that ranks share; in strict mode all of the decoder's."""
     sites = sites_of(model)
     whole = unsplit_layers(model, sites)
     if not whole or mesh.size == 1 or not strict:
@@ -104,23 +105,60 @@ def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, 
 
 
 def offered_sites(
-    model: PreTrainedModel, layers: Mapping[str, Site], vocabulary_lora: bool | None
+    model: PreTrainedModel,
+    layers: Mapping[str, Site],
+    vocabulary_lora: bool | None,
+    target_modules: str | Collection[str] | None = None,
 ) -> Mapping[str, Site]:
-    """The sites that the adapters given at load may change, in module order."""
+    """The sites that the adapters given at load may change, in module order.
+
+    Raises:
+        ConfigError: ``target_modules`` names what is no linear layer of the decoder.
+    """
+    chosen = layers if target_modules in (None, _ALL) else _targeted(layers, target_modules)
     if vocabulary_lora is False:
-        return layers
-    return in_module_order(model, {**layers, **vocabulary_sites(model)})
+        return chosen
+    return in_module_order(model, {**chosen, **vocabulary_sites(model)})
+
+
+_ALL = "all-linear"
+"""PEFT's word for every linear layer."""
+
+
+def _targeted(layers: Mapping[str, Site], target_modules: str | Collection[str] | None) -> dict[str, Site]:
+    """Layers of these names, and those that read one input with them: they are one product, with one call for LoRA."""
+    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    unknown = [end for end in wanted if not any(_ends(name, end) for name in layers)]
+    if unknown or not wanted:
+        raise ConfigError(
+            "target_modules",
+            found=", ".join(map(repr, unknown)) or "no name",
+            expected=f"names of linear layers, or their ends: {', '.join(ends)}; or {_ALL!r}",
+            remedy="name the layers that adapters may change",
+        )
+    chosen = {
+        site.name
+        for group in group_sites(layers)
+        for sites in group.layers
+        if any(_ends(site.name, end) for site in sites for end in wanted)
+        for site in sites
+    }
+    return {name: site for name, site in layers.items() if name in chosen}
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def needed_sites(
-    layers: Mapping[str, Site],
-    offered: Mapping[str, Site],
-    adapters: Iterable[Adapter],
-    vocabulary_lora: bool | None,
+    offered: Mapping[str, Site], adapters: Iterable[Adapter], vocabulary_lora: bool | None
 ) -> Mapping[str, Site]:
     """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them."""
-    is_needed = any(name not in layers for adapter in adapters for name in adapter.factors)
-    return offered if vocabulary_lora or is_needed else layers
+    is_needed = any(offered[name].vocabulary for adapter in adapters for name in adapter.factors)
+    if vocabulary_lora or is_needed:
+        return offered
+    return {name: site for name, site in offered.items() if not site.vocabulary}
 
 
 def _rank_state(

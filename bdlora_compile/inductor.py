@@ -5,12 +5,14 @@ from typing import Any, cast
 
 import torch
 import torch._functorch.config as functorch_config
+import torch.compiler.config as compiler_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from bdlora_compile.ir import fake_value, is_symbol, placeholders
 from bdlora_compile.runtime.program import CallSource
+from bdlora_compile.version import __version__
 
 
 def compile_region(
@@ -60,12 +62,24 @@ def _compile(
         return result
 
     # A context of its own: the compiler notes facts about one graph in it (strides of outputs, parameters).
-    with tracing(TracingContext(mode)):
+    tagged = compiler_config.patch(cache_key_tag=_cache_key_tag(module))  # type: ignore[attr-defined]  # made at run time
+    with tracing(TracingContext(mode)), tagged:
         if on_code is None:
             return cast(Callable[..., Any], compile_fx(module, inputs))
         # AOTAutograd's cache would answer before Inductor is asked.
         with functorch_config.patch(enable_autograd_cache=False):
             return cast(Callable[..., Any], compile_fx(module, inputs, inner_compile=tell))
+
+
+def _cache_key_tag(module: GraphModule) -> str:
+    """Our operators' signatures, as a part of the key by which torch keeps code on disk.
+
+    That code calls them with all arguments spelled out, and the key has no more than their names: code of another
+    version of this package would be found, and would call operators that have changed since.
+    """
+    targets = (getattr(node.target, "_schema", None) for node in module.graph.nodes if node.op == "call_function")
+    own = sorted({str(schema) for schema in targets if schema is not None and schema.name.startswith("bdlora::")})
+    return "\n".join([compiler_config.cache_key_tag, f"bdlora_compile {__version__}", *own])
 
 
 def _example_input(value: torch.Tensor | CallSource, node: Node, mode: FakeTensorMode) -> Any:

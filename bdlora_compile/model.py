@@ -1,7 +1,7 @@
 """Load a model and its adapters for the backend, or attach a model that is in memory."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def load(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     max_local_rank: int | None = None,
+    target_modules: str | Collection[str] | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -62,6 +63,10 @@ def load(
         max_local_rank: largest rank of an adapter's factors on one rank, ``max_rank`` by default. Where all are
             block-diagonal in N blocks or a multiple of N, ``max_rank`` / N is enough: the pool is smaller and faster
             kernels serve. An adapter that exceeds it is refused.
+        target_modules: linear layers that adapters may change, by name or end of a name as in PEFT (``["q_proj",
+            "v_proj"]``); all of the decoder's by default. Layers that read one input are one product: naming one of q,
+            k and v admits all three. With fewer the pool is smaller, and other layers cost what they cost without
+            adapters. An adapter that changes others is refused.
         pool_bytes: bytes of a rank's pool, instead of that size.
         host_bytes: bytes of host memory for a rank's copies of adapters, pinned on GPUs; four times the pool. Adapters
             beyond it are read from their folders when they are used.
@@ -107,15 +112,15 @@ def load(
     _check_weights(model, source, str(folder))
     ranks = ranks or Ranks.of_process_group()
     layers = served_sites(model, ranks.mesh, strict)
-    offered = offered_sites(model, layers, vocabulary_lora)
+    offered = offered_sites(model, layers, vocabulary_lora, target_modules)
     base_model = config.name_or_path or str(path_or_id)
     found = read_together(adapters or {}, offered, base_model, ranks.agreement)
-    sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
+    sites = needed_sites(offered, found.values(), vocabulary_lora)
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )
     setup = Setup(ranks, choice, dtype, target, strict, capacity, base_model, all_reduce)
-    return model, deploy(model, sites, source, found, setup)
+    return model, deploy(model, layers, sites, source, found, setup)
 
 
 def attach(
@@ -125,6 +130,7 @@ def attach(
     max_adapters: int | None = None,
     max_rank: int | None = None,
     max_local_rank: int | None = None,
+    target_modules: str | Collection[str] | None = None,
     pool_bytes: int | None = None,
     host_bytes: int | None = None,
     strategy: Strategy = "local",
@@ -155,19 +161,19 @@ def attach(
     source = MemorySource(dict(base.named_parameters()))
     ranks = ranks or Ranks.of_process_group()
     layers = served_sites(base, ranks.mesh, strict)
-    offered = offered_sites(base, layers, vocabulary_lora)
+    offered = offered_sites(base, layers, vocabulary_lora, target_modules)
     base_model = base.config.name_or_path or None
     found = {
         name: adapter_from_tensors(config, tensors, offered, source=f"adapter {name!r}", base_model=base_model)
         for name, (config, tensors) in peft_adapters.items()
     }
     found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
-    sites = needed_sites(layers, offered, found.values(), vocabulary_lora)
+    sites = needed_sites(offered, found.values(), vocabulary_lora)
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )
     setup = Setup(ranks, choice, parameter.dtype, parameter.device, strict, capacity, base_model, all_reduce)
-    return base, deploy(base, sites, source, found, setup)
+    return base, deploy(base, layers, sites, source, found, setup)
 
 
 def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:

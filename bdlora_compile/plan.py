@@ -69,16 +69,18 @@ def plan_model(
     device: torch.device,
     decisions: Sequence[Decision] = (),
     max_local_rank: int | None = None,
+    layers: Mapping[str, Site] | None = None,
 ) -> ModelPlan:
     """Decide where every parameter of ``model`` lies; layouts were decided before (`strategy.py`).
 
-    ``max_local_rank`` is ``max_rank`` where adapters may be ordinary ones.
+    ``max_local_rank`` is ``max_rank`` where adapters may be ordinary ones. ``layers`` are the linear layers that ranks
+    share: those of ``sites``, and others that adapters may not change.
 
     Raises:
         PlacementError: the mesh does not divide a layer.
     """
     weights: dict[str, Placement] = {}
-    for site in sites.values():
+    for site in (sites if layers is None else layers).values():
         if site.vocabulary:
             continue  # placed below, whether adapters may change it or not
         module = model.get_submodule(site.name)

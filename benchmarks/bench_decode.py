@@ -29,7 +29,15 @@ from transformers import PretrainedConfig
 
 from bdlora_compile.machine import find_machine
 from bdlora_compile.strategy import Strategy
-from benchmarks.decode.files import CONTENTS, AdapterKind, model_config, roomy_folder, write_adapters, write_model
+from benchmarks.decode.files import (
+    ATTENTION_SITES,
+    CONTENTS,
+    AdapterKind,
+    model_config,
+    roomy_folder,
+    write_adapters,
+    write_model,
+)
 from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
 from benchmarks.decode.reference import STEPS, Expected, prompts, references
@@ -136,25 +144,41 @@ class Bench:
         """All columns."""
         model = self.prepare(folder, config)
         expected = self.expected(model, folder)
-        for strategy in self.options.strategy:
-            self.run_ours(model, folder / "adapters", strategy, expected)
+        for strategy, kinds in self.loads():
+            self.run_ours(model, folder / "adapters", strategy, kinds, expected)
             free()
         if self.options.baseline and not self.is_fake:
             self.run_baseline(model)
 
-    def run_ours(self, model: Path, adapters: Path, strategy: Strategy, expected: dict[str, Expected]) -> None:
+    def loads(self) -> Iterator[tuple[Strategy, Sequence[str]]]:
+        """What is measured with one load of the model each: adapters of attention alone pay for no other layers."""
+        for strategy in self.options.strategy:
+            for only_attention in (False, True):
+                kinds = [kind for kind in self.columns(strategy) if KINDS[kind].only_attention is only_attention]
+                if kinds:
+                    yield strategy, kinds
+
+    def run_ours(
+        self,
+        model: Path,
+        adapters: Path,
+        strategy: Strategy,
+        names_of_kinds: Sequence[str],
+        expected: dict[str, Expected],
+    ) -> None:
         """Columns of one strategy, all from one load of the model."""
         slots = max(CONTENTS, *(case.adapters for case in self.cases()))
-        kinds = [KINDS[kind] for kind in self.columns(strategy)]
+        kinds = [KINDS[kind] for kind in names_of_kinds]
         capacity = {
             "max_adapters": slots,
             "max_rank": max(kind.rank for kind in kinds),
             "max_local_rank": max(kind.local_rank(self.size) for kind in kinds),
+            "target_modules": ATTENTION_SITES if kinds[0].only_attention else None,
         }
         start = time.perf_counter()
         loop = OurLoop(model, strategy, self.machine, self.dtype, self.device, self.options.inner, capacity)
         self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
-        for number, kind in enumerate(self.columns(strategy)):
+        for kind in names_of_kinds:
             names = [f"{kind}-{i}" for i in range(slots)]
             seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
             self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
@@ -165,7 +189,7 @@ class Bench:
                 line = expected[kind].check(logits)
                 self.say(f"  {line}")
                 self.write("check", strategy=strategy, kind_of_adapters=KINDS[kind].text, result=line)
-            if strategy == "local" and number == 0:
+            if not self.base_step:
                 for case in self.cases(only_base=True):
                     self.row("base", "none", case, loop, 0)
             for case in self.cases():

@@ -164,7 +164,8 @@ def _refuse_extra(extra: list[str], sites: Mapping[str, Site], source: str, base
             f"{source}: tensors of {len(extra)} modules",
             found=f"LoRA for {some(map(short_name, extra))}",
             expected=f"LoRA for sites of the model only: {_describe(sites)}",
-            remedy=f"serve it on the model it was trained on; {base.says()}",
+            remedy="serve it on the model it was trained on, or load that model with these among target_modules; "
+            f"{base.says()}",
         )
 
 

@@ -26,6 +26,9 @@ def serve(
     max_local_rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank of factors on one rank; max-rank / TP if all are BD.")
     ] = None,
+    target_module: Annotated[
+        list[str] | None, typer.Option(help="Layer that adapters may change, like q_proj; all by default.")
+    ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Requests that run at once (16).")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and completion (2048).")] = None,
     strategy: Annotated[StrategyName | None, typer.Option(help="As in bdlora run (local).")] = None,
@@ -63,6 +66,7 @@ def serve(
         "max_adapters": max_adapters,
         "max_rank": max_rank,
         "max_local_rank": max_local_rank,
+        "target_modules": target_module or None,
         "max_rows": max_rows,
         "max_length": max_length,
         "strategy": strategy.value if strategy else None,

@@ -119,7 +119,7 @@ _ELEMENTS_OF_B = 2048
 """Elements of B that a warp of `linear` holds from the start, at most: 64 a thread."""
 
 _ELEMENTS_A_TURN = 512
-"""Elements of B that it holds at once in the turns behind those, whose loads take shared memory."""
+"""Elements of B that it holds at once where they are more than that: several turns, their loads in shared memory."""
 
 
 def linear(
@@ -155,7 +155,7 @@ def linear(
         x, weight, y, shares, h, counters, factors.pool, factors.slots, scales, factors.token_slot,
         tokens, x.stride(0), factors.num_slots, *_three(factors.sites), n_sites, in_features, *_three(out_features),
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
-        **_rows_of_b(width, block_t, plan),
+        B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
         STAGES=plan.stages, AHEAD=plan.ahead, FETCH=plan.fetch and overlap and share_bytes >= FETCHED_BYTES,
         OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
@@ -163,12 +163,16 @@ def linear(
     return y
 
 
-def _rows_of_b(width: int, block_t: int, plan: Product) -> dict[str, int]:
-    """Rows of B that a program of `linear` holds from the start, and in each turn behind those."""
+def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
+    """Rows of B that a program of `linear` holds at once.
+
+    All, or few: as many as fit at first, and few in the turns behind them, took up to twice as long (docs/kernels.md).
+    """
     rows = triton.next_power_of_2(triton.cdiv(width, plan.splits))
     elements_a_warp = block_t * plan.columns // plan.warps
-    most, more = (max(1, elements // elements_a_warp) for elements in (_ELEMENTS_OF_B, _ELEMENTS_A_TURN))
-    return {"B_ROWS": min(rows, most), "B_MORE": min(rows, more)}
+    if rows * elements_a_warp <= _ELEMENTS_OF_B:
+        return rows
+    return min(rows, max(1, _ELEMENTS_A_TURN // elements_a_warp))
 
 
 def shrink(

@@ -136,19 +136,17 @@ def _load_h(h_token, plane_stride, rank, j, PLANES: tl.constexpr):
 
 @triton.jit
 def _b_h(
-    pool, b_offset, rank, columns, height, within, factor, h_token, plane_stride, split,
-    WIDTH: tl.constexpr, B_ROWS: tl.constexpr, B_MORE: tl.constexpr, SPLITS: tl.constexpr, PLANES: tl.constexpr,
-    STAGES: tl.constexpr,
+    pool, b_offset, rank, columns, height, within, factor, h_token, plane_stride, j,
+    STEP: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """B h [T, O] of a program's rows of B, every SPLITS-th: of B_ROWS in ``factor``, and B_MORE a turn behind those."""
-    value = _load_h(h_token, plane_stride, rank, split + SPLITS * tl.arange(0, B_ROWS), PLANES)
+    """B h [T, O] of a program's rows of B: ``j`` and every STEP rows on. ``factor`` holds the first of them."""
+    value = _load_h(h_token, plane_stride, rank, j, PLANES)
     total = tl.sum(value[:, :, None] * factor.to(tl.float32), axis=0)
-    if B_ROWS * SPLITS < WIDTH:
-        for first in tl.range(B_ROWS * SPLITS, tl.max(rank, axis=0), B_MORE * SPLITS, num_stages=STAGES):
-            j = first + split + SPLITS * tl.arange(0, B_MORE)
-            more = _load_b(pool, b_offset, rank, columns, height, within, j)
-            values = _load_h(h_token, plane_stride, rank, j, PLANES)
-            total += tl.sum(values[:, :, None] * more.to(tl.float32), axis=0)
+    if STEP < WIDTH:
+        for first in tl.range(STEP, tl.max(rank, axis=0), STEP, num_stages=STAGES):
+            more = _load_b(pool, b_offset, rank, columns, height, within, j + first)
+            value = _load_h(h_token, plane_stride, rank, j + first, PLANES)
+            total += tl.sum(value[:, :, None] * more.to(tl.float32), axis=0)
     return total
 
 
@@ -158,8 +156,8 @@ def linear_tokens(
     tokens, x_stride, num_slots, site0, site1, site2,
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
-    B_MORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
@@ -236,15 +234,15 @@ def linear_tokens(
     if is_plain:
         added = _b_h(
             pool, own_offset, own_rank, own_columns, one_block, own_within, factor, h_token + first_row, plane_stride,
-            split, WIDTH, B_ROWS, B_MORE, SPLITS, PLANES, STAGES,
+            j, SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
         )  # fmt: skip
     else:
         height = tl.maximum(own_rank, 1)
         moved = within - start[:, None]
         first = _load_b(pool, b_offset, rank, columns, height, moved, j)
         added = _b_h(
-            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, split,
-            WIDTH, B_ROWS, B_MORE, SPLITS, PLANES, STAGES,
+            pool, b_offset, rank, columns, height, moved, first, h_token, plane_stride, j,
+            SPLITS * B_ROWS, WIDTH, PLANES, STAGES,
         )  # fmt: skip
     total += scale[:, None] * added
     at = t[:, None] * OUT + o[None, :]

@@ -49,6 +49,7 @@ def serve(settings: ServeSettings, tokens: Tokens) -> int:
         max_adapters=settings.max_adapters,
         max_rank=settings.max_rank,
         max_local_rank=settings.max_local_rank,
+        target_modules=settings.target_modules,
         pool_bytes=settings.pool_bytes,
         host_bytes=settings.host_bytes,
         strategy=settings.strategy,

@@ -22,7 +22,8 @@ class ServeSettings(BaseModel):
         served_name: name of the base model in requests; that of its folder by default.
         host, port: where HTTP is served; port 0 takes a free one.
         adapter_roots: folders below which the admin routes find adapters.
-        max_adapters, max_rank, max_local_rank, pool_bytes, host_bytes, strategy: as in `bdlora_compile.load`.
+        max_adapters, max_rank, max_local_rank, target_modules, pool_bytes, host_bytes, strategy: as in
+            `bdlora_compile.load`.
         inner: "eager" or "inductor"; the device's default if None.
         max_rows, max_length, max_waiting, max_waiting_per_adapter: as in `serving.engine.Engine`.
         step_timeout: seconds after which a step counts as hung, and a rank that says nothing as lost.
@@ -47,6 +48,7 @@ class ServeSettings(BaseModel):
     max_adapters: int | None = Field(None, ge=1)
     max_rank: int | None = Field(None, ge=1)
     max_local_rank: int | None = Field(None, ge=1)
+    target_modules: tuple[str, ...] | None = None
     pool_bytes: int | None = Field(None, ge=1)
     host_bytes: int | None = Field(None, ge=0)
     strategy: Strategy = "local"
