@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,7 @@ def measure_products(case: Case) -> Iterator[dict[str, Any]]:
 def candidates(case: Case, group: Group) -> list[Product | None]:
     """What is tried for a group: two launches, today's plan, and others."""
     today = product_for(Call(case.tokens, group.in_features, group.out_features, case.width))
-    ways = [today, replace(today, fetch=not today.fetch)] if today else []
-    return list(dict.fromkeys([None, *ways, *products(case, group)]))
+    return list(dict.fromkeys([None, today, *products(case, group)]))
 
 
 def run_piece(layers: Layers, group: int, piece: Plan | Shrink | Expand, planes: int) -> None:

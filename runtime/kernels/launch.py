@@ -16,7 +16,7 @@ from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
-from bdlora_compile.runtime.kernels.linear import FETCHED_BYTES, linear_tokens
+from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
     Call,
@@ -149,7 +149,6 @@ def linear(
     y = x.new_empty(tokens, columns)
     shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
     block_t = max(16, triton.next_power_of_2(tokens))
-    share_bytes = in_features // plan.splits * weight.element_size()
     grid = (parts + columns // plan.columns * plan.splits,)
     linear_tokens[grid](
         x, weight, y, shares, h, counters, factors.pool, factors.slots, scales, factors.token_slot,
@@ -157,8 +156,7 @@ def linear(
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, FETCH=plan.fetch and overlap and share_bytes >= FETCHED_BYTES,
-        OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
+        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
 

@@ -86,19 +86,6 @@ def _make_h(
     tl.atomic_add(counters + H_READY, 1, sem="release")
 
 
-FETCHED_BYTES = 512
-"""Of each row of W."""
-
-
-@triton.jit
-def _fetch(pointers):
-    """Ask for `FETCHED_BYTES` at each pointer to come into the L2 cache; nobody waits for them."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit
 def _load_b(pool, b_offset, rank, columns, height, within, j):
     """Rows ``j`` [J] of each token's B at a tile's columns ``within`` [T, O] of its slot: [J, T, O]."""
@@ -157,7 +144,7 @@ def linear_tokens(
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
@@ -166,7 +153,6 @@ def linear_tokens(
     counters int32 [2 + column tiles] are zero, and are so again at the end.
     OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended. If
     AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for.
-    FETCH: the first bytes of a program's rows of W are on their way into the L2 cache before it waits for anything.
     """
     OUT: tl.constexpr = OUT0 + OUT1 + OUT2
     TILES: tl.constexpr = OUT // BLOCK_O
@@ -184,8 +170,6 @@ def linear_tokens(
     tile = (program - goal) % TILES
     split = (program - goal) // TILES
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    if FETCH:
-        _fetch(weight + o.to(tl.int64) * IN + split * DEPTH)
     t = tl.arange(0, BLOCK_T)
     is_token = t < tokens
     index = tl.where(tile * BLOCK_O < OUT0, 0, tl.where(tile * BLOCK_O < OUT0 + OUT1, 1, 2))

@@ -108,7 +108,8 @@ BY_TOKEN_LIMIT = 64
 """Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
 
 _LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
-"""GPUs that take another's plans: the same multiprocessors, and plans chosen behind kernels as a layer has them."""
+"""GPUs that take another's plans where they have none of their own: the same multiprocessors, and plans chosen behind
+kernels as a layer has them."""
 
 BUCKETS = (16, 64, 256, 2048)
 """Numbers of tokens in the table; a call takes the next larger one, or the last."""
@@ -149,7 +150,6 @@ class Product:
         stages: 1 more than the tiles of W under way.
         warps: of a program.
         ahead: h is made by a launch of its own ahead of this one, not by its first programs.
-        fetch: a program asks for the first bytes of each of its rows of W when it starts, before it waits for x.
     """
 
     columns: int
@@ -158,7 +158,6 @@ class Product:
     stages: int
     warps: int = 4
     ahead: bool = False
-    fetch: bool = False
 
 
 def product_for(call: Call) -> Product | None:
@@ -198,7 +197,7 @@ def _product_making_h(call: Call) -> Product | None:
         splits *= 2
         if columns % (splits * depth):
             return None
-    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1), fetch=True))
+    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1)))
 
 
 def _product_behind_h(call: Call) -> Product | None:
@@ -251,22 +250,26 @@ def _key(call: Call) -> tuple[int, int, tuple[int, ...], int]:
 def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
     if not torch.cuda.is_available():
         return {}
-    plans = TUNED.get(_gpu(), {})
-    return {key: _plan(*fields) for key, fields in plans.items()}
+    plans: dict[tuple[int, int, tuple[int, ...], int], Plan] = {}
+    for name in _table_names():
+        plans |= {key: _plan(*fields) for key, fields in TUNED.get(name, {}).items()}
+    return plans
 
 
 @cache
 def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
     if not torch.cuda.is_available():
         return {}
-    plans = PRODUCTS.get(_gpu(), {})
-    return {key: Product(*fields) if fields else None for key, fields in plans.items()}
+    plans: dict[tuple[int, int, tuple[int, ...], int], Product | None] = {}
+    for name in _table_names():
+        plans |= {key: Product(*fields) if fields else None for key, fields in PRODUCTS.get(name, {}).items()}
+    return plans
 
 
-def _gpu() -> str:
-    """The name that the tables have for this GPU."""
+def _table_names() -> tuple[str, ...]:
+    """What the tables call this GPU and one that is like it; its own plans come last, and count."""
     name = torch.cuda.get_device_name()
-    return _LIKE.get(name, name)
+    return (_LIKE[name], name) if name in _LIKE else (name,)
 
 
 def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], *rest: int) -> Plan:

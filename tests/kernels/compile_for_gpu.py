@@ -47,7 +47,6 @@ KINDS = {
     "barrier": r"bar\.sync",
     "wait": r"griddepcontrol\.wait",
     "let start": r"griddepcontrol\.launch_dependents",
-    "fetch": r"cp\.async\.bulk\.prefetch\.L2\.global",
 }
 
 SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
@@ -59,8 +58,7 @@ CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
     "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
-    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5,
-    "FETCH": False,
+    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True,
 }  # fmt: skip
 WIDE = {"WIDTH": 64, "B_ROWS": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
@@ -72,10 +70,8 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),
     "apply, rank 8, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 8}, 8),
     "apply": (apply_tokens, {**APPLY}, 4),
-    "product behind h": (linear_tokens, {**PRODUCT, "AHEAD": True}, 4),
-    "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE, "AHEAD": True}, 4),
-    "product that makes h": (linear_tokens, {**PRODUCT, "AHEAD": False}, 4),
-    "product that fetches": (linear_tokens, {**PRODUCT, "AHEAD": False, "FETCH": True}, 4),
+    "product behind h": (linear_tokens, PRODUCT, 4),
+    "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
     "cache": (write_tokens, CACHE, 4),
 }

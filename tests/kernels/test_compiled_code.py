@@ -77,12 +77,3 @@ def test_a_product_of_wide_ranks_reads_the_rest_of_b_behind_h(code: Code) -> Non
     wait = product.index("wait")
     assert "wide load" in product[:wait]
     assert "load to shared memory" in product[wait:]
-
-
-def test_a_product_asks_for_its_weight_before_it_waits(code: Code) -> None:
-    """And does all else as without."""
-    product, fetching = code["product that makes h"], code["product that fetches"]
-    streams = fetching.index("fetch")
-    assert "wait" in fetching[streams : fetching.index("load to shared memory")]
-    assert fetching.count("fetch") == 1
-    assert sorted(kind for kind in fetching if kind != "fetch") == sorted(product)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bdlora_compile.runtime.kernels import tiles
-from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, TwoLaunches, default_plan
+from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, Product, TwoLaunches, default_plan
 from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
 from bdlora_compile.runtime.linear_op import NUM_COUNTERS
 
@@ -100,6 +100,16 @@ def test_the_table_of_products_holds_plans_for_its_keys(device: str, on_device: 
         assert in_features % (product.splits * product.depth) == 0
         assert sum(out_features) // product.columns + 2 <= NUM_COUNTERS
         assert tokens <= tiles.BY_TOKEN_LIMIT
+
+
+def test_an_h100_has_products_of_its_own(on_device: Callable[[str], None]) -> None:
+    """They count where an H200 has others; where it has none, the H200's do."""
+    own, like = PRODUCTS["NVIDIA H100 80GB HBM3"], PRODUCTS["NVIDIA H200"]
+    assert own.keys() < like.keys()
+    assert any(own[key] != like[key] for key in own)
+    on_device("NVIDIA H100 80GB HBM3")
+    for key, fields in (like | own).items():
+        assert tiles.product_for(Call(*key)) == (Product(*fields) if fields else None)
 
 
 def test_products_off_the_table_take_the_default(on_device: Callable[[str], None]) -> None:

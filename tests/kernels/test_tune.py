@@ -6,8 +6,7 @@ import pytest
 
 from bdlora_compile.runtime.kernels import tiles
 from bdlora_compile.runtime.kernels.tiles import Expand, OneLaunch, Plan, Shrink, TwoLaunches
-from benchmarks import plan_table, tune
-from benchmarks.lora_layers import Case, groups_of
+from benchmarks import plan_table
 
 ONE = OneLaunch(8, 8, overlap=False, registers=128)
 TWO = TwoLaunches(Shrink(8, 2048, 8), Expand(8, 1024, 4))
@@ -32,12 +31,3 @@ def test_the_table_takes(files: list[list[dict[str, Any]]], wanted: Plan) -> Non
     found = eval(plan_table.entries(files, "plan"))["a GPU"]
     assert [*found] == [(64, 4096, (768,), 8)]
     assert tiles._plan(*found[64, 4096, (768,), 8]) == wanted
-
-
-def test_a_product_is_tried_with_its_weight_fetched_and_not() -> None:
-    """Both once, beside launches of their own."""
-    case = Case("8B", 8, "bd", 16, 16, 16, 16)
-    found = tune.candidates(case, groups_of(case)[0])
-    assert found[0] is None
-    assert [product.fetch for product in found[1:3] if product] == [True, False]
-    assert len(set(found)) == len(found)
