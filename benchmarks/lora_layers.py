@@ -215,10 +215,10 @@ class Layers:
         """A group's product with LoRA of the first layer in float64."""
         return self._with_lora(index, self.x[index].double() @ self.weights[0][index].double().t())
 
-    def product_error(self, index: int, wanted: Tensor, plan: Plan | None = None) -> float:
-        """Relative error of a group's product with LoRA; ``plan`` is of launches of its own, instead of the table's."""
+    def product_error(self, index: int, wanted: Tensor) -> float:
+        """Relative error of a group's product with LoRA."""
         self.y[index].fill_(float("nan"))
-        found = self.both(0, index) if plan is None else self.apart(0, index, plan)
+        found = self.both(0, index)
         return float((found.double() - wanted).norm() / wanted.norm())
 
     def group_error(self, index: int, plan: Plan | None = None) -> float:
