@@ -20,7 +20,7 @@ from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
 from bdlora_compile.mutation import argument_indices, mutated_arguments
-from bdlora_compile.nodes import symbol_names
+from bdlora_compile.node_names import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
 from bdlora_compile.printer import dtype_text, type_text

@@ -56,7 +56,7 @@ class Collective:
         origin: what it communicates for.
         layers: paths of the layers in which it runs: its own and those that its layer stands for; empty outside layers.
         site: the LoRA site or sites that it belongs to, None if it belongs to none.
-        key: its node's stable key (see `nodes.py`).
+        key: its node's stable key (see `node_names.py`).
     """
 
     kind: str

@@ -10,7 +10,8 @@ from bdlora_compile.errors import ConfigError
 from bdlora_compile.estimate import Phase
 from bdlora_compile.explanation import ExplainedCollective, ExplainedGraph, ExplainedRefusal, ExplainedStage
 from bdlora_compile.ir import Origin
-from bdlora_compile.nodes import NodeView, renamed
+from bdlora_compile.node_names import renamed
+from bdlora_compile.nodes import NodeView
 from bdlora_compile.report import Refusal, Report, StageReport
 
 _REMOVING = ("localize", "tag paths", "localize declared")

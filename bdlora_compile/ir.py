@@ -22,7 +22,7 @@ from bdlora_compile.placement import Placement, Replicate
 _RECORD = "bdlora"
 """Key of ``node.meta``: the node's record."""
 _KEY = "bdlora_key"
-"""Key of ``node.meta``: the node's stable name, which no pass reads (see `nodes.py`)."""
+"""Key of ``node.meta``: the node's stable name, which no pass reads (see `node_names.py`)."""
 
 
 class Fact(Enum):

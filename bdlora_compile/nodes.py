@@ -1,25 +1,17 @@
-"""Nodes as the inspector shows them: a stable key, a kind, where they come from; layers that are alike once.
-
-A key is ``<module path>/<operator>``, with ``#2``, ``#3`` behind it for the second and third of them. A node gets it
-when it is first seen and keeps it through all passes, so two stages are compared by what a node *is*, not
-by the name that FX gave it in one of them.
-"""
+"""Nodes as the inspector shows them: a stable key, a kind, where they come from; layers that are alike once."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from bdlora_compile.collectives import WAIT, is_collective
 from bdlora_compile.ir import (
     ArgumentWeight,
     Captured,
-    InputSource,
     MergedSource,
     Origin,
     Source,
@@ -27,66 +19,13 @@ from bdlora_compile.ir import (
     fake_value,
     layer_of,
     module_path,
-    node_key,
     operator_name,
-    plain_path,
     record,
-    set_node_key,
 )
 from bdlora_compile.layers import trailing_writes
+from bdlora_compile.node_kinds import Kind, kernel_of, kind_of
+from bdlora_compile.node_names import argument_path, name_nodes, weight_path
 from bdlora_compile.printer import source_text, type_text
-
-Kind = Literal["collective", "lora-a", "lora-b", "lora", "product", "attention", "move", "input", "output", "other"]
-"""What a node is to a reader: LoRA's first factor, its second, both in one operator; a product of the base; ..."""
-
-_LORA_OPERATORS: Mapping[str, Kind] = {
-    "bdlora::lora_shrink": "lora-a",
-    "bdlora::lora_lookup": "lora-a",
-    "bdlora::lora_expand": "lora-b",
-    "bdlora::lora_apply_": "lora",
-}
-_PRODUCTS = frozenset({"linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "embedding"})
-_MOVES = frozenset(
-    [
-        "view",
-        "reshape",
-        "transpose",
-        "permute",
-        "t",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "getitem",
-        "narrow",
-        "slice",
-        "select",
-        "cat",
-        "chunk",
-        "split",
-        "stack",
-        "clone",
-        "contiguous",
-        "view_as",
-        "flatten",
-        "unflatten",
-        "_unsafe_view",
-        "alias",
-        "layer_boundary",
-        "to",
-        "_to_copy",
-        "copy_",
-        "write_rows",
-    ]
-) | {WAIT, "bdlora::cache_update", "bdlora::cache_write_"}
-
-_KERNELS: Mapping[str, str] = {
-    "bdlora::lora_shrink": "Triton: runtime/kernels/shrink.py (bf16, f16 on CUDA), else torch: runtime/ops.py",
-    "bdlora::lora_lookup": "torch: runtime/embedding_ops.py",
-    "bdlora::lora_expand": "Triton: runtime/kernels/expand.py (bf16, f16 on CUDA), else torch: runtime/ops.py",
-    "bdlora::lora_apply_": "Triton: runtime/kernels/apply.py, one launch for few tokens (bf16, f16 on CUDA), "
-    "else torch: runtime/ops.py",
-    "bdlora::lora_work": "torch: which rows each program of the LoRA kernels takes",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +33,7 @@ class NodeView:
     """One node.
 
     Attributes:
-        key: stable name, see the module.
+        key: stable name, see `node_names.py`.
         kind: what it is to a reader.
         operator: as `ir.operator_name`.
         type: ``bf16[s23, 1, 64]``.
@@ -169,88 +108,6 @@ def _nodes_by_layer(graph: Graph) -> dict[str, list[Node]]:
     return by_layer
 
 
-def name_nodes(graph: Graph) -> dict[Node, str]:
-    """The stable key of each node; those that have none get one, and keep it."""
-    keys: dict[Node, str] = {}
-    taken: set[str] = set()
-    nameless: list[Node] = []
-    for node in graph.nodes:
-        key = node_key(node)
-        # A node that was copied from another one brought its key with it.
-        if not key or key in taken:
-            nameless.append(node)
-        else:
-            keys[node] = key
-            taken.add(key)
-    counters: dict[str, Iterable[int]] = {}
-    for node in nameless:
-        base = _base_of_key(node)
-        key = base
-        numbers = counters.setdefault(base, count(2))
-        while key in taken:
-            key = f"{base}#{next(iter(numbers))}"
-        taken.add(key)
-        keys[node] = key
-        set_node_key(node, key)
-    return keys
-
-
-def symbol_names(captured: Captured) -> dict[str, str]:
-    """Names of symbolic sizes: ``batch`` and ``seq`` of the forward's tokens, ``s0``, ``s1`` in order for others.
-
-    A process numbers its symbols as it likes: names in reports must not depend on it.
-    """
-    names: dict[str, str] = {}
-    value = fake_value(captured.token_input) if captured.token_input is not None else None
-    if isinstance(value, torch.Tensor):
-        for size, name in zip(value.shape[:2], ("batch", "seq"), strict=False):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                names.setdefault(str(size.node.expr), name)
-    for node in captured.graph.nodes:
-        for symbol in re.findall(r"\b[su]\d+\b", type_text(fake_value(node))):
-            names.setdefault(symbol, f"s{sum(name.startswith('s') and name != 'seq' for name in names.values())}")
-    return names
-
-
-def renamed(names: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that puts names in place of a process's own symbols in a text."""
-    pattern = re.compile(r"\b[su]\d+\b")
-    return lambda text: pattern.sub(lambda found: names.get(found[0], found[0]), text)
-
-
-def _base_of_key(node: Node) -> str:
-    if node.op == "placeholder":
-        return f"in/{_argument_path(node)}"
-    if node.op == "output":
-        return "out"
-    return f"{module_path(node)}/{operator_name(node)}"
-
-
-def _argument_path(node: Node) -> str:
-    """Path of the parameter that a placeholder stands for, or what else tells it from the others."""
-    source = record(node).source
-    match source:
-        case WeightSource(parameter, _) | ArgumentWeight(_, parameter, _):
-            return parameter
-        case MergedSource(parts):
-            return "+".join(name for name, _ in parts)
-        case None:
-            pass
-        case InputSource(index):
-            return f"argument {index}" if _weight_path(node) is None else str(_weight_path(node))
-        case _:
-            return source_text(source, node)
-    return _weight_path(node) or ("size" if isinstance(fake_value(node), torch.SymInt) else str(node.target))
-
-
-def _weight_path(node: Node) -> str | None:
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    if source is None or isinstance(fake_value(node), torch.SymInt):
-        return None
-    name = source.name if isinstance(source.name, str) else source.name()
-    return plain_path(name) or None
-
-
 def _layer_of_node(node: Node) -> str | None:
     if node.op != "placeholder":
         return layer_of(module_path(node))
@@ -260,7 +117,7 @@ def _layer_of_node(node: Node) -> str | None:
     if isinstance(source, MergedSource):
         return layer_of(source.parts[0][0])
     # What a call brings (a cache) has layers of its own; only parameters lie in layers of the model.
-    path = _weight_path(node) if source is None and isinstance(_example(node), torch.nn.Parameter) else None
+    path = weight_path(node) if source is None and isinstance(_example(node), torch.nn.Parameter) else None
     return layer_of(path) if path else None
 
 
@@ -327,7 +184,7 @@ def _plain(value: Any) -> str:
 
 
 def _view(node: Node, keys: Mapping[Node, str], layer: str | None) -> NodeView:
-    info, kind = record(node), _kind(node)
+    info, kind = record(node), kind_of(node)
     file, code = source_line(node.meta.get("stack_trace") or "")
     return NodeView(
         keys[node],
@@ -344,55 +201,12 @@ def _view(node: Node, keys: Mapping[Node, str], layer: str | None) -> NodeView:
         file if node.op not in ("placeholder", "output") else "",
         code if node.op not in ("placeholder", "output") else "",
         info.stage,
-        _kernel(node, kind),
+        kernel_of(node, kind),
     )
 
 
 def _text_of_source(source: Source | None, node: Node) -> str:
-    return _argument_path(node) if source is None else source_text(source, node)
-
-
-def _kind(node: Node) -> Kind:
-    if node.op in ("placeholder", "output"):
-        return "input" if node.op == "placeholder" else "output"
-    if is_collective(node):
-        return "collective"
-    name = operator_name(node)
-    if name in _LORA_OPERATORS:
-        return _LORA_OPERATORS[name]
-    if name in _PRODUCTS:
-        return _factor_of(node) or "product"
-    if "attention" in name:
-        return "attention"
-    return "move" if name in _MOVES else "other"
-
-
-def _factor_of(node: Node) -> Kind | None:
-    """Which LoRA factor a product of a model of others reads, told by the parameter's name: for display alone."""
-    for operand in node.all_input_nodes:
-        while operand.op != "placeholder" and operator_name(operand) in _MOVES and len(operand.all_input_nodes) == 1:
-            (operand,) = operand.all_input_nodes
-        source = record(operand).source if operand.op == "placeholder" else None
-        if isinstance(source, ArgumentWeight):
-            name = source.parameter.lower()
-            if "lora_a" in name or "lora_b" in name:
-                return "lora-a" if "lora_a" in name else "lora-b"
-    return None
-
-
-def _kernel(node: Node, kind: Kind) -> str:
-    if kind in ("input", "output"):
-        return ""
-    if kind == "collective":
-        return "process group (NCCL, gloo)"
-    name = operator_name(node)
-    if name in _KERNELS:
-        return _KERNELS[name]
-    if kind in ("product", "lora-a", "lora-b"):
-        return "BLAS library, or a template that Inductor chooses"
-    if kind == "attention":
-        return "attention kernel: runtime/attention.py"
-    return "none of its own: Inductor joins it with its neighbours"
+    return argument_path(node) if source is None else source_text(source, node)
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')

@@ -11,7 +11,8 @@ from torch._logging._internal import trace_structured
 from bdlora_compile.estimate import Phase
 from bdlora_compile.explained_graph import explain_graph
 from bdlora_compile.explanation import Explanation, GeneratedCode, RankComparison
-from bdlora_compile.nodes import NodeView, renamed
+from bdlora_compile.node_names import renamed
+from bdlora_compile.nodes import NodeView
 from bdlora_compile.report import Report, StageReport
 from bdlora_compile.runtime.agreement import Agreement, first_difference
 

@@ -14,7 +14,7 @@ from bdlora_compile.foreign.licences import refused_paths
 from bdlora_compile.foreign.paths import GroupMember, Path
 from bdlora_compile.generated_code import CodeOfRegion
 from bdlora_compile.ir import ArgumentWeight, InputSource, RebuiltSource, fake_tensor, fake_value, placeholders, record
-from bdlora_compile.nodes import symbol_names
+from bdlora_compile.node_names import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.passes.fold import Fold
 from bdlora_compile.passes.localize_declared import LocalizeDeclared
