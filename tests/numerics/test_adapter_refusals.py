@@ -241,7 +241,7 @@ SHAPES = [
     ),
 ]
 
-EXTRA = "serve it on the model it was trained on; "
+EXTRA = "serve it on the model it was trained on, or load that model with these among target_modules; "
 TENSORS = [
     bad_tensor(f"{PREFIX}model.embed_tokens.lora_embedding_A.default", "an adapter name inside", "get_peft_model"),
     bad_tensor(f"{PREFIX}model.embed_tokens.lora_embedding_C", "no factor of an embedding", "save it with PEFT"),

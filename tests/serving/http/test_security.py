@@ -223,10 +223,11 @@ def test_weak_tokens_are_refused_and_not_told(monkeypatch: pytest.MonkeyPatch) -
 
 def test_settings_come_from_a_file_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
-    file.write_text('tp = 2\nport = 9000\n[adapters]\nmath = "a"\n')
+    file.write_text('tp = 2\nport = 9000\ntarget_modules = ["q_proj"]\n[adapters]\nmath = "a"\n')
     settings = ServeSettings.of(file, {"model": "m", "port": 1234, "host": None, "adapters": {"law": "b"}})
     assert (settings.tp, settings.port, settings.host) == (2, 1234, "127.0.0.1")
     assert settings.adapters == {"math": "a", "law": "b"}
+    assert ServeSettings.model_validate_json(settings.model_dump_json()).target_modules == ("q_proj",)
     for text, said in (("ports = 1", "ports"), ("port = 1e9", "port"), ("=", "TOML"), ('admin_token = "x"', "admin")):
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):
