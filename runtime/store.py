@@ -1,7 +1,7 @@
 """This rank's part of the base model's weights, read slice by slice from where the whole weights lie."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -135,10 +135,14 @@ class ShardStore:
             self._merged[parts] = self._read_merged(parts)
         return self._merged[parts]
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All slices held."""
+        yield from (tensor for _, tensor in self._held.values())
+        yield from self._merged.values()
+
     def num_bytes(self) -> int:
         """Bytes of all slices held."""
-        single = sum(tensor.nbytes for _, tensor in self._held.values())
-        return single + sum(tensor.nbytes for tensor in self._merged.values())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def _read_merged(self, parts: tuple[tuple[str, Placement], ...]) -> torch.Tensor:
         slices = [shard_slice(self._source.shape(name), placement, self._rank, self._mesh) for name, placement in parts]

@@ -93,7 +93,7 @@ class OurLoop(DecodeLoop):
         dtype: torch.dtype,
         device: torch.device,
         inner: str,
-        capacity: Mapping[str, int],
+        capacity: Mapping[str, Any],
     ) -> None:
         super().__init__(device)
         torch._dynamo.reset()
@@ -101,6 +101,15 @@ class OurLoop(DecodeLoop):
         self.model, self.adapters = bd.load(folder, host_bytes=2 << 30, max_tokens=8192, **options, **capacity)
         # The function, not its name: a checkout that was not installed has no entry point.
         self.model.compile(backend=bdlora, options={"inner": inner})
+
+    def fill_weights(self) -> None:
+        """Random numbers for all weights that the ranks here hold, in place; norms are ones."""
+        for rank in self.model.bdlora.ranks:
+            for tensor in rank.store.tensors():
+                if tensor.ndim == 1:
+                    tensor.fill_(1)
+                else:
+                    tensor.normal_(std=self.model.config.initializer_range)
 
     def load(self, paths: Mapping[str, Path]) -> float:
         """Make exactly these adapters resident; returns the seconds that it took."""

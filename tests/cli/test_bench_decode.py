@@ -1,0 +1,44 @@
+"""The benchmark of decode steps runs to its end on a CPU: what it writes is what plots and pages are made of."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TINY = ("--tiny", "--no-baseline", "--strategy", "local", "--batch", "2", "--prefill", "0", "--inner", "eager")
+
+
+def written(folder: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows of a run by kind."""
+    out = folder / "rows.jsonl"
+    command = [sys.executable, "-m", "benchmarks.bench_decode", *TINY, "--out", str(out), *options]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["kind"], []).append(row)
+    return rows
+
+
+def test_columns_are_checked_and_timed(tmp_path: Path) -> None:
+    """Adapters of attention alone have a load of their own, without LoRA at other layers."""
+    rows = written(tmp_path, "--kinds", "bd32", "bd32attn")
+    assert [row["kind_of_adapters"] for row in rows["check"]] == ["BD r=32 G=8", "BD r=32 G=8, attention"]
+    assert all("relative error" in row["result"] for row in rows["check"])
+    assert [row["strategy"] for row in rows["row"]] == ["base", "local", "local"]
+    assert all(row["step"] > 0 for row in rows["row"])
+    whole, attention = rows["report"]
+    assert "mlp.gate_proj" in whole["text"]
+    assert "mlp.gate_proj" not in attention["text"]
+
+
+def test_weights_made_on_the_device_need_no_files(tmp_path: Path) -> None:
+    """Nothing to compare logits with; the same times."""
+    rows = written(tmp_path, "--kinds", "bd64", "--weights", "device")
+    assert "check" not in rows
+    assert [(row["strategy"], row["kind_of_adapters"]) for row in rows["row"]] == [
+        ("base", "none"),
+        ("local", "BD r=64 G=8"),
+    ]
