@@ -32,7 +32,7 @@ import bdlora_compile as bd
 from bdlora_compile.backend import bdlora
 from bdlora_compile.census import Census
 from bdlora_compile.ir import Origin
-from benchmarks.decode.files import model_config, roomy_folder, write_sparse_model
+from benchmarks.decode.files import model_config, write_sparse_model
 
 
 def measure_layers(layers: int, inner: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"{date.today()}, {name}, {os.cpu_count()} cores, torch {torch.__version__}, {options.inner}", flush=True)
     if options.config:
-        with tempfile.TemporaryDirectory(dir=roomy_folder(0)) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             write_sparse_model(model_config(options.config, None), Path(folder) / "model")
             for state in ("cold", "warm"):
                 print(state, end=" ", flush=True)

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -117,6 +118,12 @@ class Bench:
             self.say(f"files in {folder}: {time.perf_counter() - start:.0f} s")
         self.wait()
         return model
+
+    def new_folder(self) -> Path:
+        """For the checkpoint and the adapters: in memory where they fit, where holes of files would take room."""
+        if self.makes_weights:
+            return Path(tempfile.mkdtemp(prefix="bench-decode-"))
+        return roomy_folder(60 << 30 if _has_gpu() else 1 << 20)
 
     @property
     def makes_weights(self) -> bool:
@@ -323,9 +330,7 @@ def main() -> None:
     if options.tiny:
         config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024})
         config.update({"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "initializer_range": 0.1})
-    # In memory where it fits; but a file's hole would take room there as it is read.
-    room = 1 << 60 if bench.makes_weights else 60 << 30 if _has_gpu() else 1 << 20
-    shared = [roomy_folder(room) if bench.rank == 0 else Path()]
+    shared = [bench.new_folder() if bench.rank == 0 else Path()]
     if bench.size > 1 and not bench.is_fake:
         dist.broadcast_object_list(shared, src=0)
     name = torch.cuda.get_device_name() if _has_gpu() else platform.processor() or "CPU"

@@ -1,6 +1,7 @@
 """A checkpoint and adapters with random numbers, written once; nothing is downloaded."""
 
 import json
+import math
 import shutil
 import struct
 import tempfile
@@ -102,28 +103,49 @@ def write_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype, devi
 
 
 def write_sparse_model(config: PretrainedConfig, folder: Path) -> None:
-    """A checkpoint in bf16 whose data is one hole of the file system: it reads as zeros, and takes no room on disk."""
+    """A checkpoint in bf16 whose data are holes of the file system: it reads as zeros, and takes no room on disk."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    header, end = {}, 0
-    for name, parameter in model.named_parameters():
-        size = 2 * parameter.numel()
-        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(file.tell() + end)
+    shapes: dict[str, tuple[int, ...]] = {}
+    index: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        shapes[name] = tuple(parameter.shape)
+        # As real checkpoints are: one file of 141 GB could not be mapped by a machine that has less memory.
+        if 2 * sum(map(math.prod, shapes.values())) > _SHARD_BYTES:
+            _write_holes(shapes, folder, index)
+    _write_holes(shapes, folder, index)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
 
 
+def _write_holes(shapes: dict[str, tuple[int, ...]], folder: Path, index: dict[str, str]) -> None:
+    """A file for tensors of these shapes, which has their header alone; forgets the shapes."""
+    if not shapes:
+        return
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / _next_shard(index)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(file.tell() + end)
+    index.update(dict.fromkeys(shapes, path.name))
+    shapes.clear()
+
+
+def _next_shard(index: dict[str, str]) -> str:
+    return f"model-{len(set(index.values())):05d}.safetensors"
+
+
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: dict[str, str]) -> None:
     if not shard:
         return
-    file = f"model-{len(set(index.values())):05d}.safetensors"
+    file = _next_shard(index)
     save_file(shard, folder / file, {"format": "pt"})
     index.update(dict.fromkeys(shard, file))
     shard.clear()
