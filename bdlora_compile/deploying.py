@@ -16,6 +16,7 @@ from bdlora_compile.ranks import Ranks
 from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_capacity import Capacity
 from bdlora_compile.runtime.adapter_file import Adapter
+from bdlora_compile.runtime.adapter_targets import ALL_LINEAR, names_or_ends
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.agreement import Agreement, StoreAgreement
 from bdlora_compile.runtime.all_reduce import AllReduce, Wanted
@@ -115,47 +116,39 @@ def offered_sites(
     Raises:
         ConfigError: ``target_modules`` names what is no linear layer of the decoder.
     """
-    chosen = layers if target_modules in (None, _ALL) else _targeted(layers, target_modules)
+    if isinstance(target_modules, str):
+        target_modules = None if target_modules == ALL_LINEAR else [target_modules]
+    chosen = layers if target_modules is None else _targeted(layers, target_modules)
     if vocabulary_lora is False:
         return chosen
     return in_module_order(model, {**chosen, **vocabulary_sites(model)})
 
 
-_ALL = "all-linear"
-"""PEFT's word for every linear layer."""
-
-
-def _targeted(layers: Mapping[str, Site], target_modules: str | Collection[str] | None) -> dict[str, Site]:
+def _targeted(layers: Mapping[str, Site], target_modules: Collection[str]) -> dict[str, Site]:
     """Layers of these names, and those that read one input with them: they are one product, with one call for LoRA."""
-    wanted = [target_modules] if isinstance(target_modules, str) else sorted(target_modules or ())
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    unknown = [end for end in wanted if not any(_ends(name, end) for name in layers)]
-    if unknown or not wanted:
+    unknown = [end for end in sorted(target_modules) if not any(map(names_or_ends([end]), layers))]
+    if unknown or not target_modules:
         raise ConfigError(
             "target_modules",
             found=", ".join(map(repr, unknown)) or "no name",
-            expected=f"names of linear layers, or their ends: {', '.join(ends)}; or {_ALL!r}",
+            expected=f"names of linear layers, or their ends: {', '.join(ends)}; or {ALL_LINEAR!r}",
             remedy="name the layers that adapters may change",
         )
-    chosen = {
-        site.name
-        for group in group_sites(layers)
-        for sites in group.layers
-        if any(_ends(site.name, end) for site in sites for end in wanted)
-        for site in sites
-    }
+    is_wanted = names_or_ends(target_modules)
+    together = [sites for group in group_sites(layers) for sites in group.layers]
+    chosen = {site.name for sites in together if any(is_wanted(site.name) for site in sites) for site in sites}
     return {name: site for name, site in layers.items() if name in chosen}
 
 
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
-
-
 def needed_sites(
-    offered: Mapping[str, Site], adapters: Iterable[Adapter], vocabulary_lora: bool | None
+    offered: Mapping[str, Site], changed: Iterable[Collection[str]], vocabulary_lora: bool | None
 ) -> Mapping[str, Site]:
-    """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them."""
-    is_needed = any(offered[name].vocabulary for adapter in adapters for name in adapter.factors)
+    """Sites of the vocabulary cost every slot of the pool: they are there if asked for, or if an adapter needs them.
+
+    ``changed``: for each adapter the names of its sites.
+    """
+    is_needed = any(offered[name].vocabulary for names in changed for name in names)
     if vocabulary_lora or is_needed:
         return offered
     return {name: site for name, site in offered.items() if not site.vocabulary}

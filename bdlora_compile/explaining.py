@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
-from bdlora_compile.deploying import cache_shape, offered_sites, served_sites, stand_ins_of
+from bdlora_compile.deploying import cache_shape, needed_sites, offered_sites, served_sites, stand_ins_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.estimate import Estimate, ModelShape, estimate, phases
 from bdlora_compile.explained_graph import explain_graph
@@ -116,7 +116,7 @@ def explain(
     offered = offered_sites(hollow, layers, vocabulary_lora=None)
     profiles, lines = _adapters(layers, offered, adapters, adapter_rank, nblocks)
     # The sites of the vocabulary are there if an adapter needs them, as for `load`.
-    sites = offered if any(name not in layers for profile in profiles for name in profile) else layers
+    sites = needed_sites(offered, profiles, vocabulary_lora=None)
     max_rank = max(declared.rank for profile in profiles for declared in profile.values())
     known = find_machine(machine)
     terms = Terms(mesh, load.workload(), known, max_rank, hollow.dtype.itemsize)

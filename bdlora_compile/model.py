@@ -115,7 +115,7 @@ def load(
     offered = offered_sites(model, layers, vocabulary_lora, target_modules)
     base_model = config.name_or_path or str(path_or_id)
     found = read_together(adapters or {}, offered, base_model, ranks.agreement)
-    sites = needed_sites(offered, found.values(), vocabulary_lora)
+    sites = needed_sites(offered, [adapter.factors for adapter in found.values()], vocabulary_lora)
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )
@@ -168,7 +168,7 @@ def attach(
         for name, (config, tensors) in peft_adapters.items()
     }
     found |= read_together(adapters or {}, offered, base_model, ranks.agreement)
-    sites = needed_sites(offered, found.values(), vocabulary_lora)
+    sites = needed_sites(offered, [adapter.factors for adapter in found.values()], vocabulary_lora)
     capacity = Capacity.choose(
         list(found.values()), max_adapters, max_rank, max_local_rank, max_tokens, pool_bytes, host_bytes
     )

@@ -20,7 +20,7 @@ from bdlora_compile.runtime.adapter_config import AdapterConfig
 from bdlora_compile.runtime.adapter_fields import config_error, short, some
 from bdlora_compile.sites import Role, Site
 
-_ALL_LINEAR: Final = "all-linear"
+ALL_LINEAR: Final = "all-linear"
 VOCABULARY_NAMES: Final = frozenset({"lm_head", "embed_tokens"})
 """PEFT's names of the layer that makes logits and of the embedding. "all-linear" leaves both out."""
 _PATTERN_SECONDS: Final = 10.0
@@ -208,7 +208,7 @@ def _include_rule(config: AdapterConfig, source: str) -> Callable[[str], bool]:
             remedy="name the modules the adapter was trained on (PEFT's default for Llama is q_proj and v_proj)",
         )
     if isinstance(target, str):
-        if target.lower() == _ALL_LINEAR:
+        if target.lower() == ALL_LINEAR:
             return lambda name: name.rpartition(".")[2] not in VOCABULARY_NAMES
         return _name_rule(target, "target_modules", source)
     in_layers = _layer_rule(config, source)
@@ -224,7 +224,13 @@ def _name_rule(names: list[str] | str | None, field: str, source: str) -> Callab
     if isinstance(names, str):
         patterns = _Patterns([names], "{key}", field, source, whole=True)
         return lambda name: any(True for _ in patterns.hits(name))
-    exact, ends = frozenset(names), tuple(f".{end}" for end in names)
+    return names_or_ends(names)
+
+
+def names_or_ends(names: Iterable[str]) -> Callable[[str], bool]:
+    """Matches whole names, and ends of names after a dot: what PEFT does with a list."""
+    exact = frozenset(names)
+    ends = tuple(f".{end}" for end in exact)
     return lambda name: name in exact or name.endswith(ends)
 
 

@@ -1,11 +1,10 @@
 """A checkpoint and adapters with random numbers, written once; nothing is downloaded."""
 
 import json
-import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,74 +80,70 @@ def roomy_folder(num_bytes: int) -> Path:
 
 def write_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """A checkpoint of random weights in transformers' own initial scale."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def values(parameter: torch.nn.Parameter) -> torch.Tensor:
+        made = torch.ones(parameter.shape, dtype=dtype, device=device)
+        if parameter.ndim > 1:
+            made.normal_(std=config.initializer_range, generator=generator)
+        return made.cpu()
+
+    def write(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> None:
+        save_file({name: values(parameter) for name, parameter in parameters.items()}, path, {"format": "pt"})
+
+    _write_checkpoint(config, folder, dtype, write)
+
+
+def write_sparse_model(config: PretrainedConfig, folder: Path) -> None:
+    """A checkpoint in bf16 whose data are holes of the file system: it reads as zeros, and takes no room on disk."""
+    _write_checkpoint(config, folder, torch.bfloat16, _write_hole)
+
+
+def _write_checkpoint(
+    config: PretrainedConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    write: Callable[[Mapping[str, torch.nn.Parameter], Path], None],
+) -> None:
+    """Files by ``write``, their index and the configuration."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    shard: dict[str, torch.Tensor] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
-    for name, parameter in model.named_parameters():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = torch.ones(parameter.shape, dtype=dtype, device=device)
-        if parameter.ndim > 1:
-            values.normal_(std=config.initializer_range, generator=generator)
-        shard[name] = values.cpu()
-        if sum(tensor.nbytes for tensor in shard.values()) > _SHARD_BYTES:
-            _write_shard(shard, folder, index)
-    _write_shard(shard, folder, index)
+    for number, parameters in enumerate(_shards(model)):
+        file = f"model-{number:05d}.safetensors"
+        write(parameters, folder / file)
+        index |= dict.fromkeys(parameters, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     config.save_pretrained(folder)
 
 
-def write_sparse_model(config: PretrainedConfig, folder: Path) -> None:
-    """A checkpoint in bf16 whose data are holes of the file system: it reads as zeros, and takes no room on disk."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes: dict[str, tuple[int, ...]] = {}
-    index: dict[str, str] = {}
+def _shards(model: torch.nn.Module) -> Iterator[Mapping[str, torch.nn.Parameter]]:
+    """Parameters by file, as real checkpoints have them: a machine with less memory could not map one of 141 GB."""
+    shard: dict[str, torch.nn.Parameter] = {}
+    num_bytes = 0
     for name, parameter in model.named_parameters():
-        shapes[name] = tuple(parameter.shape)
-        # As real checkpoints are: one file of 141 GB could not be mapped by a machine that has less memory.
-        if 2 * sum(map(math.prod, shapes.values())) > _SHARD_BYTES:
-            _write_holes(shapes, folder, index)
-    _write_holes(shapes, folder, index)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.architectures = [type(model).__name__]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
+        shard[name] = parameter
+        num_bytes += parameter.nbytes
+        if num_bytes > _SHARD_BYTES:
+            yield shard
+            shard, num_bytes = {}, 0
+    if shard:
+        yield shard
 
 
-def _write_holes(shapes: dict[str, tuple[int, ...]], folder: Path, index: dict[str, str]) -> None:
-    """A file for tensors of these shapes, which has their header alone; forgets the shapes."""
-    if not shapes:
-        return
+def _write_hole(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> None:
+    """A file that has its header alone."""
     header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    for name, parameter in parameters.items():
+        start, end = end, end + parameter.nbytes
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    path = folder / _next_shard(index)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(file.tell() + end)
-    index.update(dict.fromkeys(shapes, path.name))
-    shapes.clear()
-
-
-def _next_shard(index: dict[str, str]) -> str:
-    return f"model-{len(set(index.values())):05d}.safetensors"
-
-
-def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: dict[str, str]) -> None:
-    if not shard:
-        return
-    file = _next_shard(index)
-    save_file(shard, folder / file, {"format": "pt"})
-    index.update(dict.fromkeys(shard, file))
-    shard.clear()
 
 
 def write_adapters(

@@ -3,12 +3,16 @@
 Nothing is measured when the package is imported or used.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 
-from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
+from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED, Key
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,34 +246,28 @@ def bucket_of(tokens: int) -> int:
     return next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
 
 
-def _key(call: Call) -> tuple[int, int, tuple[int, ...], int]:
+def _key(call: Call) -> Key:
     return bucket_of(call.tokens), call.in_features, call.out_features, _power_of_two(call.width)
 
 
 @cache
-def _table() -> dict[tuple[int, int, tuple[int, ...], int], Plan]:
+def _table() -> dict[Key, Plan]:
     if not torch.cuda.is_available():
         return {}
-    plans: dict[tuple[int, int, tuple[int, ...], int], Plan] = {}
-    for name in _table_names():
-        plans |= {key: _plan(*fields) for key, fields in TUNED.get(name, {}).items()}
-    return plans
+    return {key: _plan(*fields) for key, fields in _rows_of(TUNED).items()}
 
 
 @cache
-def _products() -> dict[tuple[int, int, tuple[int, ...], int], Product | None]:
+def _products() -> dict[Key, Product | None]:
     if not torch.cuda.is_available():
         return {}
-    plans: dict[tuple[int, int, tuple[int, ...], int], Product | None] = {}
-    for name in _table_names():
-        plans |= {key: Product(*fields) if fields else None for key, fields in PRODUCTS.get(name, {}).items()}
-    return plans
+    return {key: Product(*fields) if fields else None for key, fields in _rows_of(PRODUCTS).items()}
 
 
-def _table_names() -> tuple[str, ...]:
-    """What the tables call this GPU and one that is like it; its own plans come last, and count."""
+def _rows_of(table: Mapping[str, Mapping[Key, Row]]) -> dict[Key, Row]:
+    """The rows of one that is like this GPU, and of this GPU, which count."""
     name = torch.cuda.get_device_name()
-    return (_LIKE[name], name) if name in _LIKE else (name,)
+    return {**table.get(_LIKE.get(name, name), {}), **table.get(name, {})}
 
 
 def _plan(first: int | tuple[int, ...], second: int | tuple[int, ...], *rest: int) -> Plan:
