@@ -28,7 +28,7 @@ class _Arguments:
     def taken_from(cls, *sources: Any, **more: Any) -> Self:
         """Arguments by name: each from the last of the records that has it, or from ``more``."""
         known = {member.name: getattr(source, member.name) for source in sources for member in fields(source)} | more
-        return cls(**{member.name: known[member.name] for member in fields(cls)})
+        return cls(**{member.name: known[member.name] for member in fields(cls) if member.name in known})
 
     def insert(self, graph: Graph) -> Node:
         """A node of the operator."""
@@ -160,6 +160,30 @@ class LinearArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
+    h_planes: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSwigluArguments(_Arguments):
+    """Of ``bdlora::lora_linear_swiglu``, the product of gate and up with its LoRA, and what becomes of it."""
+
+    OPERATOR = "lora_linear_swiglu"
+
+    x: Node
+    weight: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    counters: Node
+    sites: Sequence[int]
+    width: int
+    out_features: Sequence[int]
+    down: int
+    down_width: int
+    h_planes: Node | None = None
 
 
 def is_shrink(node: Node) -> bool:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.tiles import Call, Product, product_for
+from bdlora_compile.runtime.kernels.tiles import (
+    BY_TOKEN_LIMIT,
+    Call,
+    Product,
+    can_overlap,
+    launches_for,
+    product_for,
+    product_with_h,
+)
 from bdlora_compile.runtime.ops import has_kernels, lora_apply_
 
 NUM_COUNTERS = 1024
@@ -41,6 +49,7 @@ def lora_linear(
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
+    h: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scale * (B (A x)), each token with the factors and the scale of its slot.
 
@@ -49,6 +58,8 @@ def lora_linear(
         counters: from `lora_counters`. Calls that share them must not run at the same time.
         pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `ops.lora_apply_`; the
             kernel ahead in the stream may write x, but neither W nor these.
+        h: what the kernel that writes x made of it: float32 [planes, T, n, `h_width`], which sum to A x, for up to
+            `BY_TOKEN_LIMIT` tokens; of more it is not read.
 
     Returns:
         [..., O] like x. By one kernel the sum is rounded once; by two operators the base product is rounded before LoRA
@@ -77,14 +88,22 @@ def _(
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
+    h: Tensor | None = None,
 ) -> Tensor:
-    plan = _product_of(x, weight, width, out_features)
-    if plan is None:
+    h = h if is_served_by_token(x) else None
+    plan = _product_of(x, weight, width, out_features, is_h_given=h is not None)
+    if plan is None and h is None:
         return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
+    if plan is not None:
+        y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan, h)
+    else:
+        assert h is not None, "asked before"
+        y = torch.nn.functional.linear(rows, weight)
+        tiles = launches_for(Call(*rows.shape, tuple(out_features), width)).expand
+        launch.expand(y, h, factors, scales, None, out_features, 1, tiles, overlap=can_overlap(), behind_y=True)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -104,10 +123,18 @@ def _in_two(
     return y
 
 
-def _product_of(x: Tensor, weight: Tensor, width: int, out_features: Sequence[int]) -> Product | None:
+def is_served_by_token(x: Tensor) -> bool:
+    """Whether kernels work token by token for what has the shape and dtype of x, and read h that was made for them."""
+    return has_kernels(x.dtype) and math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT
+
+
+def _product_of(
+    x: Tensor, weight: Tensor, width: int, out_features: Sequence[int], *, is_h_given: bool
+) -> Product | None:
     """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
     if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
-    plan = product_for(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width))
+    call = Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width)
+    plan = product_with_h(call) if is_h_given else product_for(call)
     covers = plan is not None and weight.shape[0] == sum(out_features)
     return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

@@ -22,10 +22,14 @@ PARTS = ("GEMM", "LoRA", "attention", "collectives", "rest", "idle")
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "collectives": ("nccl", "one_shot", "two_shot", "all_reduce", "allreduce", "multimem"),
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
-    "LoRA": ("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
+    "LoRA": (
+        *("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
+        "swiglu_tokens",
+    ),
     "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel", "linear_tokens"),
 }
-"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA."""
+"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA,
+``swiglu_tokens`` an activation with that of both sides."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from bdlora_compile.runtime.kernels.fields import (
     choose,
     known_multiple_of_8,
     load_b,
+    load_h,
     rows_of_tile,
     site_and_tile,
     slot_row,
@@ -43,12 +44,14 @@ def _h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
 def _add_to_token(
     y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index, width, n_sites,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+    IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr, BEHIND_Y: tl.constexpr,
 ):  # fmt: skip
     """Add B h to the columns of one tile, for one token."""
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     is_column = (o < size) & (start + o < y_columns)
     # Neither y nor B waits for h: their loads are under way while the shrink ends.
+    if BEHIND_Y:
+        wait_for_kernel_ahead(OVERLAP)
     before = tl.load(y_row + start + o, mask=is_column, other=0.0)
     height = rank // blocks
     begin, end = rows_of_tile(tile, size, columns, height, BLOCK_O)
@@ -57,10 +60,8 @@ def _add_to_token(
         row = first + tl.arange(0, BLOCK_R)
         factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
         wait_for_kernel_ahead(OVERLAP)
-        value = tl.zeros([BLOCK_R], dtype=tl.float32)
         at = h_token + _h_offset(row, rank, index, width, n_sites, PARTS)
-        for plane in tl.static_range(PLANES):
-            value += tl.load(at + plane * plane_stride, mask=row < end, other=0.0)
+        value = load_h(at, plane_stride, row < end, PLANES)
         total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
     tl.store(y_row + start + o, (before.to(tl.float32) + scale * total).to(before.dtype), mask=is_column)
 
@@ -71,8 +72,12 @@ def expand_tokens(
     y_stride, y_columns, num_slots, tokens, width, n_sites, tiles0, tiles1,
     site0, site1, site2, out0, out1, out2,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
+    BEHIND_Y: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`."""
+    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`.
+
+    BEHIND_Y: the kernel ahead is the one that writes y, and h was there before it.
+    """
     token = tl.program_id(0)
     chosen = tl.load(token_slot + token)
     slot = tl.maximum(chosen, 0)
@@ -100,18 +105,18 @@ def expand_tokens(
         if blocks == 1:
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP,
+                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP, BEHIND_Y,
             )  # fmt: skip
         else:
             # A tile meets few of the blocks, whose rows are few.
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-                width, n_sites, PLANES, PARTS, (BLOCK_R + 1) // 2, BLOCK_O, True, OVERLAP,
+                width, n_sites, PLANES, PARTS, (BLOCK_R + 1) // 2, BLOCK_O, True, OVERLAP, BEHIND_Y,
             )  # fmt: skip
     else:
         _add_to_token(
             y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-            width, n_sites, PLANES, PARTS, 1, BLOCK_O, True, OVERLAP,
+            width, n_sites, PLANES, PARTS, 1, BLOCK_O, True, OVERLAP, BEHIND_Y,
         )  # fmt: skip
 
 

@@ -77,6 +77,23 @@ def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexp
 
 
 @triton.jit
+def load_h(at, plane_stride, mask, PLANES: tl.constexpr):
+    """h at some places of the first plane, [R]; all planes are summed, in their order.
+
+    Many planes are one load, of which each thread does a share: apart, each would do all of them.
+    """
+    if PLANES <= 2:
+        value = tl.load(at, mask=mask, other=0.0)
+        if PLANES == 2:
+            value += tl.load(at + plane_stride, mask=mask, other=0.0)
+        return value
+    BLOCK: tl.constexpr = triton.next_power_of_2(PLANES)
+    plane = tl.arange(0, BLOCK)[:, None]
+    values = tl.load(at[None, :] + plane * plane_stride, mask=(plane < PLANES) & mask[None, :], other=0.0)
+    return tl.sum(values, axis=0)
+
+
+@triton.jit
 def known_multiple_of_8(x):
     """x, which is a multiple of 8, as a value of its own that Triton knows to be one: loads of 16 bytes.
 

@@ -27,6 +27,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     Shrink,
     can_overlap,
     default_launches,
+    h_width,
     plan_for,
     segment_tokens,
     shrink_ahead,
@@ -131,19 +132,23 @@ def linear(
     width: int,
     out_features: Sequence[int],
     plan: Product,
+    h: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after."""
-    overlap = can_overlap()
+    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after.
+
+    ``h``: planes of A x, [planes, T, n, `h_width`], if the kernel that writes x makes them.
+    """
+    overlap, is_given = can_overlap(), h is not None
     tokens, in_features = x.shape
     columns, n_sites = sum(out_features), len(factors.sites)
-    width = max(2, triton.next_power_of_2(width))
+    width = h_width(width)
     rows = min(width, _ROWS_OF_A)
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
-    if plan.ahead:
+    parts = 0
+    if h is None and plan.ahead:
         tiles = shrink_ahead(in_features, width)
         h = shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
-        parts = 0
-    else:
+    elif h is None:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
         parts = tokens * n_sites * (width // rows) * h.shape[0]
     y = x.new_empty(tokens, columns)
@@ -156,7 +161,8 @@ def linear(
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap, num_warps=plan.warps, **pdl(overlap),
+        STAGES=plan.stages, AHEAD=plan.ahead and not is_given, GIVEN=is_given, OVERLAP=overlap,
+        num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
 
@@ -222,10 +228,12 @@ def expand(
     tiles: Expand | None = None,
     *,
     overlap: bool = False,
+    behind_y: bool = False,
 ) -> None:
     """y += scale * (B h), in place; h float32 [planes, T, parts * n, width].
 
-    ``overlap``: only where the kernel ahead is the shrink of this h, itself launched with ``overlap``.
+    ``overlap``: only where the kernel ahead is the shrink of this h, itself launched with ``overlap``, or, by token and
+    with ``behind_y``, the one that writes y, before which h was there.
     """
     tokens, columns = y.shape
     width = h.shape[-1]
@@ -239,8 +247,9 @@ def expand(
     if work is None:
         options |= _at_most(tiles.registers)
         expand_tokens[(tokens, sum(counts))](
-            y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, **constants, **options
-        )
+            y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, BEHIND_Y=behind_y, **constants,
+            **options,
+        )  # fmt: skip
         return
     grid = (num_segments(tokens, factors.num_slots, work.size), sum(counts))
     expand_segments[grid](

@@ -313,6 +313,44 @@ def default_launches(call: Call) -> TwoLaunches:
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
 
 
+def product_with_h(call: Call) -> Product | None:
+    """The plan of a product with LoRA inside whose h came with x; None where a launch behind the product is faster.
+
+    That is so above 16 tokens for every shape that was measured (docs/kernels.md).
+    """
+    return product_for(call) if call.tokens <= PRODUCT_LIMIT else None
+
+
+def adds_at_activation(call: Call, *, is_h_given: bool) -> bool:
+    """Whether LoRA of gate and up is added where both are read, for few tokens, and not to their product before.
+
+    It is where that product has no LoRA inside, or is so large that cuBLAS's is faster by more than LoRA costs there.
+    """
+    is_large = sum(call.out_features) * call.in_features > _PRODUCT_SIZE
+    return is_large or (is_h_given and product_with_h(call) is None)
+
+
+def launches_for(call: Call) -> TwoLaunches:
+    """The shrink and the expand of a call whose two halves are launches of their own in any case."""
+    plan = plan_for(call)
+    return plan if isinstance(plan, TwoLaunches) else default_launches(call)
+
+
+def h_width(width: int) -> int:
+    """Columns of h for a site where a kernel that does something else makes h: a power of two."""
+    return max(2, _power_of_two(width))
+
+
+def swiglu_columns(features: int) -> int:
+    """Columns that a program of `swiglu_tokens` has, of so many."""
+    return min(1024 if features <= 4096 else 2048, _power_of_two(features))
+
+
+def swiglu_planes(features: int) -> int:
+    """Planes of the h that it makes, each by a share of A's columns."""
+    return -(-features // swiglu_columns(features))
+
+
 def one_plane_shrink(in_features: int, width: int) -> Shrink:
     """A shrink by token whose programs see all columns of A: a collective then reads h as it is, without a sum."""
     depth = _power_of_two(in_features)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime import linear_op
+from bdlora_compile.runtime import linear_op, swiglu_op
 from bdlora_compile.runtime.cache_ops import cache_write_
 from bdlora_compile.runtime.kernels.tiles import Product
 from bdlora_compile.runtime.linear_op import lora_counters, lora_linear
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
+from bdlora_compile.runtime.swiglu_op import lora_linear_swiglu
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, inputs
 
 TOLERANCE = 4 * 2.0**-11
@@ -36,8 +37,8 @@ def plain(operator: Any) -> Callable[..., Any]:
 class Call:
     """Arguments of the operators: fp16, tokens with three adapters and without one."""
 
-    def __init__(self, tokens: int) -> None:
-        self.case = Case(RANKS, 64, (64, 32, 32), 1, 1, tokens, 3, torch.float16, False)
+    def __init__(self, tokens: int, out_features: tuple[int, ...] = (64, 32, 32)) -> None:
+        self.case = Case(RANKS, 64, out_features, 1, 1, tokens, 3, torch.float16, False)
         bank, _ = bank_of(self.case)
         self.x, self.y, _ = inputs(self.case)
         self.token_slot = (torch.arange(tokens, device=DEVICE) % 4 - 1).to(torch.int32)
@@ -49,9 +50,9 @@ class Call:
         order, segments = on_gpu(lora_work)(self.x, self.token_slot)
         return order, segments
 
-    def linear(self, run: Callable[..., Any]) -> Tensor:
+    def linear(self, run: Callable[..., Any], h: Tensor | None = None) -> Tensor:
         arguments = (*self.bank, *self.work(), lora_counters(self.token_slot), SITES, 8, self.case.out_features)
-        result: Tensor = run(self.x, self.weight, *arguments)
+        result: Tensor = run(self.x, self.weight, *arguments, h)
         return result
 
 
@@ -89,6 +90,45 @@ def test_linear(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) ->
     wanted = call.linear(plain(lora_linear)).double()
     assert error(call.linear(on_gpu(lora_linear)), wanted) < TOLERANCE
     assert not error(call.x @ call.weight.t(), wanted) < 0.02
+
+
+@pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "apart"])
+def test_linear_with_h(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """h of few tokens came with x, and is read: with another h there is another result."""
+    by_token = call.case.tokens <= 64
+    product = Product(columns=16, depth=16, splits=2, stages=1, ahead=True)
+    monkeypatch.setattr(linear_op, "product_with_h", lambda _: product if is_inside else None)
+    wanted = call.linear(plain(lora_linear)).double()
+    h = torch.zeros(3, call.case.tokens, 3, 8, device=DEVICE)
+    h[1:] = plain(lora_shrink)(call.x, *call.factors, SITES, 8).view(-1, 3, 8) / 2
+    assert error(call.linear(on_gpu(lora_linear), h), wanted) < TOLERANCE
+    found = call.linear(on_gpu(lora_linear), 2 * h)
+    assert (error(found, wanted) < 0.02) is not by_token, "of many tokens it is not read"
+
+
+@pytest.mark.parametrize("form", ["inside", "apart", "with h"])
+def test_linear_and_swiglu(call: Call, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its LoRA in the product, or added where gate and up are read, of an h that it makes or is given."""
+    call = Call(call.case.tokens, (64, 64, 64))
+    by_token = call.case.tokens <= 64
+    product = Product(columns=16, depth=16, splits=2, stages=1)
+    monkeypatch.setattr(linear_op, "product_for", lambda _: product if form == "inside" and by_token else None)
+    monkeypatch.setattr(swiglu_op, "adds_at_activation", lambda _, is_h_given: form != "inside")
+    h = plain(lora_shrink)(call.x, *call.factors, [0, 1], 8).view(1, -1, 2, 8) if form == "with h" else None
+
+    def run(operator: Callable[..., Any], weight: Tensor) -> tuple[Tensor, Tensor]:
+        shared = (*call.bank, *call.work(), lora_counters(call.token_slot))
+        m, planes = operator(call.x, weight, *shared, [0, 1], 8, (64, 64), 2, 8, h)
+        return m, planes
+
+    found, planes = run(on_gpu(lora_linear_swiglu), call.weight)
+    wanted, wanted_planes = run(plain(lora_linear_swiglu), call.weight)
+    assert error(found, wanted.double()) < TOLERANCE
+    assert planes.shape == wanted_planes.shape
+    if by_token:
+        h, wanted_h = planes.sum(0), wanted_planes.sum(0)
+        assert error(h[wanted_h != 0], wanted_h[wanted_h != 0].double()) < TOLERANCE
+    assert not error(found, run(plain(lora_linear_swiglu), call.weight.flip(0))[0].double()) < 0.02
 
 
 def test_cache_write() -> None:

@@ -60,25 +60,26 @@ def plan_of(
 
 
 class GraphBuilder:
-    """Adds nodes with fake values and records."""
+    """Adds nodes with fake values and records, floating-point ones in ``dtype`` unless another is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         self.graph = Graph()
+        self.dtype = dtype
         self.layer = ""
         """Module path of the layer that calls made next belong to."""
         self._mode = FakeTensorMode()
         self._count = 0
 
-    def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> Node:
+    def input(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Node:
         """An argument of the forward."""
-        node = self._placeholder(name, shape, dtype)
+        node = self._placeholder(name, shape, dtype or self.dtype)
         set_record(node, source=InputSource(self._count))
         self._count += 1
         return node
 
     def weight(self, parameter: str, *shape: int, placement: Placement | None = None) -> Node:
         """A parameter; ``placement`` where the graph is partitioned already."""
-        node = self._placeholder(parameter.replace(".", "_"), shape, torch.float64)
+        node = self._placeholder(parameter.replace(".", "_"), shape, self.dtype)
         # What Dynamo leaves there and the tag pass reads: the hollow parameter, which knows its name.
         hollow = SimpleNamespace(bdlora_tag=HollowTag(parameter, cast(Deployment, None)))
         node.meta["grapharg"] = SimpleNamespace(example=hollow)

@@ -28,33 +28,39 @@ TRANSPORT = AllReduce(
 )
 
 
+def norm_of_rows(build: GraphBuilder, value: Node, weight: Node) -> dict[str, Node]:
+    """RMSNorm as transformers writes it; its nodes by what they are, the last the "result"."""
+    exact = build.call("to", value, torch.float32)
+    square = build.call("pow", exact, 2)
+    mean = build.call("mean", square, -1)
+    mean.kwargs = {"keepdim": True}
+    moved = build.call(torch.add, mean, 1e-5)
+    quotient = build.call(torch.mul, exact, build.call(torch.rsqrt, moved))
+    result = build.call(torch.mul, weight, build.call("to", quotient, build.dtype))
+    return {"square": square, "mean": mean, "moved": moved, "exact": exact, "result": result}
+
+
 @dataclass
 class Layer:
     """An embedding, one layer of two halves, and a head, each behind a norm; nodes by what they are."""
 
-    build: GraphBuilder = field(default_factory=GraphBuilder)
     dtype: torch.dtype = torch.bfloat16
     nodes: dict[str, Node] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.build = GraphBuilder(self.dtype)
+
     def input(self, name: str, *shape: int) -> Node:
-        return self.build.input(name, *shape, dtype=self.dtype)
+        return self.build.input(name, *shape)
 
     def reduced(self, x: Node) -> Node:
         summed = self.build.call(torch.ops._c10d_functional.all_reduce.default, x, "sum", "group")
         return self.build.call(torch.ops._c10d_functional.wait_tensor.default, summed)
 
     def norm(self, name: str, value: Node, weight: Node) -> Node:
-        exact = self.build.call("to", value, torch.float32)
-        square = self.build.call("pow", exact, 2)
-        mean = self.build.call("mean", square, -1)
-        mean.kwargs = {"keepdim": True}
-        moved = self.build.call(torch.add, mean, 1e-5)
-        root = self.build.call(torch.rsqrt, moved)
-        quotient = self.build.call(torch.mul, exact, root)
-        result = self.build.call(torch.mul, weight, self.build.call("to", quotient, self.dtype))
-        self.nodes |= {f"{name} square": square, f"{name} mean": mean, f"{name} moved": moved, f"{name} exact": exact}
-        self.nodes |= {f"{name} result": result}
-        return result
+        nodes = norm_of_rows(self.build, value, weight)
+        self.nodes |= {f"{name} {part}": node for part, node in nodes.items()}
+        return nodes["result"]
 
     def finish(self) -> Captured:
         build = self.build

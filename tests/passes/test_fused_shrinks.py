@@ -1,0 +1,150 @@
+"""h of LoRA paths that the kernel which writes their input makes: of norms behind sums, and of activations."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from bdlora_compile.factors import LocalFactors, LocalShape
+from bdlora_compile.fused_shrinks import fuse_shrinks
+from bdlora_compile.ir import BankSource, Captured, fake_tensor, operator_name, placeholders, record
+from bdlora_compile.lora_nodes import LinearSwigluArguments
+from bdlora_compile.passes.fuse import Fuse
+from bdlora_compile.placement import Mesh
+from bdlora_compile.printer import print_graph
+from bdlora_compile.propagation import propagate
+from bdlora_compile.runtime.bank import AdapterBank
+from bdlora_compile.sites import Role, Site
+from bdlora_compile.transport import through_symmetric_memory
+from tests.conftest import GoldenCheck
+from tests.passes.graphs import GraphBuilder, plan_of, run
+from tests.passes.test_fuse import count, merged, on_gpu
+from tests.passes.test_fused_norms import TRANSPORT, norm_of_rows
+
+LAYER = "model.layers.0"
+OUT = Site(f"{LAYER}.self_attn.o_proj", Role.ROW, 8, 8)
+GATE, UP = (Site(f"{LAYER}.mlp.{name}", Role.COLUMN, 8, 12) for name in ("gate_proj", "up_proj"))
+DOWN = Site(f"{LAYER}.mlp.down_proj", Role.ROW, 12, 8)
+SITES = (OUT, GATE, UP, DOWN)
+Activation = Callable[[GraphBuilder, Node, Node], Node]
+
+
+def silu_times(build: GraphBuilder, gate: Node, up: Node) -> Node:
+    return build.call(torch.mul, build.call(torch.nn.functional.silu, gate), up)
+
+
+def half_a_layer(ranks: int, activation: Activation = silu_times) -> Captured:
+    """residual + o(sin(x)), its norm, and an MLP, through all passes and on symmetric memory where there are ranks."""
+    build = GraphBuilder(torch.float32)
+    x, residual, scale = build.input("x", 2, 3, 8), build.input("residual", 2, 3, 8), build.input("scale", 8)
+    out, gate, up, down = (build.weight(f"{site.name}.weight", site.out_features, site.in_features) for site in SITES)
+    attended = build.linear(build.call(torch.sin, x), out, site=OUT.name)
+    normed = norm_of_rows(build, build.call(torch.add, residual, attended), scale)["result"]
+    inner = activation(build, build.linear(normed, gate, site=GATE.name), build.linear(normed, up, site=UP.name))
+    plan = replace(plan_of(ranks, SITES), dtype=torch.float32)
+    captured = merged(build.finish(build.linear(inner, down, site=DOWN.name)), plan)
+    run(Fuse(), captured, on_gpu(plan))
+    through_symmetric_memory(captured, TRANSPORT, Mesh(ranks, "group"), 0)
+    propagate(captured.graph, "emit")
+    return captured
+
+
+def test_activations_and_norms_make_h(golden: GoldenCheck) -> None:
+    """That of gate and up in their norm, that of down in the activation; attention makes none."""
+    captured = half_a_layer(2)
+    stats = fuse_shrinks(captured)
+    propagate(captured.graph, "emit")
+    assert stats.matches == 2
+    assert [(refusal.where, refusal.reason) for refusal in stats.refusals] == [
+        (OUT.name, "there is no kernel with its h for what makes its input: index_select")
+    ]
+    golden("fused_shrinks", print_graph(captured.graph))
+    assert not count(captured, "silu")
+    assert fuse_shrinks(captured).matches == 0
+
+
+def test_without_a_sum_of_ranks_the_activation_alone_makes_h() -> None:
+    captured = half_a_layer(1)
+    assert fuse_shrinks(captured).matches == 1
+    assert count(captured, "bdlora::lora_linear_swiglu") == 1
+
+
+def swapped(build: GraphBuilder, gate: Node, up: Node) -> Node:
+    return silu_times(build, up, gate)
+
+
+def relu_times(build: GraphBuilder, gate: Node, up: Node) -> Node:
+    return build.call(torch.mul, build.call(torch.relu, gate), up)
+
+
+def read_twice(build: GraphBuilder, gate: Node, up: Node) -> Node:
+    return build.call(torch.add, silu_times(build, gate, up), up)
+
+
+def of_the_same(build: GraphBuilder, gate: Node, up: Node) -> Node:
+    build.call(torch.sin, gate)
+    return build.call(torch.mul, build.call(torch.nn.functional.silu, up), up)
+
+
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (swapped, "gate and up are no halves of one product with LoRA"),
+        (relu_times, "its input is a product without silu"),
+        (read_twice, "there is no kernel with its h for what makes its input: add"),
+        (of_the_same, "what lies between gate, up and it is read elsewhere too"),
+    ],
+)
+def test_other_activations_stay_and_say_why(activation: Activation, reason: str) -> None:
+    captured = half_a_layer(1, activation)
+    before = print_graph(captured.graph)
+    stats = fuse_shrinks(captured)
+    assert stats.matches == 0
+    assert {refusal.where: refusal.reason for refusal in stats.refusals}[DOWN.name] == reason
+    assert print_graph(captured.graph) == before
+
+
+def bank_of_sites() -> AdapterBank:
+    """Two adapters of ranks 2 and 4 for all sites of one rank."""
+    bank = AdapterBank([site.name for site in SITES], 2, 4096, 6, torch.float32, torch.device("cpu"))
+    for slot, rank in enumerate((2, 4)):
+        factors = {}
+        for site in SITES:
+            shape = LocalShape(rank, rank, 1, 1, site.in_features, site.out_features)
+            a, b = torch.randn(rank, site.in_features), torch.randn(rank, site.out_features)
+            factors[site.name] = (LocalFactors(shape, a, b), 0.5)
+        bank.write(slot, bank.stage(factors), bank.used_elements())
+    bank.token_slot.copy_(torch.tensor([0, 1, -1, 1, 0, 0]))
+    return bank
+
+
+def result_of(captured: Captured) -> torch.Tensor:
+    """On random values, the same in each call."""
+    torch.manual_seed(0)
+    bank = bank_of_sites()
+    values: list[Any] = []
+    for node in placeholders(captured.graph):
+        source = record(node).source
+        if isinstance(source, BankSource):
+            values.append(getattr(bank, source.field.value))
+        else:
+            like = fake_tensor(node)
+            values.append(torch.randn(like.shape) if like.is_floating_point() else torch.zeros(8))
+    (result,) = Interpreter(GraphModule(captured.module, captured.graph)).run(*values)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def test_the_graph_computes_the_same() -> None:
+    """By the operators' plain implementations in float32, where only sums are taken in another order."""
+    before, after = half_a_layer(1), half_a_layer(1)
+    assert fuse_shrinks(after).matches == 1
+    wanted = result_of(before)
+    torch.testing.assert_close(result_of(after), wanted, rtol=1e-5, atol=1e-5)
+    gate_and_up = next(node for node in after.graph.nodes if operator_name(node) == "bdlora::lora_linear_swiglu")
+    arguments = LinearSwigluArguments.of(gate_and_up)
+    replace(arguments, sites=[2, 1]).write_to(gate_and_up)
+    assert (result_of(after) - wanted).abs().max() > 0.1, "the twin: gate with the factors of up"
