@@ -3,8 +3,8 @@ is wanted; and residual and norm without the rest.
 
 A row is cut in parts of columns, each a *unit* with a program of its own. Every rank has a *mailbox* in symmetric
 memory, int64 words: the addresses of all ranks' mailboxes; for each unit a line of `_LINE` words, in which each peer
-leaves the number of the exchange that its unit is ready for, and the rank itself how many exchanges the unit has had
-and the sum of its squares; then for each unit two places for its values.
+leaves the number of the exchange that its unit is ready for, and the rank itself how many exchanges the unit has had;
+for each unit a line for the squares of its row; then for each unit two places for its values.
 
 Unit u of every rank exchanges values with unit u of the others, and with nobody else. In exchange e of its unit a
 program writes its values into place e mod 2, tells the peers (release), waits until all have told it (acquire), and
@@ -12,11 +12,11 @@ reads theirs. It writes to that place again in exchange e + 2. By then every pee
 exchange e, as a rank's kernels run one after the other. So one wait an exchange does. Numbers are kept on the device: a
 CUDA graph may be replayed. They have 64 bits and do not come round.
 
-The norm needs the squares of a whole row. A unit leaves the sum of its own in its line, in one word with the low half of
-e + 1, and waits until the words of all units of the row have theirs; all add them up in the same order. Units have had
-different numbers of exchanges, as calls differ in rows and parts: a program reads the numbers of its row's units before
-it leaves its sum, and they count on after they have seen it. The word may be overwritten in the next exchange: programs
-of the next launch write when this one has ended (`wait_for_kernel_ahead`), and so has read it.
+The norm needs the squares of a whole row. A unit leaves the sum of its own in the lines of all units of the row, in one
+word with a mark, waits until its own line has all of them, adds them up in the order that all have, and clears the
+line. Nothing else passes this way, so no order of other reads and writes is asked for. The line is clear when the next
+launch writes to it: programs write when the launch ahead has ended (`wait_for_kernel_ahead`). No number is needed, and
+none would do: units of a row have had different numbers of exchanges, as calls differ in rows and parts.
 
 What must hold: all ranks launch the same calls in the same order, each on one stream; and all programs of a launch, one
 for each unit, fit on the device at once, or those that wait could keep out those that others wait for.
@@ -47,10 +47,10 @@ _LINE: tl.constexpr = tl.constexpr(16)
 """Words of a line of the cache, 128 bytes: units do not share one."""
 _EXCHANGES: tl.constexpr = tl.constexpr(8)
 """Where in its line a unit's own number stands; before it those of the ranks."""
-_SQUARES: tl.constexpr = tl.constexpr(9)
-"""Where the sum of its squares stands, with the low half of a number above it."""
-_PLACES: tl.constexpr = tl.constexpr(16 + 128 * 16)
-"""The first word behind the addresses (one line) and the units' lines."""
+_SQUARES: tl.constexpr = tl.constexpr(16 + 128 * 16)
+"""The first word behind the addresses (one line) and the units' lines: the lines for squares."""
+_PLACES: tl.constexpr = tl.constexpr(16 + 128 * 16 + 128 * 16)
+"""The first word behind those."""
 MAILBOX_WORDS = _PLACES.value + MAX_ROWS.value * 2 * PLACE_BYTES.value // 8
 
 _VARYING = ["num_slots", "site0", "site1", "site2"]
@@ -102,33 +102,31 @@ def _wait_for_peers(mailbox, unit, exchange, RANK: tl.constexpr, RANKS: tl.const
 
 
 @triton.jit
-def _leave_squares(mailbox, unit, exchange, squares):
-    """The sum of the unit's squares, float32, in one word with the exchange that it is of."""
-    half = squares.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+def _leave_squares(mailbox, unit, squares, PARTS: tl.constexpr):
+    """The sum of a unit's squares, float32, for all units of its row, itself too: a word with a mark above the value."""
+    word = (squares.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
+    units = unit // PARTS * PARTS + tl.arange(0, PARTS)
+    words = tl.zeros([PARTS], dtype=tl.int64) + word
+    tl.atomic_xchg(mailbox + _SQUARES + units * _LINE + unit % PARTS, words, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _squares_left(words, PARTS: tl.constexpr):
+    """The words that are there, [PARTS]; by an atomic addition, which reads what others write meanwhile."""
+    return tl.atomic_add(words, tl.zeros([PARTS], dtype=tl.int64), sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _squares_of_row(mailbox, unit, PARTS: tl.constexpr):
+    """The sum of a row's squares, when all its units have left theirs; the same bits in all. The line is clear then."""
+    words = mailbox + _SQUARES + unit * _LINE + tl.arange(0, PARTS)
+    left = _squares_left(words, PARTS)
+    while tl.min(left, axis=0) == 0:
+        left = _squares_left(words, PARTS)
+    # No thread clears what another has yet to read.
     tl.debug_barrier()
-    tl.atomic_xchg(mailbox + (unit + 1) * _LINE + _SQUARES, ((exchange + 1) << 32) | half, sem="release", scope="gpu")
-
-
-@triton.jit
-def _squares_left(lines, PARTS: tl.constexpr):
-    """The words that the units of a row have left, [PARTS]. Read by an atomic addition, as `_told`."""
-    return tl.atomic_add(lines + _SQUARES, tl.zeros([PARTS], dtype=tl.int64), sem="acquire", scope="gpu")
-
-
-@triton.jit
-def _are_of(words, exchanges):
-    """Whether all words are of the exchanges that their units have now."""
-    return tl.min(((words >> 32).to(tl.int32) == (exchanges + 1).to(tl.int32)).to(tl.int32), axis=0) == 1
-
-
-@triton.jit
-def _squares_of_row(lines, exchanges, PARTS: tl.constexpr):
-    """The sum of a row's squares, when all its units have left theirs; the same bits in all."""
-    words = _squares_left(lines, PARTS)
-    while not _are_of(words, exchanges):
-        words = _squares_left(lines, PARTS)
-    tl.debug_barrier()
-    return tl.sum((words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), axis=0)
+    tl.store(words, tl.zeros([PARTS], dtype=tl.int64))
+    return tl.sum((left & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), axis=0)
 
 
 @triton.jit
@@ -254,12 +252,11 @@ def all_reduce_add_norm_rows(
         factor = _load_a(pool, q, k, v, first_rows, early, column, inside)
     wait_for_kernel_ahead(OVERLAP)
     exchange = tl.load(mailbox + (unit + 1) * _LINE + _EXCHANGES)
-    lines = mailbox + (row * PARTS + tl.arange(0, PARTS) + 1) * _LINE
-    exchanges = tl.load(lines + _EXCHANGES)
     own = tl.load(x + at, mask=inside, other=0.0)
     before = tl.load(residual + at, mask=inside, other=0.0)
     tl.store(_place(_address_of(mailboxes, RANK), unit, exchange, x) + within, own, mask=inside)
     _tell_peers(mailboxes, unit, exchange, RANK, RANKS)
+    tl.store(mailbox + (unit + 1) * _LINE + _EXCHANGES, exchange + 1)
     # All programs are on the device now: the next kernel can get ready, and keeps none of them out.
     let_next_kernel_start(OVERLAP)
     _wait_for_peers(mailbox, unit, exchange, RANK, RANKS)
@@ -274,14 +271,13 @@ def all_reduce_add_norm_rows(
     exact = summed.to(tl.float32)
     squares = tl.sum(exact * exact, axis=0)
     if PARTS > 1:
-        _leave_squares(mailbox, unit, exchange, squares)
+        _leave_squares(mailbox, unit, squares, PARTS)
     tl.store(total + at, summed, mask=inside)
     if N_SITES > 0:
         value = scale.to(tl.float32) * exact
         products = _dot(factor, value)
     if PARTS > 1:
-        squares = _squares_of_row(lines, exchanges, PARTS)
-    tl.store(mailbox + (unit + 1) * _LINE + _EXCHANGES, exchange + 1)
+        squares = _squares_of_row(mailbox, unit, PARTS)
     root = tl.rsqrt(squares / COLUMNS + epsilon)
     _store_norm(summed, scale, root, normed + at, inside)
     if N_SITES > 0:
