@@ -52,6 +52,8 @@ _SQUARES: tl.constexpr = tl.constexpr(16 + 128 * 16)
 _PLACES: tl.constexpr = tl.constexpr(16 + 128 * 16 + 128 * 16)
 """The first word behind those."""
 MAILBOX_WORDS = _PLACES.value + MAX_ROWS.value * 2 * PLACE_BYTES.value // 8
+NARROW: tl.constexpr = tl.constexpr(256)
+"""Columns that a program reads at once where sizes are no multiples of 8: seldom, and must not cost registers."""
 
 _VARYING = ["num_slots", "site0", "site1", "site2"]
 """Numbers that differ from layer to layer: one compiled kernel serves all of them."""
@@ -193,25 +195,31 @@ def _store_h(h, products, q, k, stacked, end, unit, width, N_SITES: tl.constexpr
 
 
 @triton.jit
-def _store_rest_of_h(
-    h, pool, q, k, v, begin, end, value, column, inside, unit, width,
-    N_SITES: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+def _store_narrow_h(
+    h, pool, q, k, v, end, total, weight, root, unit, width,
+    COLUMNS: tl.constexpr, N_SITES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The rows from ``begin`` on, some at once; one at once, with narrow loads, where sizes are no multiples of 8."""
-    if (q[3] % 8 == 0) & (k[3] % 8 == 0) & (v[3] % 8 == 0):
-        for first in range(begin, end, ROWS):
-            stacked = first + tl.arange(0, ROWS)
-            products = _dot(_load_a(pool, q, k, v, stacked, end, column, inside), value)
-            _store_h(h, products, q, k, stacked, end, unit, width, N_SITES, PARTS)
-    else:
-        for stacked in range(begin, end):
-            index, row = _site_and_row(stacked, q, k)
-            columns = choose(index, q[3], k[3], v[3])
-            within = column - row // choose(index, q[2], k[2], v[2]) * columns
-            a = pool + choose(index, q[0], k[0], v[0]) + row * columns
-            factor = tl.load(a + within, mask=inside & (within >= 0) & (within < columns), other=0.0)
-            product = tl.sum(factor.to(tl.float32) * value, axis=0)
-            _store_h(h, product, q, k, stacked, end, unit, width, N_SITES, PARTS)
+    """A row of A after the other, with narrow loads, for sizes that are no multiples of 8. total: the unit's row.
+
+    What the program has stored there is read again: whole parts here would cost all others registers.
+    """
+    tl.debug_barrier()
+    begin = unit % PARTS * (COLUMNS // PARTS)
+    for stacked in range(0, end):
+        index, row = _site_and_row(stacked, q, k)
+        columns = choose(index, q[3], k[3], v[3])
+        first_column = row // choose(index, q[2], k[2], v[2]) * columns
+        a = pool + choose(index, q[0], k[0], v[0]) + row * columns
+        products = tl.zeros([NARROW], dtype=tl.float32)
+        for start in range(0, COLUMNS // PARTS, NARROW):
+            within = start + tl.arange(0, NARROW)
+            column = begin + within
+            inside = (within < COLUMNS // PARTS) & (column >= first_column) & (column < first_column + columns)
+            value = tl.load(total + column, mask=inside, other=0.0).to(tl.float32)
+            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.load(a + column - first_column, mask=inside, other=0.0)
+            products += factor.to(tl.float32) * value
+        _store_h(h, tl.sum(products, axis=0) * root, q, k, stacked, end, unit, width, N_SITES, PARTS)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -282,9 +290,16 @@ def all_reduce_add_norm_rows(
     _store_norm(summed, scale, root, normed + at, inside)
     if N_SITES > 0:
         _store_h(h, products * root, q, k, first_rows, early, unit, width, N_SITES, PARTS)
-        _store_rest_of_h(
-            h, pool, q, k, v, early, end, value * root, column, inside, unit, width, N_SITES, PARTS, ROWS
-        )  # fmt: skip
+        if is_wide:
+            for first in range(ROWS, end, ROWS):
+                rows = first + tl.arange(0, ROWS)
+                products = _dot(_load_a(pool, q, k, v, rows, end, column, inside), value)
+                _store_h(h, products * root, q, k, rows, end, unit, width, N_SITES, PARTS)
+        else:
+            _store_narrow_h(
+                h, pool, q, k, v, end, total + row.to(tl.int64) * COLUMNS, weight, root, unit, width,
+                COLUMNS, N_SITES, PARTS,
+            )  # fmt: skip
 
 
 @triton.jit
