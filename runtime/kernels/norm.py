@@ -105,7 +105,7 @@ def _wait_for_peers(mailbox, unit, exchange, RANK: tl.constexpr, RANKS: tl.const
 
 @triton.jit
 def _leave_squares(mailbox, unit, squares, PARTS: tl.constexpr):
-    """The sum of a unit's squares, float32, for all units of its row, itself too: a word with a mark above the value."""
+    """The sum of a unit's squares, float32, for all units of its row and itself: a word with a mark above the value."""
     word = (squares.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (1 << 32)
     units = unit // PARTS * PARTS + tl.arange(0, PARTS)
     words = tl.zeros([PARTS], dtype=tl.int64) + word

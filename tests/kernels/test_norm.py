@@ -1,8 +1,8 @@
 """All-reduce, residual addition and norm by kernels, against float64; on a CPU in Triton's interpreter.
 
 Here units, ranks and parts of rows, run one after the other, and all of them three times: what a unit reads of its
-peers is right in the second run, and what it reads of the other parts of its row in the one behind. That ranks wait for one another is tested
-with real ones, in `tests/distributed/norm_ranks.py`.
+peers is right in the second run, and what it reads of the other parts of its row in the one behind. That ranks wait for
+one another is tested with real ones, in `tests/distributed/norm_ranks.py`.
 
 Tolerance, relative to the largest value: the sum over the ranks, the residual's, the quotient and its product with the
 weight are rounded, each by half a unit in the last place of a number up to twice as large. h is held against the norm
@@ -106,7 +106,9 @@ def error(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
 @pytest.mark.parametrize(
     ("ranks", "rows", "columns", "parts"), [(2, 3, 64, 8), (2, 2, 96, 4), (4, 1, 48, 2), (3, 1, 40, 1), (8, 2, 24, 1)]
 )
-def test_all_ranks_have_the_sum_and_its_norm(ranks: int, rows: int, columns: int, parts: int, dtype: torch.dtype) -> None:
+def test_all_ranks_have_the_sum_and_its_norm(
+    ranks: int, rows: int, columns: int, parts: int, dtype: torch.dtype
+) -> None:
     """Any number of ranks, parts and columns, even and odd exchanges; the same bits on all ranks."""
     assert launch_norm.parts_of(rows, columns) == parts
     xs, residual, weight = inputs(ranks, rows, columns, dtype)
@@ -307,9 +309,7 @@ class Alone:
     ],
     ids=["exchanged", "apart", "float32", "many tokens"],
 )
-def test_the_operator(
-    rows: int, limit: int, dtype: torch.dtype, has_h: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_operator(rows: int, limit: int, dtype: torch.dtype, has_h: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on GPUs, against the plain implementation; another norm would be noticed in h."""
     monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
     monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
