@@ -44,6 +44,8 @@ KINDS = {
     "narrow store": r"st\.global\.b16",
     "release": r"atom\.global\.sys\.release\.exch\.b64",
     "acquire": r"atom\.global\.sys\.acquire\.add\.u64",
+    "leave squares": r"atom\.global\.gpu\.relaxed\.exch\.b64",
+    "read squares": r"atom\.global\.gpu\.relaxed\.add\.u64",
     "barrier": r"bar\.sync",
     "wait": r"griddepcontrol\.wait",
     "let start": r"griddepcontrol\.launch_dependents",
@@ -53,7 +55,9 @@ SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
-NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "PARTS": 1, "BLOCK": 4096, "N_SITES": 0, "ROWS": 1}
+NORM_IN_PARTS = {**NORM, "PARTS": 8, "BLOCK": 512}
+NORM_AND_H = {**NORM_IN_PARTS, "N_SITES": 3, "ROWS": 32}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
@@ -73,6 +77,9 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "product behind h": (linear_tokens, PRODUCT, 4),
     "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
+    "norm in parts": (all_reduce_add_norm_rows, NORM_IN_PARTS, 2),
+    "norm and h": (all_reduce_add_norm_rows, NORM_AND_H, 8),
+    "norm and h, 64 tokens": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "BLOCK": 2048, "ROWS": 8}, 8),
     "cache": (write_tokens, CACHE, 4),
 }
 """Kernel, constants and warps."""

@@ -64,6 +64,28 @@ def test_an_exchange_releases_and_acquires_for_the_whole_system(code: Code) -> N
     assert rest.count("wide load") == 3, "one of each peer"
 
 
+def test_parts_of_a_row_leave_their_squares_and_read_them(code: Code) -> None:
+    """Behind the peers' values, and no fence: the words carry all that is read."""
+    order = code["norm in parts"]
+    values = len(order) - 1 - order[::-1].index("wide load")
+    assert order.index("acquire") < values < order.index("leave squares") < order.index("read squares")
+    assert "leave squares" not in code["norm"]
+    assert {order.count("release"), order.count("leave squares")} == {1}
+
+
+@pytest.mark.parametrize(("kernel", "rows"), [("norm and h", 8), ("norm and h, 64 tokens", 8)])
+def test_a_norm_with_h_reads_a_at_once(compiled: dict[str, tuple[list[str], int]], kernel: str, rows: int) -> None:
+    """64 elements of A a thread, ahead of all waits; sums of A while other parts' squares are on their way."""
+    order, registers = compiled[kernel]
+    wait = order.index("wait")
+    assert order[:wait].count("wide load") in (rows, rows + 1), "of A; and of the weight, if a thread has 8 of it"
+    assert set(order[:wait]) == {"wide load"}
+    left, read = order.index("leave squares"), order.index("read squares")
+    assert order[left:read].count("barrier") >= 2, "of the sums over threads and warps"
+    assert "wide load" in order[read:], "more rows"
+    assert 0 < registers <= 136, "a multiprocessor has room for the kernel behind"
+
+
 def test_a_product_behind_its_shrink_reads_x_at_once(code: Code) -> None:
     """It was let start when x was there, and waits for h alone."""
     shrink, product = code["shrink"], code["product behind h"]
