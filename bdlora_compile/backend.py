@@ -15,7 +15,7 @@ from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
-from bdlora_compile.fused_shrinks import fuse_shrinks
+from bdlora_compile.fused_paths import fuse_paths
 from bdlora_compile.generated_code import CodeOfRegion, code_of
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
@@ -222,8 +222,8 @@ def _emit(
         stats = through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
         if stats is not None:
             report.norms[name] = stats
-    shrinks = fuse_shrinks(captured)
-    report.shrinks = shrinks if shrinks.matches or shrinks.refusals else None
+    paths = fuse_paths(captured)
+    report.paths = paths if paths.matches or paths.refusals else None
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

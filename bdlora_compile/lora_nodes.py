@@ -164,6 +164,25 @@ class LinearArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearDeferredArguments(_Arguments):
+    """Of ``bdlora::lora_linear_deferred``, of which the norm behind does the LoRA for few tokens."""
+
+    OPERATOR = "lora_linear_deferred"
+
+    x: Node
+    weight: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    sites: Sequence[int]
+    width: int
+    out_features: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class LinearSwigluArguments(_Arguments):
     """Of ``bdlora::lora_linear_swiglu``, the product of gate and up with its LoRA, and what becomes of it."""
 

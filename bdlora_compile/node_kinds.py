@@ -20,6 +20,7 @@ _LORA_OPERATORS: Mapping[str, Kind] = {
     "bdlora::lora_apply": "lora",
     "bdlora::lora_apply_": "lora",
     "bdlora::lora_linear": "lora",
+    "bdlora::lora_linear_deferred": "lora",
     "bdlora::lora_linear_swiglu": "lora",
 }
 _PRODUCTS = frozenset({"linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "embedding"})
@@ -44,6 +45,7 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_apply_": _APPLY,
     "bdlora::lora_linear": "Triton: runtime/kernels/linear.py for few tokens, else a product by the BLAS library and "
     f"runtime/kernels/apply.py {_ELSEWHERE}",
+    "bdlora::lora_linear_deferred": "a product by the BLAS library; its LoRA for few tokens: runtime/kernels/norm.py",
     "bdlora::lora_linear_swiglu": "as bdlora::lora_linear, then runtime/kernels/swiglu.py",
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",
     "bdlora::lora_counters": "torch: zeros, by which programs of one launch count each other",

@@ -73,7 +73,7 @@ class Report:
         all_reduce: which transport sums over the ranks, and why.
         norms: which all-reduces of each graph add the residual and norm as well, where the transport can; alike layers
             count once.
-        shrinks: whose A x is made by the kernel that writes x, and why others' is not; None where no kernels run.
+        paths: of which LoRA paths the kernels beside do a part, and why not of others; None where no kernels run.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
@@ -90,7 +90,7 @@ class Report:
     tracing: str = ""
     all_reduce: str = ""
     norms: dict[str, PassStats] = field(default_factory=dict)
-    shrinks: PassStats | None = None
+    paths: PassStats | None = None
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
     emit_seconds: float = 0.0
@@ -130,10 +130,10 @@ class Report:
             sums = stats.matches + len(stats.refusals)
             lines.append(f"  all-reduce, residual and norm in one, {graph}: {stats.matches} of {sums}")
             lines += _refusal_lines(stats.refusals)
-        if self.shrinks is not None:
-            paths = self.shrinks.matches + len(self.shrinks.refusals)
-            lines.append(f"  A x by the kernel that writes x: {self.shrinks.matches} of {paths}")
-            lines += _refusal_lines(self.shrinks.refusals)
+        if self.paths is not None:
+            paths = self.paths.matches + len(self.paths.refusals)
+            lines.append(f"  LoRA in part by the kernels beside: {self.paths.matches} of {paths} paths")
+            lines += _refusal_lines(self.paths.refusals)
         if self.attention:
             lines.append(f"  attention: {self.attention}")
         lines += [f"  layout of {decision.text()}" for decision in self.decisions]

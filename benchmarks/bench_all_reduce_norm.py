@@ -24,7 +24,7 @@ from torch import Tensor
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
 from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, can_overlap, shrink_ahead
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_shrink
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_lora
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
@@ -133,7 +133,9 @@ class Ranks:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """By the operator that makes h too."""
         values = (x, residual, weight, self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
-        return all_reduce_add_norm_shrink(*values, *factors, WIDTH)
+        pool, slots, token_slot, sites = factors
+        scales = slots.new_ones(slots.shape[:2], dtype=torch.float32)
+        return all_reduce_add_norm_lora(*values, pool, slots, scales, token_slot, sites, WIDTH, None, 0, 0)
 
     def fused_and_shrink(
         self, x: Tensor, residual: Tensor, weight: Tensor, factors: launch.Factors

@@ -107,6 +107,31 @@ def _(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.custom_op("bdlora::lora_linear_deferred", mutates_args=())
+def lora_linear_deferred(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> Tensor:
+    """`lora_linear`, but of few tokens (`is_served_by_token`) LoRA is left to `norm_op.all_reduce_add_norm_lora`."""
+    if is_served_by_token(x):
+        return torch.nn.functional.linear(x, weight)
+    return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
+
+
+@lora_linear_deferred.register_fake
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _in_two(
     x: Tensor,
     weight: Tensor,

@@ -1,5 +1,5 @@
-"""All-reduce, residual addition and RMSNorm as one operator, and one that makes LoRA's h too: by one kernel for few
-tokens, one after the other else.
+"""All-reduce, residual addition and RMSNorm as one operator, and one with LoRA on both sides of them: by one kernel for
+few tokens, one after the other else.
 """
 
 import math
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bdlora_compile.collectives import group_named
 from bdlora_compile.runtime.all_reduce import all_reduce, way
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
-from bdlora_compile.runtime.ops import has_kernels, lora_shrink
+from bdlora_compile.runtime.linear_op import is_served_by_token
+from bdlora_compile.runtime.ops import has_kernels, lora_apply_, lora_shrink, lora_work
 
 if TYPE_CHECKING:
-    from bdlora_compile.runtime.kernels import launch
+    from bdlora_compile.runtime.kernels import launch_norm
 
 KINDS = (torch.bfloat16, torch.float32)
 """What symmetric memory adds up."""
@@ -79,8 +79,8 @@ def _(
     return total, normed
 
 
-@torch.library.custom_op("bdlora::all_reduce_add_norm_shrink", mutates_args=())
-def all_reduce_add_norm_shrink(
+@torch.library.custom_op("bdlora::all_reduce_add_norm_lora", mutates_args=())
+def all_reduce_add_norm_lora(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -92,38 +92,48 @@ def all_reduce_add_norm_shrink(
     group: str,
     pool: Tensor,
     slots: Tensor,
+    scales: Tensor,
     token_slot: Tensor,
     sites: Sequence[int],
     width: int,
+    before: Tensor | None,
+    site_before: int,
+    width_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`all_reduce_add_norm`, and LoRA's h = A times the norm, each token with the A of its slot.
+    """`all_reduce_add_norm` with LoRA on both sides of it, each token with the factors of its slot.
 
     On GPUs the kernel may start before the one ahead of it in the stream has ended, which must not write ``pool``,
-    ``slots`` or ``token_slot``.
+    ``slots``, ``scales`` or ``token_slot``.
 
     Args:
         x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group: as for `all_reduce_add_norm`.
-        pool, slots, token_slot, sites, width: as for `lora_shrink`.
+        pool, slots, scales, token_slot: as for `lora_apply`.
+        sites, width: of the paths that read the norm, none or up to three, as for `lora_shrink`.
+        before, site_before, width_before: [..., any columns], and a row of ``slots``: where x is what
+            `lora_linear_deferred` made of it there; its LoRA is added here then. None: there is nothing to add.
 
     Returns:
         (s, normed, h): h float32 [PLANES, T, n, width]; its planes' sum is `lora_shrink` of normed, but that kernels
         take it of the norm before it is rounded. On GPUs what no slot writes is undefined, and above
         `BY_TOKEN_LIMIT` tokens all of h.
     """
-    total, normed = all_reduce_add_norm(x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
+    bank = (pool, slots, scales, token_slot)
+    whole = _with_lora(x, bank, before, site_before, width_before)
+    total, normed = all_reduce_add_norm(whole, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
     h = _new_h(x, sites, width).zero_()
-    h[0] = lora_shrink(normed, pool, slots, token_slot, sites, width).view(h.shape[1:])
+    if sites:
+        h[0] = lora_shrink(normed, pool, slots, token_slot, sites, width).view(h.shape[1:])
     return total, normed, h
 
 
-@all_reduce_add_norm_shrink.register_fake
+@all_reduce_add_norm_lora.register_fake
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sites, width = others[-2:]
+    sites, width = others[12:14]
     return total, torch.empty_like(total), _new_h(x, sites, width)
 
 
-@all_reduce_add_norm_shrink.register_kernel("cuda")
+@all_reduce_add_norm_lora.register_kernel("cuda")
 def _(
     x: Tensor,
     residual: Tensor,
@@ -136,23 +146,37 @@ def _(
     group: str,
     pool: Tensor,
     slots: Tensor,
+    scales: Tensor,
     token_slot: Tensor,
     sites: Sequence[int],
     width: int,
+    before: Tensor | None,
+    site_before: int,
+    width_before: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
-
-    is_wanted, factors = math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT, None
-    if is_wanted and has_kernels(x.dtype):
-        factors = launch.Factors(pool, slots, token_slot, sites)
-    total, normed, h = _by_kernels(
-        x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group, factors, width
-    )
-    if h is None:
+    exchange = (buffer, mailbox, epsilon, one_shot, two_shot, group)
+    if not is_served_by_token(x):
+        # Nothing was deferred, and nobody reads h, or it is made by the plain operator.
+        total, normed, _ = _by_kernels(x, residual, weight, *exchange)
         h = _new_h(x, sites, width)
-        if is_wanted:
+        if sites and not has_kernels(x.dtype):
             h.zero_()[0] = lora_shrink(normed, pool, slots, token_slot, sites, width).view(h.shape[1:])
-    return total, normed, h
+        return total, normed, h
+    from bdlora_compile.runtime.kernels import launch, launch_norm  # Triton is there on GPUs only
+
+    behind = launch.Factors(pool, slots, token_slot, sites)
+    if _exchanges(x, one_shot, two_shot, group):
+        ahead = None
+        if before is not None:
+            ahead = launch_norm.Before(before.reshape(-1, before.shape[-1]), site_before, width_before)
+        lora = launch_norm.Lora(behind, width, scales, ahead)
+        total, normed, h = _by_kernels(x, residual, weight, *exchange, lora)
+        assert h is not None, "asked for"
+        return total, normed, h
+    whole = _with_lora(x, (pool, slots, scales, token_slot), before, site_before, width_before)
+    total, normed, _ = _by_kernels(whole, residual, weight, *exchange)
+    rows = normed.view(-1, x.shape[-1])
+    return total, normed, launch_norm.h_of(rows, behind, width) if sites else _new_h(x, sites, width)
 
 
 def _by_kernels(
@@ -165,28 +189,42 @@ def _by_kernels(
     one_shot: int,
     two_shot: int,
     group: str,
-    factors: "launch.Factors | None" = None,
-    width: int = 0,
+    lora: "launch_norm.Lora | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(s, normed, h) on a GPU; h only where there are factors: of up to `BY_TOKEN_LIMIT` tokens."""
+    """(s, normed, h) on a GPU; with ``lora`` only where `_exchanges`."""
     from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
 
     members: Any = group_named(group)
     own, carried = (value.reshape(-1, x.shape[-1]).contiguous() for value in (x, residual))
-    rows, columns, size = math.prod(x.shape[:-1]), x.shape[-1], x.element_size()
-    goes_one_way = way(x.numel() * size, one_shot, two_shot, members.size()) == "one-shot"
     h = None
-    if goes_one_way and launch_norm.can_exchange(rows, columns, size, members.size()):
+    if _exchanges(x, one_shot, two_shot, group):
         values = (own, carried, weight, mailbox, epsilon, members.rank(), members.size())
-        if factors is None:
+        if lora is None:
             total, normed = launch_norm.reduce_add_norm(*values)
         else:
-            total, normed, h = launch_norm.reduce_add_norm_shrink(*values, factors, width)
+            total, normed, h = launch_norm.reduce_add_norm_lora(*values, lora)
     else:
         reduced = all_reduce(own, buffer, one_shot, two_shot, group)
         total, normed = launch_norm.add_norm(reduced, carried, weight, epsilon)
-        h = None if factors is None else launch_norm.h_of(normed, factors, width)
     return total.view(x.shape), normed.view(x.shape), h
+
+
+def _exchanges(x: Tensor, one_shot: int, two_shot: int, group: str) -> bool:
+    """Whether one kernel can do the sum over the ranks and the norm."""
+    from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
+
+    rows, columns, size, ranks = math.prod(x.shape[:-1]), x.shape[-1], x.element_size(), group_named(group).size()
+    goes_one_way = way(rows * columns * size, one_shot, two_shot, ranks) == "one-shot"
+    return goes_one_way and launch_norm.can_exchange(rows, columns, size, ranks)
+
+
+def _with_lora(x: Tensor, bank: tuple[Tensor, ...], before: Tensor | None, site: int, width: int) -> Tensor:
+    """x and the LoRA that was deferred; ``bank`` is pool, slots, scales and token_slot."""
+    if before is None or not is_served_by_token(x):
+        return x
+    whole, (order, segments) = x.clone(memory_format=torch.contiguous_format), lora_work(x, bank[-1])
+    lora_apply_(before, whole, *bank, order, segments, [site], width, [x.shape[-1]])
+    return whole
 
 
 def _new_h(x: Tensor, sites: Sequence[int], width: int) -> Tensor:

@@ -1,24 +1,29 @@
 """Launching the kernels of `norm.py`."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels import launch, norm
+from bdlora_compile.runtime.kernels import launch, norm, norm_lora
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.tiles import can_overlap
 
-PLANES = norm.PLANES.value
+PLANES = norm_lora.PLANES.value
 """Of h: whoever reads it sums them."""
 _ELEMENTS_OF_A_WARP = 256
 """16 bytes of bf16 for each thread."""
 _MOST_WARPS = 16
-_ELEMENTS_OF_A = 64 * 32
-"""Of LoRA's factor, that a warp holds at once: 64 a thread."""
+_ELEMENTS_HELD = 64 * 32
+"""Of A, that a warp holds at once, at most: 64 a thread; half of that, as many of B and a quarter of its own A where it
+adds the LoRA of the product ahead as well. More would not stay in registers."""
 _FEWEST_WARPS, _MOST_FOR_A = 4, 8
-"""Of a program that makes h; more than the second only where the norm alone takes more."""
+"""Of a program that makes h; more than the second only where a part is wide or it adds LoRA, too."""
+_WIDE_PART = 2048
+"""Columns."""
+_MOST_ROWS = 16
+"""Of the factors of the product ahead."""
 
 
 def can_exchange(rows: int, columns: int, element_size: int, ranks: int) -> bool:
@@ -35,20 +40,45 @@ def parts_of(rows: int, columns: int) -> int:
     return parts
 
 
+class Before(NamedTuple):
+    """A product whose LoRA is not in x yet.
+
+    Attributes:
+        u: [rows, any columns], its input.
+        site: the row of the slot table that is its factors'.
+        width: no slot has a larger local rank there.
+    """
+
+    u: Tensor
+    site: int
+    width: int
+
+
+class Lora(NamedTuple):
+    """LoRA on both sides of a norm.
+
+    Attributes:
+        behind: where the factors of the sites lie that read the norm, up to three.
+        width: no slot has a larger local rank at those.
+        scales: float32 [sites, S].
+        before: of the product that x is; None if its LoRA is in x, or it has none.
+    """
+
+    behind: launch.Factors
+    width: int
+    scales: Tensor
+    before: Before | None
+
+
 def reduce_add_norm(
     x: Tensor, residual: Tensor, weight: Tensor, mailbox: Tensor, epsilon: float, rank: int, ranks: int
 ) -> tuple[Tensor, Tensor]:
     """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked."""
-    total, normed = torch.empty_like(x), torch.empty_like(x)
-    parts, block = _cut(*x.shape)
-    _launch(
-        (x, residual, weight, mailbox, total, normed, epsilon), (None, None, None, None, 0, 0, 0, 0, 0),
-        RANK=rank, RANKS=ranks, PARTS=parts, BLOCK=block, N_SITES=0, ROWS=1, num_warps=_warps(block),
-    )  # fmt: skip
+    total, normed, _ = _reduce_add_norm(x, residual, weight, mailbox, epsilon, rank, ranks, None)
     return total, normed
 
 
-def reduce_add_norm_shrink(
+def reduce_add_norm_lora(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -56,22 +86,44 @@ def reduce_add_norm_shrink(
     epsilon: float,
     rank: int,
     ranks: int,
-    factors: launch.Factors,
-    width: int,
+    lora: Lora,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and planes of h = A times the norm, float32 [PLANES, rows, n, width].
+    """The same with the LoRA of x added first, and planes of h = A times the norm, float32 [PLANES, rows, n, width].
 
-    What no slot writes is undefined: rows of tokens without adapter, and columns past a slot's rank.
+    What no slot writes of h is undefined: rows of tokens without adapter, and columns past a slot's rank.
     """
+    total, normed, h = _reduce_add_norm(x, residual, weight, mailbox, epsilon, rank, ranks, lora)
+    assert h is not None, "made with LoRA"
+    return total, normed, h
+
+
+def _reduce_add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mailbox: Tensor,
+    epsilon: float,
+    rank: int,
+    ranks: int,
+    lora: Lora | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    sites = tuple(factors.sites)
-    h = x.new_empty(PLANES, x.shape[0], len(sites), width, dtype=torch.float32)
-    parts, block = _cut(*x.shape)
-    rows, warps = _tile_of_a(block, len(sites) * width)
-    _launch(
-        (x, residual, weight, mailbox, total, normed, epsilon),
-        (factors.pool, factors.slots, factors.token_slot, h, factors.num_slots, width, *(*sites, 0, 0)[:MAX_SITES]),
-        RANK=rank, RANKS=ranks, PARTS=parts, BLOCK=block, N_SITES=len(sites), ROWS=rows, num_warps=warps,
+    rows, columns = x.shape
+    overlap, parts = can_overlap(), parts_of(rows, columns)
+    block = triton.next_power_of_2(columns // parts)
+    h, arguments, constants = None, (None, None, None, None, None, None, 0, 0, 0, 0, 0, 0), _tiles(block, None)
+    if lora is not None:
+        factors, before = lora.behind, lora.before
+        sites, constants = tuple(factors.sites), _tiles(block, lora)
+        h = x.new_empty(PLANES, rows, len(sites), lora.width, dtype=torch.float32)
+        arguments = (
+            factors.pool, factors.slots, lora.scales, factors.token_slot, h, None if before is None else before.u,
+            factors.num_slots, lora.width, *(*sites, 0, 0, 0)[:MAX_SITES], 0 if before is None else before.site,
+        )  # fmt: skip
+    kernel = norm.all_reduce_add_norm_rows
+    kernel[(rows * parts,)](
+        x, residual, weight, mailbox, total, normed, epsilon, *arguments, RANK=rank, RANKS=ranks, COLUMNS=columns,
+        PARTS=parts, BLOCK=block, **constants, OVERLAP=overlap, **launch.pdl(overlap),
     )  # fmt: skip
     return total, normed, h
 
@@ -90,33 +142,34 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
 
 
 def h_of(normed: Tensor, factors: launch.Factors, width: int) -> Tensor:
-    """Planes of h as `reduce_add_norm_shrink` has them, all in the first one, for a norm that is there already."""
+    """Planes of h as `reduce_add_norm_lora` makes them, all in the first one, for a norm that is there already."""
     planes = launch.shrink(normed, factors, None, width)
     h = planes.new_zeros(PLANES, *planes.shape[1:])
     torch.sum(planes, 0, out=h[0])
     return h
 
 
-def _launch(values: tuple[Any, ...], lora: tuple[Any, ...], **constants: int) -> None:
-    (rows, columns), overlap = values[0].shape, can_overlap()
-    kernel = norm.all_reduce_add_norm_rows
-    kernel[(rows * constants["PARTS"],)](
-        *values, *lora, COLUMNS=columns, **constants, OVERLAP=overlap, **launch.pdl(overlap)
-    )
-
-
-def _cut(rows: int, columns: int) -> tuple[int, int]:
-    """(parts of a row, columns of a part, as a power of two)."""
-    parts = parts_of(rows, columns)
-    return parts, triton.next_power_of_2(columns // parts)
-
-
 def _warps(block: int) -> int:
     return min(max(1, block // _ELEMENTS_OF_A_WARP), _MOST_WARPS)
 
 
-def _tile_of_a(block: int, rows: int) -> tuple[int, int]:
-    """(rows of A that a program holds at once, its warps): all, if that is not too much for its threads."""
-    rows = triton.next_power_of_2(rows)
-    warps = max(_warps(block), min(max(_FEWEST_WARPS, rows * block // _ELEMENTS_OF_A), _MOST_FOR_A))
-    return max(1, min(rows, warps * _ELEMENTS_OF_A // block)), warps
+def _tiles(block: int, lora: Lora | None) -> dict[str, int]:
+    """Constants of a program with so many columns: how many rows of factors it holds at once, and its warps."""
+    none = {"N_SITES": 0, "ROWS": 1, "IN": 0, "ROWS_BEFORE": 1, "BLOCK_K": 1, "num_warps": _warps(block)}
+    if lora is None:
+        return none
+    stacked = triton.next_power_of_2(max(1, len(lora.behind.sites) * lora.width))
+    held = _ELEMENTS_HELD if lora.before is None else _ELEMENTS_HELD // 2
+    most = _MOST_FOR_A if lora.before is None and block < _WIDE_PART else _MOST_WARPS
+    warps = max(_warps(block), min(max(_FEWEST_WARPS, stacked * block // held), most))
+    rows = max(1, min(stacked, warps * held // block))
+    found = none | {"N_SITES": len(lora.behind.sites), "ROWS": rows, "num_warps": warps}
+    return found if lora.before is None else found | _tile_of_product(block, warps, lora.before)
+
+
+def _tile_of_product(block: int, warps: int, before: Before) -> dict[str, int]:
+    """The same for both factors of the product ahead."""
+    rows = min(triton.next_power_of_2(before.width), _MOST_ROWS, max(1, warps * _ELEMENTS_HELD // block))
+    in_features = before.u.shape[1]
+    columns = min(triton.next_power_of_2(in_features), max(1, warps * _ELEMENTS_HELD // 4 // rows))
+    return {"IN": in_features, "ROWS_BEFORE": rows, "BLOCK_K": columns}

@@ -25,22 +25,21 @@ for each unit, fit on the device at once, or those that wait could keep out thos
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import (
-    A_BLOCKS,
-    A_OFFSET,
-    A_RANK,
-    choose,
-    known_multiple_of_8,
-    let_next_kernel_start,
-    slot_row,
-    wait_for_kernel_ahead,
+from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
+from bdlora_compile.runtime.kernels.norm_lora import (
+    dot,
+    first_rows_of_product,
+    load_a,
+    lora_of_product,
+    product_of_slot,
+    site_of_slot,
+    store_h,
+    store_narrow_h,
 )
 
 MAX_RANKS: tl.constexpr = tl.constexpr(8)
 MAX_ROWS: tl.constexpr = tl.constexpr(128)
 """Rows of one call, and units."""
-PLANES: tl.constexpr = tl.constexpr(8)
-"""Of h; and parts of a row, at most."""
 PLACE_BYTES: tl.constexpr = tl.constexpr(32768)
 """Bytes of a unit's values, at most."""
 _LINE: tl.constexpr = tl.constexpr(16)
@@ -52,10 +51,7 @@ _SQUARES: tl.constexpr = tl.constexpr(16 + 128 * 16)
 _PLACES: tl.constexpr = tl.constexpr(16 + 128 * 16 + 128 * 16)
 """The first word behind those."""
 MAILBOX_WORDS = _PLACES.value + MAX_ROWS.value * 2 * PLACE_BYTES.value // 8
-NARROW: tl.constexpr = tl.constexpr(256)
-"""Columns that a program reads at once where sizes are no multiples of 8: seldom, and must not cost registers."""
-
-_VARYING = ["num_slots", "site0", "site1", "site2"]
+_VARYING = ["num_slots", "site0", "site1", "site2", "site_before"]
 """Numbers that differ from layer to layer: one compiled kernel serves all of them."""
 
 
@@ -144,90 +140,13 @@ def _store_norm(summed, scale, root, normed, inside):
     tl.store(normed, (scale.to(tl.float32) * scaled.to(tl.float32)).to(summed.dtype), mask=inside)
 
 
-@triton.jit
-def _site_of_slot(slots, site, slot, num_slots, is_there, COLUMNS: tl.constexpr):
-    """Of a slot's A at a site: (offset, rank, rows of a block, columns of a block); rank 0 where it is not there."""
-    fields = slot_row(slots, site, slot, num_slots)
-    offset = tl.load(fields + A_OFFSET, mask=is_there, other=0)
-    rank = tl.load(fields + A_RANK, mask=is_there, other=0).to(tl.int32)
-    blocks = tl.load(fields + A_BLOCKS, mask=is_there, other=1).to(tl.int32)
-    return offset, rank, tl.maximum(rank // blocks, 1), COLUMNS // blocks
-
-
-@triton.jit
-def _site_and_row(stacked, q, k):
-    """(number of the site, row of its A) of rows of all sites' A, the ranks of a token's slot below one another."""
-    index = (stacked >= q[1]).to(tl.int32) + (stacked >= q[1] + k[1]).to(tl.int32)
-    return index, stacked - choose(index, 0, q[1], q[1] + k[1])
-
-
-@triton.jit
-def _load_a(pool, q, k, v, stacked, end, column, inside):
-    """Rows ``stacked`` of A below ``end``, [ROWS, BLOCK]; zero where a row's block does not see the column.
-
-    All blocks have a multiple of 8 columns: loads of 16 bytes.
-    """
-    index, row = _site_and_row(stacked, q, k)
-    columns = known_multiple_of_8(choose(index, q[3], k[3], v[3]))
-    first_column = known_multiple_of_8(row // choose(index, q[2], k[2], v[2]) * columns)
-    a = pool + known_multiple_of_8(choose(index, q[0], k[0], v[0]) + row * columns)
-    within = column[None, :] - first_column[:, None]
-    is_seen = (within >= 0) & (within < columns[:, None])
-    return tl.load(a[:, None] + within, mask=is_seen & (stacked < end)[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def _dot(factor, value):
-    """[ROWS] products of a factor's rows with a value, in float32."""
-    return tl.sum(factor.to(tl.float32) * value[None, :], axis=1)
-
-
-@triton.jit
-def _store_h(h, products, q, k, stacked, end, unit, width, N_SITES: tl.constexpr, PARTS: tl.constexpr):
-    """Into the first of the unit's planes; zeros into its others."""
-    token, part = unit // PARTS, unit % PARTS
-    plane_size = tl.num_programs(0) // PARTS * N_SITES * width
-    index, row = _site_and_row(stacked, q, k)
-    target = h + part * (PLANES // PARTS) * plane_size + (token * N_SITES + index) * width + row
-    tl.store(target, products, mask=stacked < end)
-    for plane in tl.static_range(1, PLANES // PARTS):
-        tl.store(target + plane * plane_size, 0.0, mask=stacked < end)
-
-
-@triton.jit
-def _store_narrow_h(
-    h, pool, q, k, v, end, total, weight, root, unit, width,
-    COLUMNS: tl.constexpr, N_SITES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """A row of A after the other, with narrow loads, for sizes that are no multiples of 8. total: the unit's row.
-
-    What the program has stored there is read again: whole parts here would cost all others registers.
-    """
-    tl.debug_barrier()
-    begin = unit % PARTS * (COLUMNS // PARTS)
-    for stacked in range(0, end):
-        index, row = _site_and_row(stacked, q, k)
-        columns = choose(index, q[3], k[3], v[3])
-        first_column = row // choose(index, q[2], k[2], v[2]) * columns
-        a = pool + choose(index, q[0], k[0], v[0]) + row * columns
-        products = tl.zeros([NARROW], dtype=tl.float32)
-        for start in range(0, COLUMNS // PARTS, NARROW):
-            within = start + tl.arange(0, NARROW)
-            column = begin + within
-            inside = (within < COLUMNS // PARTS) & (column >= first_column) & (column < first_column + columns)
-            value = tl.load(total + column, mask=inside, other=0.0).to(tl.float32)
-            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-            factor = tl.load(a + column - first_column, mask=inside, other=0.0)
-            products += factor.to(tl.float32) * value
-        _store_h(h, tl.sum(products, axis=0) * root, q, k, stacked, end, unit, width, N_SITES, PARTS)
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def all_reduce_add_norm_rows(
     x, residual, weight, mailbox, total, normed, epsilon,
-    pool, slots, token_slot, h, num_slots, width, site0, site1, site2,
+    pool, slots, scales, token_slot, h, before, num_slots, width, site0, site1, site2, site_before,
     RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    N_SITES: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    N_SITES: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, ROWS_BEFORE: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows * PARTS). x, residual, total, normed: [rows, COLUMNS]; weight [COLUMNS]; mailbox: this rank's, int64.
 
@@ -237,8 +156,11 @@ def all_reduce_add_norm_rows(
     adapter. It is taken of the norm before it is rounded, so that the product with A need not wait for the other units'
     squares; ROWS of A's rows are held from the start, of all sites together, and the others follow.
 
-    OVERLAP: weight, addresses, slots and A are read before the kernel ahead in the stream has ended; the next one may
-    start while this one waits for the peers.
+    IN above 0: x is the product of ``before`` [rows, IN] without its LoRA, which is added here; ROWS_BEFORE rows of its
+    factors are held from the start, of A with BLOCK_K columns.
+
+    OVERLAP: weight, addresses, slots and factors are read before the kernel ahead in the stream has ended; the next one
+    may start while this one waits for the peers.
     """
     unit = tl.program_id(0)
     row, part = unit // PARTS, unit % PARTS
@@ -248,20 +170,28 @@ def all_reduce_add_norm_rows(
     at = row.to(tl.int64) * COLUMNS + column
     scale = tl.load(weight + column, mask=inside, other=0.0)
     mailboxes = tl.load(mailbox + tl.arange(0, MAX_RANKS))
-    if N_SITES > 0:
+    if N_SITES > 0 or IN > 0:
         slot = tl.load(token_slot + row)
-        q = _site_of_slot(slots, site0, slot, num_slots, slot >= 0, COLUMNS)
-        k = _site_of_slot(slots, site1, slot, num_slots, (slot >= 0) & (N_SITES > 1), COLUMNS)
-        v = _site_of_slot(slots, site2, slot, num_slots, (slot >= 0) & (N_SITES > 2), COLUMNS)
+    if IN > 0:
+        product = product_of_slot(pool, slots, scales, site_before, slot, num_slots, IN, COLUMNS)
+        rows_before = first_rows_of_product(product, column, inside, COLUMNS, ROWS_BEFORE, BLOCK_K)
+    if N_SITES > 0:
+        q = site_of_slot(slots, site0, slot, num_slots, slot >= 0, COLUMNS)
+        k = site_of_slot(slots, site1, slot, num_slots, (slot >= 0) & (N_SITES > 1), COLUMNS)
+        v = site_of_slot(slots, site2, slot, num_slots, (slot >= 0) & (N_SITES > 2), COLUMNS)
         end = q[1] + k[1] + v[1]
         first_rows = tl.arange(0, ROWS)
         is_wide = (q[3] % 8 == 0) & (k[3] % 8 == 0) & (v[3] % 8 == 0)
         early = tl.where(is_wide, tl.minimum(end, ROWS), 0)
-        factor = _load_a(pool, q, k, v, first_rows, early, column, inside)
+        factor = load_a(pool, q, k, v, first_rows, early, column, inside)
     wait_for_kernel_ahead(OVERLAP)
     exchange = tl.load(mailbox + (unit + 1) * _LINE + _EXCHANGES)
     own = tl.load(x + at, mask=inside, other=0.0)
-    before = tl.load(residual + at, mask=inside, other=0.0)
+    carried = tl.load(residual + at, mask=inside, other=0.0)
+    if IN > 0:
+        row_before = before + row.to(tl.int64) * IN
+        added = lora_of_product(product, rows_before, row_before, column, inside, COLUMNS, ROWS_BEFORE, BLOCK_K)
+        own = (own.to(tl.float32) + added).to(own.dtype)
     tl.store(_place(_address_of(mailboxes, RANK), unit, exchange, x) + within, own, mask=inside)
     _tell_peers(mailboxes, unit, exchange, RANK, RANKS)
     tl.store(mailbox + (unit + 1) * _LINE + _EXCHANGES, exchange + 1)
@@ -275,7 +205,7 @@ def all_reduce_add_norm_rows(
         else:
             theirs = _place(_address_of(mailboxes, rank), unit, exchange, x) + within
             reduced += tl.load(theirs, mask=inside, other=0.0).to(tl.float32)
-    summed = _add(reduced, before)
+    summed = _add(reduced, carried)
     exact = summed.to(tl.float32)
     squares = tl.sum(exact * exact, axis=0)
     if PARTS > 1:
@@ -283,20 +213,20 @@ def all_reduce_add_norm_rows(
     tl.store(total + at, summed, mask=inside)
     if N_SITES > 0:
         value = scale.to(tl.float32) * exact
-        products = _dot(factor, value)
+        products = dot(factor, value)
     if PARTS > 1:
         squares = _squares_of_row(mailbox, unit, PARTS)
     root = tl.rsqrt(squares / COLUMNS + epsilon)
     _store_norm(summed, scale, root, normed + at, inside)
     if N_SITES > 0:
-        _store_h(h, products * root, q, k, first_rows, early, unit, width, N_SITES, PARTS)
+        store_h(h, products * root, q, k, first_rows, early, unit, width, N_SITES, PARTS)
         if is_wide:
             for first in range(ROWS, end, ROWS):
                 rows = first + tl.arange(0, ROWS)
-                products = _dot(_load_a(pool, q, k, v, rows, end, column, inside), value)
-                _store_h(h, products * root, q, k, rows, end, unit, width, N_SITES, PARTS)
+                products = dot(load_a(pool, q, k, v, rows, end, column, inside), value)
+                store_h(h, products * root, q, k, rows, end, unit, width, N_SITES, PARTS)
         else:
-            _store_narrow_h(
+            store_narrow_h(
                 h, pool, q, k, v, end, total + row.to(tl.int64) * COLUMNS, weight, root, unit, width,
                 COLUMNS, N_SITES, PARTS,
             )  # fmt: skip

@@ -23,11 +23,12 @@ from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
+from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
-    **dict.fromkeys(("keys", "values", "k", "v"), "*bf16"),
-    **dict.fromkeys(("scales", "h", "shares"), "*fp32"),
+    **dict.fromkeys(("keys", "values", "k", "v", "before", "gate_up", "m"), "*bf16"),
+    **dict.fromkeys(("scales", "h", "h_behind", "shares"), "*fp32"),
     **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
     "epsilon": "fp32",
@@ -52,17 +53,20 @@ KINDS = {
 }
 
 SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
-EXPAND = {"PLANES": 2, "PARTS": 1}
+EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
 NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "PARTS": 1, "BLOCK": 4096, "N_SITES": 0, "ROWS": 1}
+NORM |= {"IN": 0, "ROWS_BEFORE": 1, "BLOCK_K": 1}
 NORM_IN_PARTS = {**NORM, "PARTS": 8, "BLOCK": 512}
 NORM_AND_H = {**NORM_IN_PARTS, "N_SITES": 3, "ROWS": 32}
+NORM_AND_LORA = {**NORM_IN_PARTS, "N_SITES": 2, "ROWS": 32, "IN": 2048, "ROWS_BEFORE": 16, "BLOCK_K": 512}
+SWIGLU = {"FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "WIDTH": 16, "EXPAND": True, "SHRINK": True}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
     "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
-    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True,
+    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True, "GIVEN": False,
 }  # fmt: skip
 WIDE = {"WIDTH": 64, "B_ROWS": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
@@ -79,7 +83,16 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "norm": (all_reduce_add_norm_rows, NORM, 16),
     "norm in parts": (all_reduce_add_norm_rows, NORM_IN_PARTS, 2),
     "norm and h": (all_reduce_add_norm_rows, NORM_AND_H, 8),
-    "norm and h, 64 tokens": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "BLOCK": 2048, "ROWS": 8}, 8),
+    "norm and h, 64 tokens": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "BLOCK": 2048, "ROWS": 16}, 16),
+    "norm and LoRA": (all_reduce_add_norm_rows, NORM_AND_LORA, 16),
+    "norm and LoRA, 64 tokens": (
+        all_reduce_add_norm_rows,
+        {**NORM_AND_LORA, "PARTS": 2, "BLOCK": 2048, "ROWS": 8},
+        16,
+    ),
+    "swiglu": (swiglu_tokens, SWIGLU, 8),
+    "swiglu without expand": (swiglu_tokens, {**SWIGLU, "EXPAND": False}, 8),
+    "product with h": (linear_tokens, {**PRODUCT, "PLANES": 8, "AHEAD": False, "GIVEN": True}, 4),
     "cache": (write_tokens, CACHE, 4),
 }
 """Kernel, constants and warps."""

@@ -73,17 +73,38 @@ def test_parts_of_a_row_leave_their_squares_and_read_them(code: Code) -> None:
     assert {order.count("release"), order.count("leave squares")} == {1}
 
 
-@pytest.mark.parametrize(("kernel", "rows"), [("norm and h", 8), ("norm and h, 64 tokens", 8)])
+@pytest.mark.parametrize(
+    ("kernel", "rows"),
+    [("norm and h", 8), ("norm and h, 64 tokens", 8), ("norm and LoRA", 8), ("norm and LoRA, 64 tokens", 14)],
+)
 def test_a_norm_with_h_reads_a_at_once(compiled: dict[str, tuple[list[str], int]], kernel: str, rows: int) -> None:
-    """64 elements of A a thread, ahead of all waits; sums of A while other parts' squares are on their way."""
+    """Factors in loads of 16 bytes a thread, ahead of all waits; sums of A while other parts' squares are on their way.
+
+    64 elements of A a thread; with the LoRA of the product ahead 32, and of its factors 16 and up to 64.
+    """
     order, registers = compiled[kernel]
     wait = order.index("wait")
-    assert order[:wait].count("wide load") in (rows, rows + 1), "of A; and of the weight, if a thread has 8 of it"
-    assert set(order[:wait]) == {"wide load"}
+    assert order[:wait].count("wide load") in (rows, rows + 1), "of factors; of the weight, if a thread has 8 of it"
+    assert order[:wait].count("narrow load") <= 1, "of the weight"
     left, read = order.index("leave squares"), order.index("read squares")
     assert order[left:read].count("barrier") >= 2, "of the sums over threads and warps"
     assert "wide load" in order[read:], "more rows"
     assert 0 < registers <= 136, "a multiprocessor has room for the kernel behind"
+
+
+def test_an_activation_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
+    """Four rows of all three, ahead of gate and up; without B there is room for five programs a multiprocessor."""
+    for kernel, loads, most in (("swiglu", 12, 128), ("swiglu without expand", 4, 48)):
+        order, registers = compiled[kernel]
+        assert order[: order.index("wait") + 1] == ["wide load"] * loads + ["wait"]
+        assert 0 < registers <= most
+
+
+def test_a_product_whose_h_is_given_reads_x_behind_it(code: Code) -> None:
+    """The kernel ahead writes both."""
+    product = code["product with h"]
+    assert product.count("wait") == 1
+    assert product.index("wait") < product.index("load to shared memory")
 
 
 def test_a_product_behind_its_shrink_reads_x_at_once(code: Code) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from bdlora_compile.runtime import norm_op
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from bdlora_compile.runtime.kernels.launch import Factors
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm_shrink
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm_lora
 from bdlora_compile.runtime.ops import SlotField, lora_shrink
 from tests.kernels.test_gpu_operators import on_gpu, plain
 from tests.kernels.test_kernels import DEVICE, Case, bank_of
@@ -156,7 +156,7 @@ def test_a_sum_that_is_there_already(dtype: torch.dtype) -> None:
     (x,), residual, weight = inputs(1, 130, 40, dtype)
     wanted = expected([x], residual, weight)
     assert error(launch_norm.add_norm(x, residual, weight, EPSILON), wanted) < TOLERANCES[dtype]
-    assert not error(launch_norm.add_norm(x, residual, weight, 0.1), wanted) < TOLERANCES[dtype]
+    assert not error(launch_norm.add_norm(x, residual, weight, 1.0), wanted) < TOLERANCES[dtype]
 
 
 def test_what_a_mailbox_has_room_for() -> None:
@@ -174,11 +174,21 @@ def test_parts_of_a_row() -> None:
     assert [launch_norm.parts_of(1, columns) for columns in (64, 96, 48, 40, 36)] == [8, 4, 2, 1, 1]
 
 
-def test_tiles_of_a() -> None:
-    """Up to 64 elements a thread; more warps where more rows are wanted, not more than the norm takes of wide parts."""
-    tiles = [launch_norm._tile_of_a(*sizes) for sizes in ((512, 2), (512, 6), (512, 24), (512, 48), (1024, 24))]
-    assert tiles == [(2, 4), (8, 4), (32, 8), (32, 8), (16, 8)]
-    assert [launch_norm._tile_of_a(block, 24) for block in (2048, 4096, 16384)] == [(8, 8), (8, 16), (2, 16)]
+def tiles(block: int, width: int, *sites: int, before: int = 0) -> tuple[int, ...]:
+    """(rows of A held, warps), and of the product ahead, of so many columns, (rows, columns of A)."""
+    nothing = torch.empty(0)
+    ahead = launch_norm.Before(torch.empty(1, before), 0, width) if before else None
+    found = launch_norm._tiles(block, launch_norm.Lora(Factors(*[nothing] * 3, sites), width, nothing, ahead))
+    return tuple(found[name] for name in ("ROWS", "num_warps", *(("ROWS_BEFORE", "BLOCK_K") if before else ())))
+
+
+def test_tiles() -> None:
+    """Up to 64 elements a thread; more warps where more rows are wanted or parts are wide."""
+    assert [tiles(512, width, 0) for width in (2, 6, 24, 48)] == [(2, 4), (8, 4), (32, 8), (32, 8)]
+    assert [tiles(block, 8, 0, 1, 2) for block in (1024, 2048, 4096, 16384)] == [(16, 8), (16, 16), (8, 16), (2, 16)]
+    assert tiles(512, 16, 0, 1, before=2048) == (32, 16, 16, 512)
+    assert tiles(2048, 16, 0, 1, before=2048) == (8, 16, 16, 512)
+    assert tiles(512, 64, before=512) == (1, 4, 16, 128)
 
 
 # --- with LoRA ------------------------------------------------------------------------------------------------------
@@ -189,21 +199,46 @@ ROWS = 4
 
 
 class Lora:
-    """Sums and factors: tokens of three adapters and of none; sites in another order than the table's."""
+    """Sums and factors: tokens of three adapters and of none; sites in another order than the table's.
 
-    def __init__(self, ranks: int, columns: int, blocks: int, sites: list[int], dtype: torch.dtype) -> None:
-        case = Case(SLOT_RANKS, columns, (32, 32, 32), blocks, 1, ROWS, 3, dtype, False)
-        bank, _ = bank_of(case)
+    ``before``: x lacks the LoRA of site 2, whose B has ``b_blocks``.
+    """
+
+    def __init__(
+        self,
+        ranks: int,
+        columns: int,
+        blocks: int,
+        sites: list[int],
+        dtype: torch.dtype,
+        *,
+        before: bool = False,
+        b_blocks: int = 1,
+    ) -> None:
+        case = Case(SLOT_RANKS, columns, (32, 32, columns), blocks, b_blocks, ROWS, 3, dtype, False)
+        bank, self.dense = bank_of(case)
+        self.scales = bank.scales
         self.token_slot = torch.tensor([1, -1, 2, 0], dtype=torch.int32, device=DEVICE)
         self.factors = Factors(bank.pool, bank.slots, self.token_slot, sites)
         self.xs, self.residual, self.weight = inputs(ranks, ROWS, columns, dtype)
+        u = self.residual.flip(0)
+        self.before = launch_norm.Before(u, 2, WIDTH) if before else None
+
+    def summands(self, token_slot: Tensor) -> list[Tensor]:
+        """What is summed over the ranks, in float64: each rank's x and its LoRA, here the same on all."""
+        added = torch.zeros(self.residual.shape, dtype=torch.float64)
+        for token, slot in enumerate(token_slot.tolist()):
+            if self.before is not None and (slot, 2) in self.dense:
+                added[token] = self.dense[slot, 2] @ self.before.u[token].double().cpu()
+        return [x.double() + added.to(DEVICE) for x in self.xs]
 
     def run(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """What all ranks get."""
         count, results = len(self.xs), []
         for rank, box in Boxes(count).ready():
             values = (self.xs[rank], self.residual, self.weight, box, EPSILON, rank, count)
-            results.append(launch_norm.reduce_add_norm_shrink(*values, self.factors, WIDTH))
+            lora = launch_norm.Lora(self.factors, WIDTH, self.scales, self.before)
+            results.append(launch_norm.reduce_add_norm_lora(*values, lora))
         return results[-count:]
 
     def is_written(self) -> Tensor:
@@ -216,6 +251,8 @@ class Lora:
         """In float64 from the sum that was found, [T, n, WIDTH]."""
         pool, slots, _, sites = self.factors
         normed = norm_of(total, self.weight)
+        if not sites:
+            return normed.new_zeros(ROWS, 0, WIDTH)
         return plain(lora_shrink)(normed, pool.double(), slots, token_slot, sites, WIDTH).view(ROWS, len(sites), WIDTH)
 
     def error(self, total: Tensor, h: Tensor, token_slot: Tensor) -> float:
@@ -228,8 +265,18 @@ class Lora:
         """Sum, norm and h; nothing else is written, and another token's slot would be noticed."""
         results = self.run()
         total, normed, h = results[0]
-        assert error((total, normed), expected(self.xs, self.residual, self.weight)) < TOLERANCES[total.dtype]
+        tolerance, (wanted, twin) = (
+            TOLERANCES[total.dtype],
+            (
+                expected(self.summands(slots), self.residual, self.weight)
+                for slots in (self.token_slot, self.token_slot.roll(1))
+            ),
+        )
+        assert error((total, normed), wanted) < tolerance
+        assert self.before is None or not error((total, normed), twin) < 4 * tolerance
         assert h.shape == (8, ROWS, len(self.factors.sites), WIDTH)
+        if not self.factors.sites:
+            return results
         assert torch.equal(~h.isnan(), self.is_written().expand(h.shape))
         assert self.error(total, h, self.token_slot) < H_TOLERANCE
         assert not self.error(total, h, self.token_slot.roll(1)) < H_TOLERANCE
@@ -255,8 +302,37 @@ def empty_is_nan() -> Iterator[None]:
 )
 def test_h_of_the_norm(columns: int, blocks: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8, 4, 2 parts of a row and one; packed A, in several parts; no multiples of 8; several turns of A's rows."""
-    monkeypatch.setattr(launch_norm, "_ELEMENTS_OF_A", elements)
+    monkeypatch.setattr(launch_norm, "_ELEMENTS_HELD", elements)
     Lora(1, columns, blocks, [2, 0, 1], torch.bfloat16).check()
+
+
+@pytest.mark.usefixtures("empty_is_nan")
+@pytest.mark.parametrize(
+    ("columns", "blocks", "b_blocks", "elements", "sites"),
+    [
+        (64, 1, 1, 2048, [0, 1]),
+        (64, 4, 1, 2048, [1]),
+        (96, 2, 1, 32, [0, 1]),
+        (64, 1, 1, 16, []),
+        (40, 2, 1, 2048, [0]),
+        (36, 1, 1, 2048, [0]),
+        (64, 1, 4, 2048, [0]),
+    ],
+    ids=["8 parts", "packed", "several turns", "no h", "odd blocks", "odd columns", "packed B"],
+)
+def test_lora_of_the_product_ahead(
+    columns: int, blocks: int, b_blocks: int, elements: int, sites: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is added to x before the sum; h of the paths behind is that of the result."""
+    monkeypatch.setattr(launch_norm, "_ELEMENTS_HELD", elements)
+    Lora(1, columns, blocks, sites, torch.bfloat16, before=True, b_blocks=b_blocks).check()
+
+
+@one_process
+@pytest.mark.usefixtures("empty_is_nan")
+def test_lora_of_all_ranks_products() -> None:
+    """Each rank adds its own to its own."""
+    Lora(2, 64, 2, [0], torch.bfloat16, before=True).check()
 
 
 @pytest.mark.usefixtures("empty_is_nan")
@@ -299,6 +375,7 @@ class Alone:
         return 0
 
 
+@pytest.mark.parametrize("is_deferred", [False, True], ids=["", "with the LoRA ahead"])
 @pytest.mark.parametrize(
     ("rows", "limit", "dtype", "has_h"),
     [
@@ -309,7 +386,9 @@ class Alone:
     ],
     ids=["exchanged", "apart", "float32", "many tokens"],
 )
-def test_the_operator(rows: int, limit: int, dtype: torch.dtype, has_h: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator(
+    rows: int, limit: int, dtype: torch.dtype, has_h: bool, is_deferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What runs on GPUs, against the plain implementation; another norm would be noticed in h."""
     monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
     monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
@@ -321,21 +400,22 @@ def test_the_operator(rows: int, limit: int, dtype: torch.dtype, has_h: bool, mo
 
     def call(run: Any, summand: Tensor, mailbox: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         values = [value.to(device) for value in (summand, residual, weight, mailbox, mailbox)]
-        factors = [value.to(device) for value in (pool, slots, token_slot)]
-        total, normed, h = run(*values, EPSILON, limit, limit, "group", *factors, sites, WIDTH)
+        factors = [value.to(device) for value in (pool, slots, lora.scales, token_slot)]
+        ahead = (residual.flip(-1).to(device), 2, WIDTH) if is_deferred else (None, 0, 0)
+        total, normed, h = run(*values, EPSILON, limit, limit, "group", *factors, sites, WIDTH, *ahead)
         return total.cpu(), normed.cpu(), h.cpu()
 
     boxes = Boxes(1)
     for _, box in boxes.ready():
-        found = call(on_gpu(all_reduce_add_norm_shrink), x, box, DEVICE)
-    wanted = call(plain(all_reduce_add_norm_shrink), x, box, torch.device("cpu"))
+        found = call(on_gpu(all_reduce_add_norm_lora), x, box, DEVICE)
+    wanted = call(plain(all_reduce_add_norm_lora), x, box, torch.device("cpu"))
     assert error(found[:2], wanted[:2]) < TOLERANCES[dtype]
     units = rows * launch_norm.parts_of(rows, 64) if limit else 0
     boxes.check_told(units)
     assert found[2].shape == wanted[2].shape == (norm_op.PLANES, rows, 3, WIDTH)
     assert found[2].dtype is torch.float32
     if has_h:
-        other = call(plain(all_reduce_add_norm_shrink), x.roll(1), box, torch.device("cpu"))
+        other = call(plain(all_reduce_add_norm_lora), x.roll(1), box, torch.device("cpu"))
         is_written = wanted[2][0] != 0
         found_h, wanted_h, other_h = (torch.where(is_written, h.sum(0), 0) for h in (found[2], wanted[2], other[2]))
         assert error((found_h, found_h), (wanted_h, wanted_h)) < TOLERANCES[dtype]
@@ -347,8 +427,9 @@ def test_fake_and_kernels_agree_on_planes() -> None:
     assert norm_op.PLANES == launch_norm.PLANES
     x = torch.empty(2, 3, 64, dtype=torch.bfloat16, device="meta")
     nothing = torch.empty(1, dtype=torch.int64, device="meta")
-    values = (x, x, x[0, 0], nothing, nothing, EPSILON, 0, 0, "group", x, nothing, nothing, [0, 4], 16)
-    total, normed, h = all_reduce_add_norm_shrink(*values)
+    bank = (x, nothing, nothing, nothing)
+    values = (x, x, x[0, 0], nothing, nothing, EPSILON, 0, 0, "group", *bank, [0, 4], 16, None, 0, 0)
+    total, normed, h = all_reduce_add_norm_lora(*values)
     assert total.shape == normed.shape == x.shape
     assert h.shape == (8, 6, 2, 16)
     assert h.dtype is torch.float32

@@ -1,0 +1,200 @@
+"""LoRA on both sides of the norm of `norm.py`: B (A u) added to a product of u ahead of it, and h = A x of the norm."""
+
+import triton
+import triton.language as tl
+
+from bdlora_compile.runtime.kernels.fields import (
+    A_BLOCKS,
+    A_OFFSET,
+    A_RANK,
+    B_BLOCKS,
+    B_OFFSET,
+    OUT_START,
+    choose,
+    known_multiple_of_8,
+    slot_row,
+)
+
+PLANES: tl.constexpr = tl.constexpr(8)
+"""Of h; and parts of a row, at most."""
+NARROW: tl.constexpr = tl.constexpr(256)
+"""Columns that a program reads at once where sizes are no multiples of 8: seldom, and must not cost registers."""
+
+
+@triton.jit
+def product_of_slot(pool, slots, scales, site, slot, num_slots, IN: tl.constexpr, COLUMNS: tl.constexpr):
+    """A slot's factors at the site of a product [COLUMNS, IN].
+
+    Returns:
+        a, b, scale, rank (0 without adapter); rows and columns of a block of A; blocks of B and the first column that B
+        writes; and whether B is one block from the first column on, and all sizes are multiples of 8.
+    """
+    fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
+    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(slot, 0))
+    rank = tl.where(slot < 0, 0, tl.load(fields + A_RANK).to(tl.int32))
+    a_blocks = tl.maximum(tl.load(fields + A_BLOCKS).to(tl.int32), 1)
+    b_blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
+    start = tl.load(fields + OUT_START).to(tl.int32)
+    height, columns = tl.maximum(rank // a_blocks, 1), IN // a_blocks
+    is_plain = (columns % 8 == 0) & (COLUMNS % 8 == 0) & (b_blocks == 1) & (start == 0)
+    return a, b, scale, rank, height, columns, b_blocks, start, is_plain
+
+
+@triton.jit
+def _load_rows(factor, row, end, size, column, inside):
+    """Rows of a factor below ``end`` at some of ``size`` columns, [ROWS, columns]."""
+    mask = (row < end)[:, None] & inside[None, :]
+    return tl.load(factor + row[:, None] * size + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def first_rows_of_product(product, column, inside, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(the first rows and columns of A, the first rows of B); zeros where the product is not plain."""
+    a, b, _, rank, _, columns, _, _, is_plain = product
+    row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    end = tl.where(is_plain, rank, 0)
+    columns = known_multiple_of_8(columns)
+    a_rows = _load_rows(a, row, end, columns, k, k < columns)
+    return a_rows, _load_rows(b, row, end, COLUMNS, column, inside)
+
+
+@triton.jit
+def _h_of_rows(factor, a, u, row, end, height, columns, BLOCK_K: tl.constexpr):
+    """A u of some rows, [ROWS]; ``factor`` holds their first BLOCK_K columns. A row sees the columns of its block."""
+    k = tl.arange(0, BLOCK_K)
+    u_rows = u + known_multiple_of_8(row // height * columns)[:, None]
+    is_row = (row < end)[:, None]
+    value = tl.load(u_rows + k[None, :], mask=is_row & (k < columns)[None, :], other=0.0)
+    total = factor.to(tl.float32) * value.to(tl.float32)
+    for start in range(BLOCK_K, columns, BLOCK_K):
+        within = start + k
+        more = _load_rows(a, row, end, columns, within, within < columns)
+        value = tl.load(u_rows + within[None, :], mask=is_row & (within < columns)[None, :], other=0.0)
+        total += more.to(tl.float32) * value.to(tl.float32)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def _added_by_rows(product, u, column, inside, COLUMNS: tl.constexpr):
+    """B (A u) for any sizes and blocks, a row after the other: seldom, and must not cost registers."""
+    a, b, _, rank, height, columns, b_blocks, start, _ = product
+    total = tl.zeros(column.shape, dtype=tl.float32)
+    b_columns, b_height = COLUMNS // b_blocks, tl.maximum(rank // b_blocks, 1)
+    for j in range(rank):
+        products = tl.zeros([NARROW], dtype=tl.float32)
+        for first in range(0, columns, NARROW):
+            k = first + tl.arange(0, NARROW)
+            factor = tl.load(a + j * columns + k, mask=k < columns, other=0.0)
+            value = tl.load(u + j // height * columns + k, mask=k < columns, other=0.0)
+            products += factor.to(tl.float32) * value.to(tl.float32)
+        own = column - start - j // b_height * b_columns
+        factor = tl.load(b + j * b_columns + own, mask=inside & (own >= 0) & (own < b_columns), other=0.0)
+        total += tl.sum(products, axis=0) * factor.to(tl.float32)
+    return total
+
+
+@triton.jit
+def lora_of_product(
+    product, first_rows, u, column, inside, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """scale * (B (A u)) at a unit's columns, in float32; all units of a row make all of h, which is little work.
+
+    Args:
+        product: from `product_of_slot`. first_rows: from `first_rows_of_product`. u: the row of the product's input.
+    """
+    a, b, scale, rank, height, columns, _, _, is_plain = product
+    total = tl.zeros(column.shape, dtype=tl.float32)
+    if is_plain:
+        columns = known_multiple_of_8(columns)
+        row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+        a_rows, b_rows = first_rows
+        h = _h_of_rows(a_rows, a, u, row, rank, height, columns, BLOCK_K)
+        total += tl.sum(h[:, None] * b_rows.to(tl.float32), axis=0)
+        for first in range(ROWS, rank, ROWS):
+            factor = _load_rows(a, first + row, rank, columns, k, k < columns)
+            h = _h_of_rows(factor, a, u, first + row, rank, height, columns, BLOCK_K)
+            factor = _load_rows(b, first + row, rank, COLUMNS, column, inside)
+            total += tl.sum(h[:, None] * factor.to(tl.float32), axis=0)
+    else:
+        total += _added_by_rows(product, u, column, inside, COLUMNS)
+    return scale * total
+
+
+@triton.jit
+def site_of_slot(slots, site, slot, num_slots, is_there, COLUMNS: tl.constexpr):
+    """Of a slot's A at a site: (offset, rank, rows of a block, columns of a block); rank 0 where it is not there."""
+    fields = slot_row(slots, site, slot, num_slots)
+    offset = tl.load(fields + A_OFFSET, mask=is_there, other=0)
+    rank = tl.load(fields + A_RANK, mask=is_there, other=0).to(tl.int32)
+    blocks = tl.load(fields + A_BLOCKS, mask=is_there, other=1).to(tl.int32)
+    return offset, rank, tl.maximum(rank // blocks, 1), COLUMNS // blocks
+
+
+@triton.jit
+def site_and_row(stacked, q, k):
+    """(number of the site, row of its A) of rows of all sites' A, the ranks of a token's slot below one another."""
+    index = (stacked >= q[1]).to(tl.int32) + (stacked >= q[1] + k[1]).to(tl.int32)
+    return index, stacked - choose(index, 0, q[1], q[1] + k[1])
+
+
+@triton.jit
+def load_a(pool, q, k, v, stacked, end, column, inside):
+    """Rows ``stacked`` of A below ``end``, [ROWS, BLOCK]; zero where a row's block does not see the column.
+
+    All blocks have a multiple of 8 columns: loads of 16 bytes.
+    """
+    index, row = site_and_row(stacked, q, k)
+    columns = known_multiple_of_8(choose(index, q[3], k[3], v[3]))
+    first_column = known_multiple_of_8(row // choose(index, q[2], k[2], v[2]) * columns)
+    a = pool + known_multiple_of_8(choose(index, q[0], k[0], v[0]) + row * columns)
+    within = column[None, :] - first_column[:, None]
+    is_seen = (within >= 0) & (within < columns[:, None])
+    return tl.load(a[:, None] + within, mask=is_seen & (stacked < end)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def dot(factor, value):
+    """[ROWS] products of a factor's rows with a value, in float32."""
+    return tl.sum(factor.to(tl.float32) * value[None, :], axis=1)
+
+
+@triton.jit
+def store_h(h, products, q, k, stacked, end, unit, width, N_SITES: tl.constexpr, PARTS: tl.constexpr):
+    """Into the first of the unit's planes; zeros into its others."""
+    token, part = unit // PARTS, unit % PARTS
+    plane_size = tl.num_programs(0) // PARTS * N_SITES * width
+    index, row = site_and_row(stacked, q, k)
+    target = h + part * (PLANES // PARTS) * plane_size + (token * N_SITES + index) * width + row
+    tl.store(target, products, mask=stacked < end)
+    for plane in tl.static_range(1, PLANES // PARTS):
+        tl.store(target + plane * plane_size, 0.0, mask=stacked < end)
+
+
+@triton.jit
+def store_narrow_h(
+    h, pool, q, k, v, end, total, weight, root, unit, width,
+    COLUMNS: tl.constexpr, N_SITES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row of A after the other, with narrow loads, for sizes that are no multiples of 8. total: the unit's row.
+
+    What the program has stored there is read again: whole parts here would cost all others registers.
+    """
+    tl.debug_barrier()
+    begin = unit % PARTS * (COLUMNS // PARTS)
+    for stacked in range(0, end):
+        index, row = site_and_row(stacked, q, k)
+        columns = choose(index, q[3], k[3], v[3])
+        first_column = row // choose(index, q[2], k[2], v[2]) * columns
+        a = pool + choose(index, q[0], k[0], v[0]) + row * columns
+        products = tl.zeros([NARROW], dtype=tl.float32)
+        for start in range(0, COLUMNS // PARTS, NARROW):
+            within = start + tl.arange(0, NARROW)
+            column = begin + within
+            inside = (within < COLUMNS // PARTS) & (column >= first_column) & (column < first_column + columns)
+            value = tl.load(total + column, mask=inside, other=0.0).to(tl.float32)
+            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.load(a + column - first_column, mask=inside, other=0.0)
+            products += factor.to(tl.float32) * value
+        store_h(h, tl.sum(products, axis=0) * root, q, k, stacked, end, unit, width, N_SITES, PARTS)
