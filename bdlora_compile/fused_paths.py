@@ -122,9 +122,8 @@ def _activation(product: Node) -> _Activation | str:
     if silu is None:
         return "its input is a product without silu"
     (up,) = (node for node in product.all_input_nodes if node is not silu)
-    gate = silu.args[0]
-    between = (product, silu, gate, up)
-    if not isinstance(gate, Node) or any(len(node.users) != 1 for node in between):
+    (gate,) = silu.all_input_nodes
+    if any(len(node.users) != 1 for node in (product, silu, gate, up)):
         return "what lies between gate, up and it is read elsewhere too"
     whole, other = _half(gate, 0), _half(up, 1)
     if whole is None or whole is not other or not is_lora_linear(whole) or len(whole.users) != 2:

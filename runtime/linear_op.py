@@ -102,7 +102,7 @@ def _(
     else:
         assert h is not None, "asked before"
         y = torch.nn.functional.linear(rows, weight)
-        tiles = launches_for(Call(*rows.shape, tuple(out_features), width)).expand
+        tiles = launches_for(Call(rows.shape[0], rows.shape[1], tuple(out_features), width)).expand
         launch.expand(y, h, factors, scales, None, out_features, 1, tiles, overlap=can_overlap(), behind_y=True)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -170,9 +170,9 @@ def _(
         if before is not None:
             ahead = launch_norm.Before(before.reshape(-1, before.shape[-1]), site_before, width_before)
         lora = launch_norm.Lora(behind, width, scales, ahead)
-        total, normed, h = _by_kernels(x, residual, weight, *exchange, lora)
-        assert h is not None, "asked for"
-        return total, normed, h
+        total, normed, made = _by_kernels(x, residual, weight, *exchange, lora)
+        assert made is not None, "asked for"
+        return total, normed, made
     whole = _with_lora(x, (pool, slots, scales, token_slot), before, site_before, width_before)
     total, normed, _ = _by_kernels(whole, residual, weight, *exchange)
     rows = normed.view(-1, x.shape[-1])

@@ -107,7 +107,7 @@ def _(
     is_by_token = is_served_by_token(x)
     gate_and_up = launch.Factors(pool, slots, token_slot, sites)
     rows, pending = x.reshape(-1, x.shape[-1]), None
-    call = Call(*rows.shape, tuple(out_features), width)
+    call = Call(rows.shape[0], rows.shape[1], tuple(out_features), width)
     if is_by_token and adds_at_activation(call, is_h_given=h is not None):
         y = torch.nn.functional.linear(rows, weight)
         pending = h if h is not None else _h_of(rows, gate_and_up, call)

@@ -111,10 +111,11 @@ def _reduce_add_norm(
     rows, columns = x.shape
     overlap, parts = can_overlap(), parts_of(rows, columns)
     block = triton.next_power_of_2(columns // parts)
-    h, arguments, constants = None, (None, None, None, None, None, None, 0, 0, 0, 0, 0, 0), _tiles(block, None)
+    h, constants = None, _tiles(block, lora)
+    arguments: tuple[Tensor | int | None, ...] = (None, None, None, None, None, None, 0, 0, 0, 0, 0, 0)
     if lora is not None:
         factors, before = lora.behind, lora.before
-        sites, constants = tuple(factors.sites), _tiles(block, lora)
+        sites = tuple(factors.sites)
         h = x.new_empty(PLANES, rows, len(sites), lora.width, dtype=torch.float32)
         arguments = (
             factors.pool, factors.slots, lora.scales, factors.token_slot, h, None if before is None else before.u,

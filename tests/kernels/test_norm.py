@@ -178,7 +178,9 @@ def tiles(block: int, width: int, *sites: int, before: int = 0) -> tuple[int, ..
     """(rows of A held, warps), and of the product ahead, of so many columns, (rows, columns of A)."""
     nothing = torch.empty(0)
     ahead = launch_norm.Before(torch.empty(1, before), 0, width) if before else None
-    found = launch_norm._tiles(block, launch_norm.Lora(Factors(*[nothing] * 3, sites), width, nothing, ahead))
+    found = launch_norm._tiles(
+        block, launch_norm.Lora(Factors(nothing, nothing, nothing, sites), width, nothing, ahead)
+    )
     return tuple(found[name] for name in ("ROWS", "num_warps", *(("ROWS_BEFORE", "BLOCK_K") if before else ())))
 
 
