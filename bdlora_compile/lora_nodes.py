@@ -202,7 +202,6 @@ class LinearSwigluArguments(_Arguments):
     out_features: Sequence[int]
     down: int
     down_width: int
-    h_planes: Node | None = None
 
 
 def is_shrink(node: Node) -> bool:

@@ -1,13 +1,12 @@
-"""All-reduce, residual addition and norm: one kernel against an all-reduce and what Inductor makes of the rest; and
-with LoRA's h of the norm, against the same with a launch for h behind it.
+"""All-reduce, residual addition and norm: one kernel against an all-reduce and what Inductor makes of the rest.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_all_reduce_norm --json FILE
 
 First the operator that served graphs call is replayed a thousand times with data that change, with rows that come and
 go, ordinary all-reduces of all kinds between its calls, and ranks that are late in turn. Every sum must be right to the
-bit, every norm and every h within rounding, and all ranks must have the same bits. Then microseconds of one call in a
-chain (median of groups, the slowest rank). A part that takes longer than `LIMIT` seconds ends the process: a rank that
-waits for another waits for ever.
+bit, every norm within rounding, and all ranks must have the same bits. Then microseconds of one call in a chain (median
+of groups, the slowest rank). A part that takes longer than `LIMIT` seconds ends the process: a rank that waits for
+another waits for ever.
 """
 
 import json
@@ -22,9 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
-from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, can_overlap, shrink_ahead
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_lora
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
@@ -40,11 +37,6 @@ CALLS = (
     *((1, 8192), (64, 8192), (2, 512), (16, 4096), (256, 4096)),
 )
 """Rows and columns of the calls of one replay; the last is too large for the kernel."""
-ROWS_WITH_H = (1, 16, 64)
-"""Of the calls of one replay that make h too; all have `COLUMNS`."""
-SITES, WIDTH = (2, 0, 1), 16
-SLOTS = ((2, 1), (16, 1), (8, 1), (16, 4))
-"""Local rank and packed blocks of A, of each slot."""
 
 
 class TimeLimit:
@@ -75,47 +67,8 @@ def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
     return total, weight * scaled.to(x.dtype)
 
 
-class Adapters:
-    """Factors A of a call's sites; the same on all ranks, as a column-parallel site has them."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        table, dense, pool, end = [], torch.zeros(len(SITES), len(SLOTS), WIDTH, COLUMNS), [], 0
-        for site in range(len(SITES)):
-            for slot, (r, blocks) in enumerate(SLOTS):
-                factor = (torch.randn(r, COLUMNS // blocks, generator=generator) / 16).to(torch.bfloat16)
-                table.append([end, 0, r, 0, blocks, 1, 0])
-                dense[site, slot, :r] = torch.block_diag(*factor.float().chunk(blocks))
-                pool.append(factor.flatten())
-                end += factor.numel()
-        self.pool = torch.cat(pool).cuda()
-        self.slots = torch.tensor(table).view(len(SITES), len(SLOTS), -1).cuda()
-        self.ranks = torch.tensor([r for r, _ in SLOTS], device="cuda")
-        self.dense = dense[list(SITES)].double().cuda()
-
-    def factors(self, token_slot: Tensor) -> launch.Factors:
-        """For tokens of these slots."""
-        return launch.Factors(self.pool, self.slots, token_slot, SITES)
-
-    def wrong(self, h: Tensor, normed: Tensor, token_slot: Tensor) -> Tensor:
-        """How many elements of h are not A times ``normed``, in float64.
-
-        Some 20 sums and products on the way to each are rounded to 24 bits, and the root to 22.
-        """
-        tokens, slots = torch.arange(normed.shape[0], device="cuda"), token_slot.clamp(min=0).long()
-        products, sizes = (
-            torch.einsum("td,nswd->tsnw", x, a)[tokens, slots]
-            for x, a in ((normed, self.dense), (normed.abs(), self.dense.abs()))
-        )
-        is_written = torch.arange(WIDTH, device="cuda") < self.ranks[slots, None]
-        is_written = (is_written & (token_slot >= 0)[:, None])[:, None]
-        # Not "greater": no NaN passes.
-        is_right = (h.double().sum(0) - products).abs() <= 2.0**-19 * sizes
-        return (is_written & ~is_right).sum()
-
-
 class Ranks:
-    """This rank's memory, and the ways to call."""
+    """This rank's memory, and the two ways to call."""
 
     def __init__(self) -> None:
         self.buffer, self.group = shared_buffer(TWO_SHOT)
@@ -128,23 +81,6 @@ class Ranks:
         memory = (self.buffer, self.mailbox)
         return all_reduce_add_norm(x, residual, weight, *memory, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
 
-    def with_h(
-        self, x: Tensor, residual: Tensor, weight: Tensor, factors: launch.Factors
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """By the operator that makes h too."""
-        values = (x, residual, weight, self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
-        pool, slots, token_slot, sites = factors
-        scales = slots.new_ones(slots.shape[:2], dtype=torch.float32)
-        return all_reduce_add_norm_lora(*values, pool, slots, scales, token_slot, sites, WIDTH, None, 0, 0)
-
-    def fused_and_shrink(
-        self, x: Tensor, residual: Tensor, weight: Tensor, factors: launch.Factors
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """By one operator, and a launch for h as a product with LoRA inside has it ahead."""
-        total, normed = self.fused(x, residual, weight)
-        tiles, early = shrink_ahead(COLUMNS, WIDTH), can_overlap()
-        return total, normed, launch.shrink(normed, factors, None, WIDTH, tiles, overlap=early, early=early)
-
     def apart(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """By an all-reduce and what Inductor makes of the rest."""
         reduced = all_reduce(x, self.buffer, ONE_SHOT, TWO_SHOT, self.group)
@@ -152,12 +88,11 @@ class Ranks:
         return total, normed
 
 
-def check(ranks: Ranks, adapters: Adapters) -> dict[str, int]:
+def check(ranks: Ranks) -> dict[str, int]:
     """Elements that were wrong in a thousand replays, on any rank; and ranks whose bits differ."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    step, sums, norms, hs, digest = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(5))
+    step, sums, norms, digest = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(4))
     ways = [(ONE_SHOT, TWO_SHOT), (0, TWO_SHOT), (0, 0)]
-    token_slot = (torch.arange(max(ROWS_WITH_H), device="cuda") % (len(SLOTS) + 1) - 1).roll(-1).to(torch.int32)
 
     def values(rows: int, columns: int, turn: int, of: int) -> Tensor:
         return summand(2 * rows * columns, of, step + turn).view(rows, columns)
@@ -166,55 +101,40 @@ def check(ranks: Ranks, adapters: Adapters) -> dict[str, int]:
         """Integers of at most 15 times the ranks: exact in bf16."""
         return sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
 
-    def call(turn: int, rows: int, columns: int, has_h: bool) -> Tensor:
-        """Checks a call; the sum over the ranks that is right."""
-        if turn % size == rank:
-            torch.cuda._sleep(20000)
-        x, residual = values(rows, columns, turn, rank), values(rows, columns, turn, size)
-        weight = torch.linspace(0.5, 2, columns, device="cuda").to(torch.bfloat16)
-        if has_h:
-            total, normed, h = ranks.with_h(x, residual, weight, adapters.factors(token_slot))
-            exact = total.double()
-            exact *= torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + EPSILON) * weight.double()
-            hs.add_(adapters.wrong(h, exact, token_slot[:rows]))
-        else:
-            total, normed = ranks.fused(x, residual, weight)
-        reduced = expected(rows, columns, turn)
-        right, right_norm = add_and_norm(reduced.to(torch.bfloat16), residual, weight)
-        sums.add_((total != right).sum())
-        # One rounding to bf16 more or less, before the weight and after it.
-        norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
-        digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
-        return reduced
-
     def run() -> None:
         for turn, (rows, columns) in enumerate(CALLS):
-            reduced = call(turn, rows, columns, False)
+            if turn % size == rank:
+                torch.cuda._sleep(20000)
+            residual = values(rows, columns, turn, size)
+            weight = torch.linspace(0.5, 2, columns, device="cuda").to(torch.bfloat16)
+            total, normed = ranks.fused(values(rows, columns, turn, rank), residual, weight)
+            reduced = expected(rows, columns, turn)
+            right, right_norm = add_and_norm(reduced.to(torch.bfloat16), residual, weight)
+            sums.add_((total != right).sum())
+            # One rounding to bf16 more or less, before the weight and after it.
+            norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
+            digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
             if turn % 2:
                 found = all_reduce(values(rows, columns, turn, rank), ranks.buffer, *ways[turn % 3], ranks.group)
                 sums.add_((found.float() != reduced).sum())
-        for turn, rows in enumerate(ROWS_WITH_H, len(CALLS)):
-            call(turn, rows, COLUMNS, True)
         step.add_(1)
 
     replay = captured(run)
-    for counter in (sums, norms, hs, digest):
+    for counter in (sums, norms, digest):
         counter.zero_()
     for _ in range(REPLAYS):
         replay()
     torch.cuda.synchronize()
-    weight = torch.ones(COLUMNS, device="cuda", dtype=torch.bfloat16)
-    pair = values(16, COLUMNS, 0, rank), values(16, COLUMNS, 0, size)
-    twin, normed, h = ranks.with_h(*pair, weight, adapters.factors(token_slot))
-    right = expected(16, COLUMNS, 1).to(torch.bfloat16) + values(16, COLUMNS, 1, size)
+    weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    twin, _ = ranks.fused(values(16, 4096, 0, rank), values(16, 4096, 0, size), weight)
+    right = expected(16, 4096, 1).to(torch.bfloat16) + values(16, 4096, 1, size)
     assert bool((twin != right).any()), "the twin of another turn must differ"
-    assert bool(adapters.wrong(h, normed.double().roll(1, 0), token_slot[:16])), "that of another token too"
     least = digest.clone()
     dist.all_reduce(digest, op=dist.ReduceOp.MAX)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    for counter in (sums, norms, hs):
+    for counter in (sums, norms):
         dist.all_reduce(counter)
-    counts = {"wrong_sums": int(sums), "wrong_norms": int(norms), "wrong_h": int(hs)}
+    counts = {"wrong_sums": int(sums), "wrong_norms": int(norms)}
     return {"replays": REPLAYS, **counts, "ranks_differ": int(digest != least)}
 
 
@@ -223,28 +143,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = joined(__doc__, arguments)
     limit = TimeLimit()
     limit.begin("the check")
-    ranks, adapters = Ranks(), Adapters()
-    lines: list[dict[str, Any]] = [dict(check(ranks, adapters))]
+    ranks = Ranks()
+    lines: list[dict[str, Any]] = [dict(check(ranks))]
     tell(lines[0])
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ranks": dist.get_world_size()}
     weight = torch.ones(COLUMNS, device="cuda", dtype=torch.bfloat16)
     limit.begin("compiling")
     ranks.apart(*torch.zeros(2, 16, COLUMNS, device="cuda", dtype=torch.bfloat16).unbind(), weight)
     torch.cuda.synchronize()
-    ways: dict[str, Callable[..., tuple[Tensor, ...]]] = {"apart": ranks.apart, "fused": ranks.fused}
-    ways_to_h = {"fused_and_shrink": ranks.fused_and_shrink, "with_h": ranks.with_h}
+    ways: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"apart": ranks.apart, "fused": ranks.fused}
     for tokens in TOKENS:
         limit.begin(f"{tokens} tokens")
         pair = torch.zeros(2, tokens, COLUMNS, device="cuda", dtype=torch.bfloat16).unbind()
         line = {**about, "tokens": tokens, "bytes": pair[0].nbytes}
         line |= {f"{name}_us": pair_us(lambda x, r, way=way: way(x, r, weight), *pair) for name, way in ways.items()}
-        if tokens <= BY_TOKEN_LIMIT:
-            token_slot = (torch.arange(tokens, device="cuda") % len(SLOTS)).to(torch.int32)
-            factors = adapters.factors(token_slot)
-            for name, way in ways_to_h.items():
-                line[f"{name}_us"] = pair_us(
-                    lambda x, r, way=way, factors=factors: way(x, r, weight, factors)[:2], *pair
-                )
         tell({key: value for key, value in line.items() if key not in about})
         lines.append(line)
     limit.begin("")

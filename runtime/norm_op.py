@@ -1,6 +1,4 @@
-"""All-reduce, residual addition and RMSNorm as one operator, and one with LoRA on both sides of them: by one kernel for
-few tokens, one after the other else.
-"""
+"""All-reduce, residual addition and RMSNorm as one operator: by one kernel for few tokens, one after the other else."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +10,13 @@ from torch import Tensor
 from bdlora_compile.collectives import group_named
 from bdlora_compile.runtime.all_reduce import all_reduce, way
 from bdlora_compile.runtime.linear_op import is_served_by_token
-from bdlora_compile.runtime.ops import has_kernels, lora_apply_, lora_shrink, lora_work
+from bdlora_compile.runtime.ops import lora_apply_, lora_work
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels import launch_norm
 
 KINDS = (torch.bfloat16, torch.float32)
 """What symmetric memory adds up."""
-
-PLANES = 8
-"""Of h, as `kernels/norm.py` has them (Triton is there on GPUs only)."""
 
 
 @torch.library.custom_op("bdlora::all_reduce_add_norm", mutates_args=())
@@ -75,8 +70,7 @@ def _(
     two_shot: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    total, normed, _ = _by_kernels(x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
-    return total, normed
+    return _by_kernels(x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
 
 
 @torch.library.custom_op("bdlora::all_reduce_add_norm_lora", mutates_args=())
@@ -90,47 +84,32 @@ def all_reduce_add_norm_lora(
     one_shot: int,
     two_shot: int,
     group: str,
+    u: Tensor,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
     sites: Sequence[int],
     width: int,
-    before: Tensor | None,
-    site_before: int,
-    width_before: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`all_reduce_add_norm` with LoRA on both sides of it, each token with the factors of its slot.
+) -> tuple[Tensor, Tensor]:
+    """`all_reduce_add_norm` of x, to which the LoRA is added before that `lora_linear_deferred` has left out.
 
     On GPUs the kernel may start before the one ahead of it in the stream has ended, which must not write ``pool``,
     ``slots``, ``scales`` or ``token_slot``.
 
     Args:
         x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group: as for `all_reduce_add_norm`.
-        pool, slots, scales, token_slot: as for `lora_apply`.
-        sites, width: of the paths that read the norm, none or up to three, as for `lora_shrink`.
-        before, site_before, width_before: [..., any columns], and a row of ``slots``: where x is what
-            `lora_linear_deferred` made of it there; its LoRA is added here then. None: there is nothing to add.
-
-    Returns:
-        (s, normed, h): h float32 [PLANES, T, n, width]; its planes' sum is `lora_shrink` of normed, but that kernels
-        take it of the norm before it is rounded. On GPUs what no slot writes is undefined, and above
-        `BY_TOKEN_LIMIT` tokens all of h.
+        u, pool, slots, scales, token_slot, sites, width: of `lora_linear_deferred` with result x; one site.
     """
-    bank = (pool, slots, scales, token_slot)
-    whole = _with_lora(x, bank, before, site_before, width_before)
+    whole = _with_lora(x, u, (pool, slots, scales, token_slot), sites, width)
     total, normed = all_reduce_add_norm(whole, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
-    h = _new_h(x, sites, width).zero_()
-    if sites:
-        h[0] = lora_shrink(normed, pool, slots, token_slot, sites, width).view(h.shape[1:])
-    return total, normed, h
+    return total, normed
 
 
 @all_reduce_add_norm_lora.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *_others: object) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sites, width = others[12:14]
-    return total, torch.empty_like(total), _new_h(x, sites, width)
+    return total, torch.empty_like(total)
 
 
 @all_reduce_add_norm_lora.register_kernel("cuda")
@@ -144,39 +123,23 @@ def _(
     one_shot: int,
     two_shot: int,
     group: str,
+    u: Tensor,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
     token_slot: Tensor,
     sites: Sequence[int],
     width: int,
-    before: Tensor | None,
-    site_before: int,
-    width_before: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     exchange = (buffer, mailbox, epsilon, one_shot, two_shot, group)
-    if not is_served_by_token(x):
-        # Nothing was deferred, and nobody reads h, or it is made by the plain operator.
-        total, normed, _ = _by_kernels(x, residual, weight, *exchange)
-        h = _new_h(x, sites, width)
-        if sites and not has_kernels(x.dtype):
-            h.zero_()[0] = lora_shrink(normed, pool, slots, token_slot, sites, width).view(h.shape[1:])
-        return total, normed, h
+    if not is_served_by_token(x) or not _exchanges(x, one_shot, two_shot, group):
+        whole = _with_lora(x, u, (pool, slots, scales, token_slot), sites, width)
+        return _by_kernels(whole, residual, weight, *exchange)
     from bdlora_compile.runtime.kernels import launch, launch_norm  # Triton is there on GPUs only
 
-    behind = launch.Factors(pool, slots, token_slot, sites)
-    if _exchanges(x, one_shot, two_shot, group):
-        ahead = None
-        if before is not None:
-            ahead = launch_norm.Before(before.reshape(-1, before.shape[-1]), site_before, width_before)
-        lora = launch_norm.Lora(behind, width, scales, ahead)
-        total, normed, made = _by_kernels(x, residual, weight, *exchange, lora)
-        assert made is not None, "asked for"
-        return total, normed, made
-    whole = _with_lora(x, (pool, slots, scales, token_slot), before, site_before, width_before)
-    total, normed, _ = _by_kernels(whole, residual, weight, *exchange)
-    rows = normed.view(-1, x.shape[-1])
-    return total, normed, launch_norm.h_of(rows, behind, width) if sites else _new_h(x, sites, width)
+    factors = launch.Factors(pool, slots, token_slot, sites)
+    ahead = launch_norm.Ahead(u.reshape(-1, u.shape[-1]).contiguous(), factors, scales, width)
+    return _by_kernels(x, residual, weight, *exchange, ahead)
 
 
 def _by_kernels(
@@ -189,24 +152,20 @@ def _by_kernels(
     one_shot: int,
     two_shot: int,
     group: str,
-    lora: "launch_norm.Lora | None" = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(s, normed, h) on a GPU; with ``lora`` only where `_exchanges`."""
+    ahead: "launch_norm.Ahead | None" = None,
+) -> tuple[Tensor, Tensor]:
+    """On a GPU; ``ahead`` only where `_exchanges`."""
     from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
 
     members: Any = group_named(group)
     own, carried = (value.reshape(-1, x.shape[-1]).contiguous() for value in (x, residual))
-    h = None
     if _exchanges(x, one_shot, two_shot, group):
         values = (own, carried, weight, mailbox, epsilon, members.rank(), members.size())
-        if lora is None:
-            total, normed = launch_norm.reduce_add_norm(*values)
-        else:
-            total, normed, h = launch_norm.reduce_add_norm_lora(*values, lora)
+        total, normed = launch_norm.reduce_add_norm(*values, ahead)
     else:
         reduced = all_reduce(own, buffer, one_shot, two_shot, group)
         total, normed = launch_norm.add_norm(reduced, carried, weight, epsilon)
-    return total.view(x.shape), normed.view(x.shape), h
+    return total.view(x.shape), normed.view(x.shape)
 
 
 def _exchanges(x: Tensor, one_shot: int, two_shot: int, group: str) -> bool:
@@ -218,15 +177,10 @@ def _exchanges(x: Tensor, one_shot: int, two_shot: int, group: str) -> bool:
     return goes_one_way and launch_norm.can_exchange(rows, columns, size, ranks)
 
 
-def _with_lora(x: Tensor, bank: tuple[Tensor, ...], before: Tensor | None, site: int, width: int) -> Tensor:
-    """x and the LoRA that was deferred; ``bank`` is pool, slots, scales and token_slot."""
-    if before is None or not is_served_by_token(x):
+def _with_lora(x: Tensor, u: Tensor, bank: tuple[Tensor, ...], sites: Sequence[int], width: int) -> Tensor:
+    """x and what was deferred of it; ``bank`` is pool, slots, scales and token_slot."""
+    if not is_served_by_token(x):
         return x
     whole, (order, segments) = x.clone(memory_format=torch.contiguous_format), lora_work(x, bank[-1])
-    lora_apply_(before, whole, *bank, order, segments, [site], width, [x.shape[-1]])
+    lora_apply_(u, whole, *bank, order, segments, sites, width, [x.shape[-1]])
     return whole
-
-
-def _new_h(x: Tensor, sites: Sequence[int], width: int) -> Tensor:
-    # Not torch.Size.numel, which would fix the batch and the length to the numbers of this call.
-    return x.new_empty(PLANES, math.prod(x.shape[:-1]), len(sites), width, dtype=torch.float32)

@@ -38,12 +38,11 @@ def lora_linear_swiglu(
     out_features: Sequence[int],
     down: int,
     down_width: int,
-    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """m = silu(gate) * up of (gate, up) = `linear_op.lora_linear`, and h = A m for the product behind.
 
     Args:
-        x, weight, pool, ..., out_features, h: as for `lora_linear`; two sites, of F columns each.
+        x, weight, pool, ..., out_features: as for `lora_linear`; two sites, of F columns each.
         down, down_width: the row of ``slots`` of the product behind, whose A is [r, F/c], and its largest r.
 
     Returns:
@@ -51,7 +50,7 @@ def lora_linear_swiglu(
         `h_width`], like that of `lora_linear`: for more than `BY_TOKEN_LIMIT` tokens it may hold anything.
     """
     bank = (pool, slots, scales, token_slot, order, segments, counters)
-    gate, up = lora_linear(x, weight, *bank, sites, width, out_features, h).chunk(2, dim=-1)
+    gate, up = lora_linear(x, weight, *bank, sites, width, out_features).chunk(2, dim=-1)
     m = torch.nn.functional.silu(gate) * up
     made = _room_for_h(m, down_width).zero_()
     made[0, :, 0, :down_width] = lora_shrink(m, pool, slots, token_slot, [down], down_width)
@@ -74,7 +73,6 @@ def _(
     out_features: Sequence[int],
     down: int,
     down_width: int,
-    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     m = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
     return m, _room_for_h(m, down_width)
@@ -96,23 +94,22 @@ def _(
     out_features: Sequence[int],
     down: int,
     down_width: int,
-    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     features = weight.shape[0] // 2
     bank = (pool, slots, scales, token_slot, order, segments, counters)
     if not has_kernels(x.dtype) or features % 8:
-        return lora_linear_swiglu._init_fn(x, weight, *bank, sites, width, out_features, down, down_width, h)
+        return lora_linear_swiglu._init_fn(x, weight, *bank, sites, width, out_features, down, down_width)
     from bdlora_compile.runtime.kernels import launch, launch_swiglu  # Triton is there on GPUs only
 
     is_by_token = is_served_by_token(x)
     gate_and_up = launch.Factors(pool, slots, token_slot, sites)
     rows, pending = x.reshape(-1, x.shape[-1]), None
     call = Call(rows.shape[0], rows.shape[1], tuple(out_features), width)
-    if is_by_token and adds_at_activation(call, is_h_given=h is not None):
+    if is_by_token and adds_at_activation(call):
         y = torch.nn.functional.linear(rows, weight)
-        pending = h if h is not None else _h_of(rows, gate_and_up, call)
+        pending = _h_of(rows, gate_and_up, call)
     else:
-        y = lora_linear(rows, weight, *bank, sites, width, out_features, h)
+        y = lora_linear(rows, weight, *bank, sites, width, out_features)
     behind = launch.Factors(pool, slots, token_slot, [down]) if is_by_token else None
     m, made = launch_swiglu.swiglu(y, gate_and_up, scales, pending, behind, down_width)
     return m.view(*x.shape[:-1], features), _room_for_h(m, down_width) if made is None else made

@@ -1,4 +1,7 @@
-"""LoRA on both sides of the norm of `norm.py`: B (A u) added to a product of u ahead of it, and h = A x of the norm."""
+"""LoRA of the product ahead of an all-reduce and norm: B (A u), which `norm.py` adds before it sums over the ranks.
+
+A program has all columns of a token and makes all of its h, so that neither factor needs a launch of its own.
+"""
 
 import triton
 import triton.language as tl
@@ -10,13 +13,10 @@ from bdlora_compile.runtime.kernels.fields import (
     B_BLOCKS,
     B_OFFSET,
     OUT_START,
-    choose,
     known_multiple_of_8,
     slot_row,
 )
 
-PLANES: tl.constexpr = tl.constexpr(8)
-"""Of h; and parts of a row, at most."""
 NARROW: tl.constexpr = tl.constexpr(256)
 """Columns that a program reads at once where sizes are no multiples of 8: seldom, and must not cost registers."""
 
@@ -99,7 +99,7 @@ def _added_by_rows(product, u, column, inside, COLUMNS: tl.constexpr):
 def lora_of_product(
     product, first_rows, u, column, inside, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """scale * (B (A u)) at a unit's columns, in float32; all units of a row make all of h, which is little work.
+    """scale * (B (A u)) at some columns, in float32.
 
     Args:
         product: from `product_of_slot`. first_rows: from `first_rows_of_product`. u: the row of the product's input.
@@ -120,81 +120,3 @@ def lora_of_product(
     else:
         total += _added_by_rows(product, u, column, inside, COLUMNS)
     return scale * total
-
-
-@triton.jit
-def site_of_slot(slots, site, slot, num_slots, is_there, COLUMNS: tl.constexpr):
-    """Of a slot's A at a site: (offset, rank, rows of a block, columns of a block); rank 0 where it is not there."""
-    fields = slot_row(slots, site, slot, num_slots)
-    offset = tl.load(fields + A_OFFSET, mask=is_there, other=0)
-    rank = tl.load(fields + A_RANK, mask=is_there, other=0).to(tl.int32)
-    blocks = tl.load(fields + A_BLOCKS, mask=is_there, other=1).to(tl.int32)
-    return offset, rank, tl.maximum(rank // blocks, 1), COLUMNS // blocks
-
-
-@triton.jit
-def site_and_row(stacked, q, k):
-    """(number of the site, row of its A) of rows of all sites' A, the ranks of a token's slot below one another."""
-    index = (stacked >= q[1]).to(tl.int32) + (stacked >= q[1] + k[1]).to(tl.int32)
-    return index, stacked - choose(index, 0, q[1], q[1] + k[1])
-
-
-@triton.jit
-def load_a(pool, q, k, v, stacked, end, column, inside):
-    """Rows ``stacked`` of A below ``end``, [ROWS, BLOCK]; zero where a row's block does not see the column.
-
-    All blocks have a multiple of 8 columns: loads of 16 bytes.
-    """
-    index, row = site_and_row(stacked, q, k)
-    columns = known_multiple_of_8(choose(index, q[3], k[3], v[3]))
-    first_column = known_multiple_of_8(row // choose(index, q[2], k[2], v[2]) * columns)
-    a = pool + known_multiple_of_8(choose(index, q[0], k[0], v[0]) + row * columns)
-    within = column[None, :] - first_column[:, None]
-    is_seen = (within >= 0) & (within < columns[:, None])
-    return tl.load(a[:, None] + within, mask=is_seen & (stacked < end)[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def dot(factor, value):
-    """[ROWS] products of a factor's rows with a value, in float32."""
-    return tl.sum(factor.to(tl.float32) * value[None, :], axis=1)
-
-
-@triton.jit
-def store_h(h, products, q, k, stacked, end, unit, width, N_SITES: tl.constexpr, PARTS: tl.constexpr):
-    """Into the first of the unit's planes; zeros into its others."""
-    token, part = unit // PARTS, unit % PARTS
-    plane_size = tl.num_programs(0) // PARTS * N_SITES * width
-    index, row = site_and_row(stacked, q, k)
-    target = h + part * (PLANES // PARTS) * plane_size + (token * N_SITES + index) * width + row
-    tl.store(target, products, mask=stacked < end)
-    for plane in tl.static_range(1, PLANES // PARTS):
-        tl.store(target + plane * plane_size, 0.0, mask=stacked < end)
-
-
-@triton.jit
-def store_narrow_h(
-    h, pool, q, k, v, end, total, weight, root, unit, width,
-    COLUMNS: tl.constexpr, N_SITES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """A row of A after the other, with narrow loads, for sizes that are no multiples of 8. total: the unit's row.
-
-    What the program has stored there is read again: whole parts here would cost all others registers.
-    """
-    tl.debug_barrier()
-    begin = unit % PARTS * (COLUMNS // PARTS)
-    for stacked in range(0, end):
-        index, row = site_and_row(stacked, q, k)
-        columns = choose(index, q[3], k[3], v[3])
-        first_column = row // choose(index, q[2], k[2], v[2]) * columns
-        a = pool + choose(index, q[0], k[0], v[0]) + row * columns
-        products = tl.zeros([NARROW], dtype=tl.float32)
-        for start in range(0, COLUMNS // PARTS, NARROW):
-            within = start + tl.arange(0, NARROW)
-            column = begin + within
-            inside = (within < COLUMNS // PARTS) & (column >= first_column) & (column < first_column + columns)
-            value = tl.load(total + column, mask=inside, other=0.0).to(tl.float32)
-            value *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-            factor = tl.load(a + column - first_column, mask=inside, other=0.0)
-            products += factor.to(tl.float32) * value
-        store_h(h, tl.sum(products, axis=0) * root, q, k, stacked, end, unit, width, N_SITES, PARTS)

@@ -321,13 +321,12 @@ def product_with_h(call: Call) -> Product | None:
     return product_for(call) if call.tokens <= PRODUCT_LIMIT else None
 
 
-def adds_at_activation(call: Call, *, is_h_given: bool) -> bool:
+def adds_at_activation(call: Call) -> bool:
     """Whether LoRA of gate and up is added where both are read, for few tokens, and not to their product before.
 
-    It is where that product has no LoRA inside, or is so large that cuBLAS's is faster by more than LoRA costs there.
+    It is where that product is so large that cuBLAS's is faster by more than LoRA costs there.
     """
-    is_large = sum(call.out_features) * call.in_features > _PRODUCT_SIZE
-    return is_large or (is_h_given and product_with_h(call) is None)
+    return sum(call.out_features) * call.in_features > _PRODUCT_SIZE
 
 
 def launches_for(call: Call) -> TwoLaunches:

@@ -27,7 +27,7 @@ from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
-    **dict.fromkeys(("keys", "values", "k", "v", "before", "gate_up", "m"), "*bf16"),
+    **dict.fromkeys(("keys", "values", "k", "v", "u", "gate_up", "m"), "*bf16"),
     **dict.fromkeys(("scales", "h", "h_behind", "shares"), "*fp32"),
     **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
@@ -45,8 +45,6 @@ KINDS = {
     "narrow store": r"st\.global\.b16",
     "release": r"atom\.global\.sys\.release\.exch\.b64",
     "acquire": r"atom\.global\.sys\.acquire\.add\.u64",
-    "leave squares": r"atom\.global\.gpu\.relaxed\.exch\.b64",
-    "read squares": r"atom\.global\.gpu\.relaxed\.add\.u64",
     "barrier": r"bar\.sync",
     "wait": r"griddepcontrol\.wait",
     "let start": r"griddepcontrol\.launch_dependents",
@@ -56,11 +54,8 @@ SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
-NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "PARTS": 1, "BLOCK": 4096, "N_SITES": 0, "ROWS": 1}
-NORM |= {"IN": 0, "ROWS_BEFORE": 1, "BLOCK_K": 1}
-NORM_IN_PARTS = {**NORM, "PARTS": 8, "BLOCK": 512}
-NORM_AND_H = {**NORM_IN_PARTS, "N_SITES": 3, "ROWS": 32}
-NORM_AND_LORA = {**NORM_IN_PARTS, "N_SITES": 2, "ROWS": 32, "IN": 2048, "ROWS_BEFORE": 16, "BLOCK_K": 512}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "IN": 0, "ROWS": 1, "BLOCK_K": 1}
+NORM_AND_LORA = {**NORM, "IN": 2048, "ROWS": 16, "BLOCK_K": 512}
 SWIGLU = {"FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "WIDTH": 16, "EXPAND": True, "SHRINK": True}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
@@ -81,15 +76,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "product behind h": (linear_tokens, PRODUCT, 4),
     "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
-    "norm in parts": (all_reduce_add_norm_rows, NORM_IN_PARTS, 2),
-    "norm and h": (all_reduce_add_norm_rows, NORM_AND_H, 8),
-    "norm and h, 64 tokens": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "BLOCK": 2048, "ROWS": 16}, 16),
     "norm and LoRA": (all_reduce_add_norm_rows, NORM_AND_LORA, 16),
-    "norm and LoRA, 64 tokens": (
-        all_reduce_add_norm_rows,
-        {**NORM_AND_LORA, "PARTS": 2, "BLOCK": 2048, "ROWS": 8},
-        16,
-    ),
     "swiglu": (swiglu_tokens, SWIGLU, 8),
     "swiglu without expand": (swiglu_tokens, {**SWIGLU, "EXPAND": False}, 8),
     "product with h": (linear_tokens, {**PRODUCT, "PLANES": 8, "AHEAD": False, "GIVEN": True}, 4),

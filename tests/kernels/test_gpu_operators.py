@@ -106,19 +106,18 @@ def test_linear_with_h(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPa
     assert (error(found, wanted) < 0.02) is not by_token, "of many tokens it is not read"
 
 
-@pytest.mark.parametrize("form", ["inside", "apart", "with h"])
-def test_linear_and_swiglu(call: Call, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its LoRA in the product, or added where gate and up are read, of an h that it makes or is given."""
+@pytest.mark.parametrize("is_late", [False, True], ids=["in the product", "where it is read"])
+def test_linear_and_swiglu(call: Call, is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA of gate and up in their product, or added where they are read."""
     call = Call(call.case.tokens, (64, 64, 64))
     by_token = call.case.tokens <= 64
     product = Product(columns=16, depth=16, splits=2, stages=1)
-    monkeypatch.setattr(linear_op, "product_for", lambda _: product if form == "inside" and by_token else None)
-    monkeypatch.setattr(swiglu_op, "adds_at_activation", lambda _, is_h_given: form != "inside")
-    h = plain(lora_shrink)(call.x, *call.factors, [0, 1], 8).view(1, -1, 2, 8) if form == "with h" else None
+    monkeypatch.setattr(linear_op, "product_for", lambda _: product if by_token else None)
+    monkeypatch.setattr(swiglu_op, "adds_at_activation", lambda _: is_late)
 
     def run(operator: Callable[..., Any], weight: Tensor) -> tuple[Tensor, Tensor]:
         shared = (*call.bank, *call.work(), lora_counters(call.token_slot))
-        m, planes = operator(call.x, weight, *shared, [0, 1], 8, (64, 64), 2, 8, h)
+        m, planes = operator(call.x, weight, *shared, [0, 1], 8, (64, 64), 2, 8)
         return m, planes
 
     found, planes = run(on_gpu(lora_linear_swiglu), call.weight)

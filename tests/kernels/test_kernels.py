@@ -119,6 +119,7 @@ def expected(case: Case, x: Tensor, y: Tensor, slots: Tensor, dense: dict[tuple[
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.cpu()
     return float((found.double().cpu() - wanted).abs().max() / wanted.abs().max())
 
 
