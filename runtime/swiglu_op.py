@@ -106,8 +106,8 @@ def _(
     rows, pending = x.reshape(-1, x.shape[-1]), None
     call = Call(rows.shape[0], rows.shape[1], tuple(out_features), width)
     if is_by_token and adds_at_activation(call):
-        y = torch.nn.functional.linear(rows, weight)
         pending = _h_of(rows, gate_and_up, call)
+        y = torch.nn.functional.linear(rows, weight)
     else:
         y = lora_linear(rows, weight, *bank, sites, width, out_features)
     behind = launch.Factors(pool, slots, token_slot, [down]) if is_by_token else None
@@ -116,7 +116,7 @@ def _(
 
 
 def _h_of(x: Tensor, factors: "Factors", call: Call) -> Tensor:
-    """h of few tokens by a launch of its own, behind the product: ahead of it, it was slower."""
+    """h of few tokens by a launch of its own, which starts while the kernel that writes x ends."""
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     tiles, overlap = launches_for(call).shrink, can_overlap()
