@@ -272,9 +272,9 @@ class Bench:
 
 
 def free() -> None:
-    """Give memory back before the next model."""
-    gc.collect()
+    """Give memory and recorded graphs back before the next model; a process group does not end before its graphs."""
     torch._dynamo.reset()
+    gc.collect()
     if _has_gpu():
         torch.cuda.empty_cache()
 
