@@ -117,7 +117,7 @@ def offered_sites(
         ConfigError: ``target_modules`` names what is no linear layer of the decoder.
     """
     if isinstance(target_modules, str):
-        target_modules = None if target_modules == ALL_LINEAR else [target_modules]
+        target_modules = None if target_modules.lower() == ALL_LINEAR else [target_modules]
     chosen = layers if target_modules is None else _targeted(layers, target_modules)
     if vocabulary_lora is False:
         return chosen

@@ -6,7 +6,7 @@ The model is built on the meta device and hollowed out; Dynamo traces a prefill 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def explain(
     strategy: Strategy = "local",
     machine: Machine | str | Path | None = None,
     load: Load | None = None,
+    target_modules: str | Collection[str] | None = None,
     strict: bool = True,
 ) -> Explanation:
     """Tell what the compiler does to a model on ``tp_size`` ranks; no weights, no GPU, no process group.
@@ -97,6 +98,7 @@ def explain(
         strategy: as for `load`.
         machine: whose constants the estimates take, as for `load`; "h100-nvlink" by default.
         load: rows, prompt length and distinct adapters that numbers are for.
+        target_modules: linear layers that adapters may change, as for `load`; all by default.
         strict: as for `load`.
 
     Raises:
@@ -105,7 +107,10 @@ def explain(
         AdapterError: an adapter cannot be served.
     """
     if not isinstance(model, (str, Path, PretrainedConfig)) and is_of_others(model):
-        is_plain = not (adapters or adapter_rank or machine or load) and (nblocks, strategy) == (1, "local")
+        is_plain = not (adapters or adapter_rank or machine or load or target_modules) and (nblocks, strategy) == (
+            1,
+            "local",
+        )
         return _explain_sharded(model, inputs, tp_size, is_plain)
     start = time.perf_counter()
     load = load or _load_of(inputs)
@@ -113,8 +118,8 @@ def explain(
     hollow = _meta_model(config)
     mesh = Mesh(tp_size, "explain")
     layers = served_sites(hollow, mesh, strict)
-    offered = offered_sites(hollow, layers, vocabulary_lora=None)
-    profiles, lines = _adapters(layers, offered, adapters, adapter_rank, nblocks)
+    offered = offered_sites(hollow, layers, vocabulary_lora=None, target_modules=target_modules)
+    profiles, lines = _adapters(offered, adapters, adapter_rank, nblocks)
     # The sites of the vocabulary are there if an adapter needs them, as for `load`.
     sites = needed_sites(offered, profiles, vocabulary_lora=None)
     max_rank = max(declared.rank for profile in profiles for declared in profile.values())
@@ -131,7 +136,7 @@ def explain(
         )
     layouts, decisions = chosen[strategy]
     groups = {name: {one.group: one.chosen for one in reasons} for name, (_, reasons) in chosen.items()}
-    plan = plan_model(hollow, sites, mesh, layouts, max_rank, hollow.dtype, _CPU, decisions)
+    plan = plan_model(hollow, sites, mesh, layouts, max_rank, hollow.dtype, _CPU, decisions, layers=layers)
     held = weight_bytes(hollow, plan)
     both = phases(load.batch, load.prompt_length)
     shape = ModelShape.of(config)
@@ -214,7 +219,6 @@ def _meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _adapters(
-    layers: Mapping[str, Site],
     offered: Mapping[str, Site],
     adapters: Mapping[str, str | Path] | None,
     rank: int | None,
@@ -240,7 +244,7 @@ def _adapters(
             expected="a rank that the number of blocks divides",
             remedy="choose a multiple of the number of blocks",
         )
-    profile = {name: _made_up(site, rank, nblocks) for name, site in layers.items()}
+    profile = {name: _made_up(site, rank, nblocks) for name, site in offered.items() if not site.vocabulary}
     return [profile], [f"made up: {_profile_text(profile)}"]
 
 

@@ -22,6 +22,9 @@ def explain(
         int | None, typer.Option(min=1, help="Without --adapter: rank of an adapter on every site (16).")
     ] = None,
     nblocks: Annotated[int, typer.Option(min=1, help="Its blocks along the dim that ranks split; 1: ordinary.")] = 1,
+    target_module: Annotated[
+        list[str] | None, typer.Option(help="Layer that adapters may change, like q_proj; all by default.")
+    ] = None,
     strategy: Annotated[
         StrategyName, typer.Option(help="Layout of the LoRA sites; auto chooses the cheaper one of each group.")
     ] = StrategyName.local,
@@ -54,6 +57,11 @@ def explain(
       bdlora explain --config llama-3.1-8b --tp 2 --adapter-rank 64 --strategy auto
         --batch 64 --distinct-adapters 8
 
+    Adapters of attention alone:
+
+    \b
+      bdlora explain --config llama-3.1-8b --tp 2 --target-module q_proj --target-module o_proj
+
     Your own model and adapter on a machine that you measured, kept as JSON:
 
     \b
@@ -83,6 +91,7 @@ def explain(
             strategy=strategy.value,
             machine=machine,
             load=Load(batch, prompt_length, distinct_adapters),
+            target_modules=target_module or None,
             strict=not lenient,
         )
     except BdloraError as error:

@@ -201,6 +201,18 @@ def test_known_configurations_have_the_published_size(name: str, parameters: int
     assert name in known_models()
 
 
+def test_target_modules(files: tuple[Path, dict[str, Path]]) -> None:
+    """Sites and bytes of the layers that adapters may change, and of those that share their input."""
+    whole, attention = (
+        bd.explain(files[0], tp_size=2, adapter_rank=8, strategy="slora", target_modules=modules)
+        for modules in ("All-Linear", ["q_proj", "o_proj"])
+    )
+    ends = [{one.site.rpartition(".")[2] for one in told.sites} for told in (whole, attention)]
+    assert ends[1] == {"q_proj", "k_proj", "v_proj", "o_proj"} < ends[0]
+    assert attention.adapter_bytes < whole.adapter_bytes
+    assert attention.weight_bytes == whole.weight_bytes
+
+
 def test_bad_arguments_are_named(files: tuple[Path, dict[str, Path]]) -> None:
     with pytest.raises(bd.ConfigError, match="one of llama"):
         bd.explain("no such model", tp_size=2)

@@ -91,6 +91,7 @@ def test_a_folder_with_its_adapters_on_a_machine_of_ones_own(tmp_path: Path) -> 
         (["--config", "smollm2-135m", "--tp", "2"], "choose a degree among 1, 3, 9"),
         (["--config", "smollm2-135m", "--tp", "3", "--machine", "abacus"], "machine 'abacus'"),
         (["--config", "smollm2-135m", "--adapter", "x"], "found no ="),
+        (["--config", "smollm2-135m", "--target-module", "q_prj"], "target_modules: found 'q_prj'"),
         (["--config", "smollm2-135m", "--batch", "2", "--distinct-adapters", "3"], "no more adapters than tokens"),
     ],
 )
