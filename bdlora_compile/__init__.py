@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bdlora_compile.explanation import Explanation
     from bdlora_compile.foreign.pretend import pretend_ranks
     from bdlora_compile.machine import Machine
-    from bdlora_compile.model import attach, load, make_cache, reports
+    from bdlora_compile.model import attach, load, make_cache, release_graphs, reports
     from bdlora_compile.ranks import Ranks
     from bdlora_compile.report import Report
     from bdlora_compile.runtime.adapter_roots import AdapterRoots
@@ -77,6 +77,7 @@ __all__ = [
     "load",
     "make_cache",
     "pretend_ranks",
+    "release_graphs",
     "reports",
 ]
 
@@ -100,7 +101,7 @@ _HOMES = {
     "explanation": ("Explanation",),
     "foreign.pretend": ("pretend_ranks",),
     "machine": ("Machine",),
-    "model": ("attach", "load", "make_cache", "reports"),
+    "model": ("attach", "load", "make_cache", "release_graphs", "reports"),
     "ranks": ("Ranks",),
     "report": ("Report",),
     "runtime.adapter_roots": ("AdapterRoots",),

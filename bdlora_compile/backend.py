@@ -236,7 +236,9 @@ def _emit(
     # A recorded step is replayed without the ranges.
     is_recorded = False if options.nvtx and options.cuda_graphs is None else options.cuda_graphs
     steps = _step_graphs(captured, deployment, is_recorded)
-    report.step_graphs = steps.stats if steps else None
+    if steps is not None:
+        report.step_graphs = steps.stats
+        deployment.step_graphs.add(steps)
     return Program(deployment, Variants(*bound), token_index, steps)
 
 
@@ -251,7 +253,7 @@ def _step_graphs(captured: Captured, deployment: Deployment, wanted: bool | None
         )
     if not is_cuda or wanted is False:
         return None
-    steps = StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder())
+    steps = StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder)
     dtype = deployment.plan.dtype
     if not has_kernels(dtype):
         # The variant of forwards in which some row has an adapter.

@@ -25,8 +25,9 @@ from transformers import (
 
 from bdlora_compile.errors import BdloraError
 from bdlora_compile.ir import Origin
-from bdlora_compile.model import load, reports
+from bdlora_compile.model import load, release_graphs, reports
 from bdlora_compile.report import Report
+from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.strategy import Strategy
 from bdlora_compile.timing import Workload
 
@@ -67,6 +68,14 @@ def decode(job: Job, console: Console) -> bool:
     load_of_batch = Workload(len(job.rows), max(len(job.adapters), 1)) if job.strategy == "auto" else None
     model, adapters = load(job.model, job.adapters, strategy=job.strategy, workload=load_of_batch, machine=job.machine)
     model.compile(backend="bdlora", options={"inner": job.inner} if job.inner else None)
+    try:
+        return _decode(job, model, adapters, console, start)
+    finally:
+        # The process group ends after this.
+        release_graphs(model)
+
+
+def _decode(job: Job, model: PreTrainedModel, adapters: AdapterSet, console: Console, start: float) -> bool:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     console.print(f"{type(model).__name__} on {ranks} ranks, {len(adapters)} adapters: {', '.join(adapters.names)}")
     batch = _tokenize(job)

@@ -279,3 +279,15 @@ def _refuse_merged(model: nn.Module) -> None:
 def reports(model: PreTrainedModel) -> Sequence[Report]:
     """What the compiler did to each graph of a loaded model, oldest first."""
     return model.bdlora.reports if isinstance(model, ServedModel) else ()
+
+
+def release_graphs(model: PreTrainedModel) -> None:
+    """Let go of the CUDA graphs of a loaded model; a later forward is recorded anew.
+
+    Call it before ``torch.distributed.destroy_process_group()`` on GPUs: that waits for recorded collectives to go, and
+    so for ever for those of a model that is still there (https://github.com/pytorch/pytorch/issues/115388).
+    """
+    if isinstance(model, ServedModel):
+        with model.bdlora.step:
+            for steps in model.bdlora.step_graphs:
+                steps.forget()

@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from bdlora_compile.machine import find_machine
+from bdlora_compile.model import release_graphs
 from bdlora_compile.strategy import Strategy
 from benchmarks.decode.files import (
     ATTENTION_SITES,
@@ -222,6 +223,7 @@ class Bench:
                 self.say(f"  prefill of {self.options.prefill} tokens in two rows: {times.step:.2f} ms")
                 self.write("prefill", strategy=strategy, kind_of_adapters=KINDS[kind].text, **asdict(times))
         self.write("report", strategy=strategy, text=loop.report_text())
+        release_graphs(loop.model)
 
     def run_baseline(self, model: Path) -> None:
         """transformers' tensor parallelism with ``mode="reduce-overhead"``."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.plan import ModelPlan
@@ -15,6 +16,7 @@ from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.leading import Leader
 from bdlora_compile.runtime.selection import BASE_ONLY, Selection
+from bdlora_compile.runtime.step_graphs import StepGraphs
 from bdlora_compile.runtime.step_watch import StepWatch
 from bdlora_compile.runtime.store import ShardStore
 from bdlora_compile.stand_ins import StandIns
@@ -40,6 +42,7 @@ class Deployment:
         agreement: how the ranks compare notes.
         strict: whether a gather that nobody asked for is an error.
         reports: one for each graph compiled, oldest first.
+        step_graphs: of the programs that record forwards, as long as they live.
         step: held by a forward while it is launched, and by whoever changes what slots hold: a change falls between
             two forwards.
         last_step: the last call of a program that records its decode steps (a `Launched`); who reads it takes it away.
@@ -54,6 +57,7 @@ class Deployment:
     agreement: Agreement
     strict: bool = True
     reports: list[Report] = field(default_factory=list)
+    step_graphs: WeakSet[StepGraphs] = field(default_factory=WeakSet)
     step: threading.RLock = field(default_factory=threading.RLock)
     leader: Leader | None = None
     watch: StepWatch | None = None

@@ -120,16 +120,17 @@ class StepGraphs:
     Args:
         arguments: positions of the arguments that the program reads or writes; a call has hundreds that it does not.
         mutated: those that it writes to.
-        recorder: what records.
+        recorder: makes what records.
         limit: recorded forwards that are kept.
     """
 
     def __init__(
-        self, arguments: frozenset[int], mutated: frozenset[int], recorder: Recorder, limit: int = _LIMIT
+        self, arguments: frozenset[int], mutated: frozenset[int], recorder: Callable[[], Recorder], limit: int = _LIMIT
     ) -> None:
         self._arguments = sorted(arguments)
         self._mutated = mutated
-        self._recorder = recorder
+        self._new_recorder = recorder
+        self._recorder = recorder()
         self._limit = limit
         self._refused: set[Hashable] = set()
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
@@ -140,6 +141,13 @@ class StepGraphs:
         """Never record forwards of a variant."""
         self._refused.add(variant)
         self.stats.refusals += (reason,)
+
+    def forget(self) -> None:
+        """Let go of all recorded forwards; they are recorded anew when they come again."""
+        self._recorded.clear()
+        self._seen.clear()
+        # A memory pool without a graph cannot be recorded into again.
+        self._recorder = self._new_recorder()
 
     def run(self, variant: Hashable, args: Sequence[Any], forward: Forward) -> Sequence[Any]:
         """Run a forward: by itself the first time (which also warms up what it calls), recorded from the second on."""

@@ -49,7 +49,7 @@ def add_up(args: Sequence[Any]) -> list[Callable[[], Any]]:
 
 @pytest.fixture
 def steps() -> StepGraphs:
-    return StepGraphs(frozenset({0, 2}), frozenset({2}), StandIn(), limit=2)
+    return StepGraphs(frozenset({0, 2}), frozenset({2}), StandIn, limit=2)
 
 
 def run(steps: StepGraphs, x: float, total: torch.Tensor, variant: bool = True) -> float:
@@ -99,6 +99,18 @@ def test_the_oldest_of_too_many_goes(steps: StepGraphs) -> None:
     assert steps.stats.plain == 4, "the first was forgotten, hence seen anew"
 
 
+def test_what_is_forgotten_is_recorded_anew(steps: StepGraphs) -> None:
+    """By another recorder: nothing of the first is left, which would keep its memory."""
+    total = torch.zeros(1)
+    first = steps._recorder
+    assert [run(steps, 1.0, total) for _ in range(3)] == [2.0, 4.0, 6.0]
+    steps.forget()
+    assert not steps._recorded
+    assert steps._recorder is not first
+    assert [run(steps, 1.0, total) for _ in range(3)] == [8.0, 10.0, 12.0]
+    assert (steps.stats.plain, steps.stats.recorded, steps.stats.replayed) == (2, 2, 4)
+
+
 def test_a_variant_that_is_refused_runs_plain(steps: StepGraphs) -> None:
     total = torch.zeros(1)
     steps.refuse(True, "it asks the GPU")
@@ -131,7 +143,7 @@ def test_forwards_seen_once_push_no_recorded_one_out(steps: StepGraphs) -> None:
 
 def test_expanded_arguments_are_copied_once() -> None:
     """As positions of a prompt are, made for one row and expanded: memory that several elements share."""
-    steps = StepGraphs(frozenset({0, 1}), frozenset({1}), StandIn())
+    steps = StepGraphs(frozenset({0, 1}), frozenset({1}), StandIn)
     total = torch.zeros(3, 4)
     steps._recorder.written = [total]  # type: ignore[attr-defined]
     for number in (1.0, 2.0, 3.0):
@@ -154,7 +166,7 @@ def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCa
             # As CUDA does on the way out of a recording that was broken off.
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    steps = StepGraphs(frozenset({0, 2}), frozenset({2}), refuse)
+    steps = StepGraphs(frozenset({0, 2}), frozenset({2}), lambda: refuse)
     total = torch.zeros(1)
     found = [float(steps.run(True, (torch.ones(1), None, total), add_up)[0]) for _ in range(3)]
     assert found == [2.0, 4.0, 6.0], "every step ran once"
@@ -223,7 +235,7 @@ def with_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StepGraphs]:
     made: list[StepGraphs] = []
 
     def step_graphs(captured: Captured, *_: object) -> StepGraphs:
-        made.append(StepGraphs(argument_indices(captured), mutated_arguments(captured), StandIn()))
+        made.append(StepGraphs(argument_indices(captured), mutated_arguments(captured), StandIn))
         return made[-1]
 
     monkeypatch.setattr(backend, "_step_graphs", step_graphs)
@@ -262,6 +274,11 @@ def test_a_model_decodes_alike(
     decoding = with_stand_in[-1].stats
     assert (decoding.recorded, decoding.replayed) == (1, STEPS - 1)
     assert "CUDA graphs: 1 recorded" in bd.reports(model)[-1].summary()
+
+    bd.release_graphs(model)
+    assert not any(steps._recorded for steps in with_stand_in)
+    assert torch.equal(found, decode(model, adapters, with_stand_in)), "recorded anew"
+    assert decoding.recorded == 2
 
     for steps in with_stand_in:
         steps._recorded.clear()

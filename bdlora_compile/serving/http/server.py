@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from bdlora_compile.errors import BdloraError, ConfigError
-from bdlora_compile.model import load
+from bdlora_compile.model import load, release_graphs
 from bdlora_compile.ranks import Ranks
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.serving.engine import Engine
@@ -42,7 +42,6 @@ _LAST_WORDS_SECONDS = 3.0
 
 def serve(settings: ServeSettings, tokens: Tokens) -> int:
     """Load, compile and serve on this rank until SIGTERM or a failure; the exit status."""
-    timeout = timedelta(seconds=settings.step_timeout)
     model, adapters = load(
         settings.model,
         settings.adapters,
@@ -56,7 +55,16 @@ def serve(settings: ServeSettings, tokens: Tokens) -> int:
         ranks=Ranks.of_process_group(),
     )
     model.compile(backend="bdlora", options={"inner": settings.inner} if settings.inner else None)
-    with follow(model, adapters, timeout) as drives:
+    try:
+        return _serve(model, adapters, settings, tokens)
+    finally:
+        # The process group ends after this.
+        release_graphs(model)
+
+
+def _serve(model: PreTrainedModel, adapters: AdapterSet, settings: ServeSettings, tokens: Tokens) -> int:
+    """On rank 0; the others follow. The exit status."""
+    with follow(model, adapters, timedelta(seconds=settings.step_timeout)) as drives:
         if not drives:
             return 0
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
