@@ -39,7 +39,9 @@ class _Arguments:
         node.args = self._in_order()
 
     def _in_order(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, member.name) for member in fields(self))
+        """Without what may be left out, and is."""
+        values = [(member, getattr(self, member.name)) for member in fields(self)]
+        return tuple(value for member, value in values if value is not None or member.default is not None)
 
 
 @dataclass(frozen=True, slots=True)
