@@ -68,6 +68,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, SHRINK, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
+    "expand behind a product": (expand_tokens, {**EXPAND, "BEHIND_Y": True, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
     "expand in wide rows": (expand_tokens, {**EXPAND, "BLOCK_R": 16, "BLOCK_O": 512}, 4),
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),

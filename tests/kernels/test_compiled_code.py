@@ -73,6 +73,16 @@ def test_a_norm_with_lora_reads_factors_at_once(compiled: dict[str, tuple[list[s
     assert 0 < registers <= 128, "16 warps have no more"
 
 
+def test_an_expand_behind_a_product_waits_before_it_reads_y(code: Code) -> None:
+    """In each branch; behind a shrink it reads y at once."""
+    for kernel, waits in (("expand behind a product", True), ("expand", False)):
+        order = code[kernel]
+        # The first wait is that of programs that have nothing to do.
+        first, second = order.index("narrow load"), order.index("wide load")
+        assert order[:first] == ["wait"] * (1 + waits)
+        assert (order[second - 1] == "wait") is waits
+
+
 def test_an_activation_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
     """Four rows of all three, ahead of gate and up; without B there is room for five programs a multiprocessor."""
     for kernel, loads, most in (("swiglu", 12, 128), ("swiglu without expand", 4, 48)):
