@@ -3,10 +3,10 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_all_reduce_norm --json FILE
 
 First the operator that served graphs call is replayed a thousand times with data that change, with rows that come and
-go, ordinary all-reduces of all kinds between its calls, and ranks that are late in turn. Every sum must be right to the
-bit, every norm within rounding, and all ranks must have the same bits. Then microseconds of one call in a chain (median
-of groups, the slowest rank). A part that takes longer than `LIMIT` seconds ends the process: a rank that waits for
-another waits for ever.
+go, with the LoRA of the product ahead where there are few of them, ordinary all-reduces of all kinds between its calls,
+and ranks that are late in turn. Every sum must be right to the bit, every norm within rounding, and all ranks must have
+the same bits. Then microseconds of one call in a chain (median of groups, the slowest rank). A part that takes longer
+than `LIMIT` seconds ends the process: a rank that waits for another waits for ever.
 """
 
 import json
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_lora
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
@@ -67,8 +68,39 @@ def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
     return total, weight * scaled.to(x.dtype)
 
 
+class Lora:
+    """LoRA of integers at a product of 2,048 features, for tokens of two adapters (one block, four blocks) and none.
+
+    A picks four features and B has -1, 0 and 1, so that sums are exact.
+    """
+
+    FEATURES = 2048
+
+    def __init__(self) -> None:
+        index = torch.arange(4, device="cuda")
+        picked, blocks = torch.zeros(4, self.FEATURES, device="cuda"), torch.zeros(4, self.FEATURES // 4, device="cuda")
+        picked[index, 37 * index + 5], blocks[index, 11 * index + 3] = 1, 1
+        columns = torch.arange(COLUMNS, device="cuda")
+        b = [((columns[None] * 3 + index[:, None] * 5 + slot) % 3 - 1).float() for slot in range(2)]
+        parts = [picked, b[0], blocks, b[1]]
+        self.pool = torch.cat([part.flatten() for part in parts]).to(torch.bfloat16)
+        ends = torch.tensor([part.numel() for part in parts]).cumsum(0).tolist()
+        rows = [[0, ends[0], 4, 4, 1, 1, 0], [ends[1], ends[2], 4, 4, 4, 1, 0]]
+        self.slots, self.scales = torch.tensor([rows], device="cuda"), torch.ones(1, 2, device="cuda")
+        self.token_slot = (torch.arange(BY_TOKEN_LIMIT, device="cuda") % 3 - 1).to(torch.int32)
+        self._dense = torch.stack([b[0].t() @ picked, b[1].t() @ torch.block_diag(*blocks.split(1))])
+
+    def added(self, u: Tensor) -> Tensor:
+        """B (A u) of each row, float32."""
+        slots = self.token_slot[: u.shape[0]].long()
+        products = torch.einsum("scf,tf->tsc", self._dense, u.float())
+        return torch.where(
+            slots[:, None] >= 0, products[torch.arange(len(slots), device=u.device), slots.clamp(0)], 0.0
+        )
+
+
 class Ranks:
-    """This rank's memory, and the two ways to call."""
+    """This rank's memory, and the ways to call."""
 
     def __init__(self) -> None:
         self.buffer, self.group = shared_buffer(TWO_SHOT)
@@ -81,6 +113,12 @@ class Ranks:
         memory = (self.buffer, self.mailbox)
         return all_reduce_add_norm(x, residual, weight, *memory, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
 
+    def with_lora(self, x: Tensor, residual: Tensor, weight: Tensor, u: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:
+        """By the operator that adds to x the LoRA of the product of u."""
+        exchange = (self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
+        bank = (lora.pool, lora.slots, lora.scales, lora.token_slot)
+        return all_reduce_add_norm_lora(x, residual, weight, *exchange, u, *bank, [0], 4)
+
     def apart(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """By an all-reduce and what Inductor makes of the rest."""
         reduced = all_reduce(x, self.buffer, ONE_SHOT, TWO_SHOT, self.group)
@@ -92,14 +130,20 @@ def check(ranks: Ranks) -> dict[str, int]:
     """Elements that were wrong in a thousand replays, on any rank; and ranks whose bits differ."""
     rank, size = dist.get_rank(), dist.get_world_size()
     step, sums, norms, digest = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(4))
-    ways = [(ONE_SHOT, TWO_SHOT), (0, TWO_SHOT), (0, 0)]
+    ways, lora = [(ONE_SHOT, TWO_SHOT), (0, TWO_SHOT), (0, 0)], Lora()
 
     def values(rows: int, columns: int, turn: int, of: int) -> Tensor:
         return summand(2 * rows * columns, of, step + turn).view(rows, columns)
 
     def expected(rows: int, columns: int, turn: int) -> Tensor:
-        """Integers of at most 15 times the ranks: exact in bf16."""
-        return sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
+        """Sums of integers of at most 75, exact in float32, as each rank's are in bf16."""
+        total = sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
+        if has_lora(rows, columns):
+            total += sum(lora.added(values(rows, Lora.FEATURES, turn, size + 1 + of)) for of in range(size))
+        return total
+
+    def has_lora(rows: int, columns: int) -> bool:
+        return rows <= BY_TOKEN_LIMIT and columns == COLUMNS
 
     def run() -> None:
         for turn, (rows, columns) in enumerate(CALLS):
@@ -107,7 +151,12 @@ def check(ranks: Ranks) -> dict[str, int]:
                 torch.cuda._sleep(20000)
             residual = values(rows, columns, turn, size)
             weight = torch.linspace(0.5, 2, columns, device="cuda").to(torch.bfloat16)
-            total, normed = ranks.fused(values(rows, columns, turn, rank), residual, weight)
+            own = values(rows, columns, turn, rank)
+            if has_lora(rows, columns):
+                u = values(rows, Lora.FEATURES, turn, size + 1 + rank)
+                total, normed = ranks.with_lora(own, residual, weight, u, lora)
+            else:
+                total, normed = ranks.fused(own, residual, weight)
             reduced = expected(rows, columns, turn)
             right, right_norm = add_and_norm(reduced.to(torch.bfloat16), residual, weight)
             sums.add_((total != right).sum())
@@ -115,8 +164,9 @@ def check(ranks: Ranks) -> dict[str, int]:
             norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
             digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
             if turn % 2:
-                found = all_reduce(values(rows, columns, turn, rank), ranks.buffer, *ways[turn % 3], ranks.group)
-                sums.add_((found.float() != reduced).sum())
+                found = all_reduce(own, ranks.buffer, *ways[turn % 3], ranks.group)
+                plain = sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros_like(reduced))
+                sums.add_((found.float() != plain).sum())
         step.add_(1)
 
     replay = captured(run)
@@ -126,8 +176,8 @@ def check(ranks: Ranks) -> dict[str, int]:
         replay()
     torch.cuda.synchronize()
     weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
-    twin, _ = ranks.fused(values(16, 4096, 0, rank), values(16, 4096, 0, size), weight)
-    right = expected(16, 4096, 1).to(torch.bfloat16) + values(16, 4096, 1, size)
+    twin, _ = ranks.fused(values(128, 4096, 0, rank), values(128, 4096, 0, size), weight)
+    right = expected(128, 4096, 1).to(torch.bfloat16) + values(128, 4096, 1, size)
     assert bool((twin != right).any()), "the twin of another turn must differ"
     least = digest.clone()
     dist.all_reduce(digest, op=dist.ReduceOp.MAX)
