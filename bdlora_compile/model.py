@@ -285,9 +285,10 @@ def release_graphs(model: PreTrainedModel) -> None:
     """Let go of the CUDA graphs of a loaded model; a later forward is recorded anew.
 
     Call it before ``torch.distributed.destroy_process_group()`` on GPUs: that waits for recorded collectives to go, and
-    so for ever for those of a model that is still there (https://github.com/pytorch/pytorch/issues/115388).
+    so for ever for those of a model that is still there (https://github.com/pytorch/pytorch/issues/115388). No other
+    thread may be in a forward, unless it waits for a rank that is lost.
     """
+    # Without the lock that a forward holds: one that waits for a lost rank would keep it for ever.
     if isinstance(model, ServedModel):
-        with model.bdlora.step:
-            for steps in model.bdlora.step_graphs:
-                steps.forget()
+        for steps in list(model.bdlora.step_graphs):
+            steps.forget()
