@@ -107,10 +107,8 @@ def explain(
         AdapterError: an adapter cannot be served.
     """
     if not isinstance(model, (str, Path, PretrainedConfig)) and is_of_others(model):
-        is_plain = not (adapters or adapter_rank or machine or load or target_modules) and (nblocks, strategy) == (
-            1,
-            "local",
-        )
+        others = (adapters, adapter_rank, machine, load, target_modules)
+        is_plain = not any(others) and (nblocks, strategy) == (1, "local")
         return _explain_sharded(model, inputs, tp_size, is_plain)
     start = time.perf_counter()
     load = load or _load_of(inputs)

@@ -52,8 +52,8 @@ def fuse_paths(captured: Captured) -> PassStats:
 
 def _norm_behind(path: Node) -> Node | None:
     """The norm that may add the LoRA of a path: of one site, whose product nobody else reads."""
-    (reader, *others), sites = path.users, LinearArguments.of(path).sites
-    return reader if operator_name(reader) == _NORM and not others and len(sites) == 1 else None
+    readers, sites = list(path.users), LinearArguments.of(path).sites
+    return readers[0] if [*map(operator_name, readers)] == [_NORM] and len(sites) == 1 else None
 
 
 def _fuse_with_norm(graph: Graph, path: Node, known: LinearArguments, norm: Node) -> None:

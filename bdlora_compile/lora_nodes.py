@@ -145,10 +145,8 @@ class ApplyArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearArguments(_Arguments):
-    """Of ``bdlora::lora_linear``, a base product with its LoRA."""
-
-    OPERATOR = "lora_linear"
+class _ProductArguments(_Arguments):
+    """Of a base product with its LoRA."""
 
     x: Node
     weight: Node
@@ -162,7 +160,25 @@ class LinearArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearArguments(_ProductArguments):
+    """Of ``bdlora::lora_linear``."""
+
+    OPERATOR = "lora_linear"
+
     h_planes: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSwigluArguments(_ProductArguments):
+    """Of ``bdlora::lora_linear_swiglu``, the product of gate and up, and what becomes of it."""
+
+    OPERATOR = "lora_linear_swiglu"
+
+    down: int
+    down_width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,28 +198,6 @@ class LinearDeferredArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearSwigluArguments(_Arguments):
-    """Of ``bdlora::lora_linear_swiglu``, the product of gate and up with its LoRA, and what becomes of it."""
-
-    OPERATOR = "lora_linear_swiglu"
-
-    x: Node
-    weight: Node
-    pool: Node
-    slots: Node
-    scales: Node
-    token_slot: Node
-    order: Node
-    segments: Node
-    counters: Node
-    sites: Sequence[int]
-    width: int
-    out_features: Sequence[int]
-    down: int
-    down_width: int
 
 
 def is_shrink(node: Node) -> bool:

@@ -135,9 +135,13 @@ def check(ranks: Ranks) -> dict[str, int]:
     def values(rows: int, columns: int, turn: int, of: int) -> Tensor:
         return summand(2 * rows * columns, of, step + turn).view(rows, columns)
 
+    def summed(rows: int, columns: int, turn: int) -> Tensor:
+        """Integers of at most 15 times the ranks: exact in bf16."""
+        return sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
+
     def expected(rows: int, columns: int, turn: int) -> Tensor:
-        """Sums of integers of at most 75, exact in float32, as each rank's are in bf16."""
-        total = sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
+        """With LoRA each rank's are integers of at most 75, exact in bf16; their sum is, in float32."""
+        total = summed(rows, columns, turn)
         if has_lora(rows, columns):
             total += sum(lora.added(values(rows, Lora.FEATURES, turn, size + 1 + of)) for of in range(size))
         return total
@@ -165,8 +169,7 @@ def check(ranks: Ranks) -> dict[str, int]:
             digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
             if turn % 2:
                 found = all_reduce(own, ranks.buffer, *ways[turn % 3], ranks.group)
-                plain = sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros_like(reduced))
-                sums.add_((found.float() != plain).sum())
+                sums.add_((found.float() != summed(rows, columns, turn)).sum())
         step.add_(1)
 
     replay = captured(run)

@@ -91,7 +91,8 @@ def _(
     h: Tensor | None = None,
 ) -> Tensor:
     h = h if is_served_by_token(x) else None
-    plan = _product_of(x, weight, width, out_features, is_h_given=h is not None)
+    call = Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width)
+    plan = _product_of(call, x, weight, is_h_given=h is not None)
     if plan is None and h is None:
         return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
@@ -102,7 +103,7 @@ def _(
     else:
         assert h is not None, "asked before"
         y = torch.nn.functional.linear(rows, weight)
-        tiles = launches_for(Call(rows.shape[0], rows.shape[1], tuple(out_features), width)).expand
+        tiles = launches_for(call).expand
         launch.expand(y, h, factors, scales, None, out_features, 1, tiles, overlap=can_overlap(), behind_y=True)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -153,13 +154,10 @@ def is_served_by_token(x: Tensor) -> bool:
     return has_kernels(x.dtype) and math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT
 
 
-def _product_of(
-    x: Tensor, weight: Tensor, width: int, out_features: Sequence[int], *, is_h_given: bool
-) -> Product | None:
+def _product_of(call: Call, x: Tensor, weight: Tensor, *, is_h_given: bool) -> Product | None:
     """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
     if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
-    call = Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width)
     plan = product_with_h(call) if is_h_given else product_for(call)
-    covers = plan is not None and weight.shape[0] == sum(out_features)
+    covers = plan is not None and weight.shape[0] == sum(call.out_features)
     return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from bdlora_compile.collectives import group_named
 from bdlora_compile.runtime.all_reduce import all_reduce, way
 from bdlora_compile.runtime.linear_op import is_served_by_token
-from bdlora_compile.runtime.ops import lora_apply_, lora_work
+from bdlora_compile.runtime.ops import lora_apply
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels import launch_norm
@@ -101,8 +101,9 @@ def all_reduce_add_norm_lora(
         x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group: as for `all_reduce_add_norm`.
         u, pool, slots, scales, token_slot, sites, width: of `lora_linear_deferred` with result x; one site.
     """
-    whole = _with_lora(x, u, (pool, slots, scales, token_slot), sites, width)
-    total, normed = all_reduce_add_norm(whole, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
+    if is_served_by_token(x):
+        x = _Deferred(u, (pool, slots, scales, token_slot), sites, width).added_to(x)
+    total, normed = all_reduce_add_norm(x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group)
     return total, normed
 
 
@@ -131,15 +132,29 @@ def _(
     sites: Sequence[int],
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    exchange = (buffer, mailbox, epsilon, one_shot, two_shot, group)
-    if not is_served_by_token(x) or not _exchanges(x, one_shot, two_shot, group):
-        whole = _with_lora(x, u, (pool, slots, scales, token_slot), sites, width)
-        return _by_kernels(whole, residual, weight, *exchange)
-    from bdlora_compile.runtime.kernels import launch, launch_norm  # Triton is there on GPUs only
+    deferred = _Deferred(u, (pool, slots, scales, token_slot), sites, width) if is_served_by_token(x) else None
+    return _by_kernels(x, residual, weight, buffer, mailbox, epsilon, one_shot, two_shot, group, deferred)
 
-    factors = launch.Factors(pool, slots, token_slot, sites)
-    ahead = launch_norm.Ahead(u.reshape(-1, u.shape[-1]).contiguous(), factors, scales, width)
-    return _by_kernels(x, residual, weight, *exchange, ahead)
+
+class _Deferred(NamedTuple):
+    """The LoRA that a product was left without; ``bank`` is pool, slots, scales and token_slot."""
+
+    u: Tensor
+    bank: tuple[Tensor, Tensor, Tensor, Tensor]
+    sites: Sequence[int]
+    width: int
+
+    def added_to(self, x: Tensor) -> Tensor:
+        """x and the LoRA."""
+        return lora_apply(self.u, x, *self.bank, self.sites, self.width, [x.shape[-1]])
+
+    def ahead(self) -> "launch_norm.Ahead":
+        """The same for the kernel."""
+        from bdlora_compile.runtime.kernels import launch, launch_norm  # Triton is there on GPUs only
+
+        pool, slots, scales, token_slot = self.bank
+        factors = launch.Factors(pool, slots, token_slot, self.sites)
+        return launch_norm.Ahead(self.u.reshape(-1, self.u.shape[-1]).contiguous(), factors, scales, self.width)
 
 
 def _by_kernels(
@@ -152,35 +167,23 @@ def _by_kernels(
     one_shot: int,
     two_shot: int,
     group: str,
-    ahead: "launch_norm.Ahead | None" = None,
+    deferred: _Deferred | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """On a GPU; ``ahead`` only where `_exchanges`."""
+    """(s, normed) on a GPU, with the LoRA that x lacks."""
     from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
 
     members: Any = group_named(group)
-    own, carried = (value.reshape(-1, x.shape[-1]).contiguous() for value in (x, residual))
-    if _exchanges(x, one_shot, two_shot, group):
+    rows, columns, size = math.prod(x.shape[:-1]), x.shape[-1], x.element_size()
+    goes_one_way = way(x.numel() * size, one_shot, two_shot, members.size()) == "one-shot"
+    exchanges = goes_one_way and launch_norm.can_exchange(rows, columns, size, members.size())
+    if deferred is not None and not exchanges:
+        x = deferred.added_to(x)
+    own, carried = (value.reshape(-1, columns).contiguous() for value in (x, residual))
+    if exchanges:
+        ahead = None if deferred is None else deferred.ahead()
         values = (own, carried, weight, mailbox, epsilon, members.rank(), members.size())
         total, normed = launch_norm.reduce_add_norm(*values, ahead)
     else:
         reduced = all_reduce(own, buffer, one_shot, two_shot, group)
         total, normed = launch_norm.add_norm(reduced, carried, weight, epsilon)
     return total.view(x.shape), normed.view(x.shape)
-
-
-def _exchanges(x: Tensor, one_shot: int, two_shot: int, group: str) -> bool:
-    """Whether one kernel can do the sum over the ranks and the norm."""
-    from bdlora_compile.runtime.kernels import launch_norm  # Triton is there on GPUs only
-
-    rows, columns, size, ranks = math.prod(x.shape[:-1]), x.shape[-1], x.element_size(), group_named(group).size()
-    goes_one_way = way(rows * columns * size, one_shot, two_shot, ranks) == "one-shot"
-    return goes_one_way and launch_norm.can_exchange(rows, columns, size, ranks)
-
-
-def _with_lora(x: Tensor, u: Tensor, bank: tuple[Tensor, ...], sites: Sequence[int], width: int) -> Tensor:
-    """x and what was deferred of it; ``bank`` is pool, slots, scales and token_slot."""
-    if not is_served_by_token(x):
-        return x
-    whole, (order, segments) = x.clone(memory_format=torch.contiguous_format), lora_work(x, bank[-1])
-    lora_apply_(u, whole, *bank, order, segments, sites, width, [x.shape[-1]])
-    return whole

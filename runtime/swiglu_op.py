@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,24 +58,9 @@ def lora_linear_swiglu(
 
 
 @lora_linear_swiglu.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    counters: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-    down: int,
-    down_width: int,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     m = x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
-    return m, _room_for_h(m, down_width)
+    return m, _room_for_h(m, down_width=others[-1])
 
 
 @lora_linear_swiglu.register_kernel("cuda")
@@ -110,9 +95,11 @@ def _(
         y = torch.nn.functional.linear(rows, weight)
     else:
         y = lora_linear(rows, weight, *bank, sites, width, out_features)
-    behind = launch.Factors(pool, slots, token_slot, [down]) if is_by_token else None
-    m, made = launch_swiglu.swiglu(y, gate_and_up, scales, pending, behind, down_width)
-    return m.view(*x.shape[:-1], features), _room_for_h(m, down_width) if made is None else made
+    m = rows.new_empty(rows.shape[0], features)
+    made = _room_for_h(m, down_width)
+    behind = launch_swiglu.Behind(launch.Factors(pool, slots, token_slot, [down]), made) if is_by_token else None
+    launch_swiglu.swiglu(y, m, gate_and_up, scales, pending, behind)
+    return m.view(*x.shape[:-1], features), made
 
 
 def _h_of(x: Tensor, factors: "Factors", call: Call) -> Tensor:
@@ -123,7 +110,7 @@ def _h_of(x: Tensor, factors: "Factors", call: Call) -> Tensor:
     return launch.shrink(x, factors, None, h_width(call.width), tiles, overlap=overlap, early=overlap)
 
 
-def _room_for_h(m: Tensor, width: int) -> Tensor:
-    """h of what `m` is given to."""
+def _room_for_h(m: Tensor, down_width: int) -> Tensor:
+    """For h of down, which reads ``m``."""
     tokens, features = math.prod(m.shape[:-1]), m.shape[-1]
-    return m.new_empty(swiglu_planes(features), tokens, 1, h_width(width), dtype=accumulate_dtype(m.dtype))
+    return m.new_empty(swiglu_planes(features), tokens, 1, h_width(down_width), dtype=accumulate_dtype(m.dtype))

@@ -33,6 +33,9 @@ from bdlora_compile.runtime.kernels.tiles import (
     shrink_ahead,
 )
 
+ELEMENTS_OF_A_WARP = 256
+"""16 bytes of bf16 for each thread."""
+
 _ONE_GROUPING_LAUNCH = 1024
 """Tokens up to which one program groups them."""
 

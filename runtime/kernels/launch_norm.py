@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.launch import Factors, pdl
+from bdlora_compile.runtime.kernels.launch import ELEMENTS_OF_A_WARP, Factors, pdl
 from bdlora_compile.runtime.kernels.norm import (
     MAX_RANKS,
     MAX_ROWS,
@@ -16,8 +16,6 @@ from bdlora_compile.runtime.kernels.norm import (
 )
 from bdlora_compile.runtime.kernels.tiles import can_overlap
 
-_ELEMENTS_OF_A_WARP = 256
-"""16 bytes of bf16 for each thread."""
 _MOST_WARPS = 16
 _FEWEST_WARPS = 4
 """Of a program with LoRA."""
@@ -87,7 +85,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tup
 def _options(columns: int) -> dict[str, int]:
     overlap = can_overlap()
     block = triton.next_power_of_2(columns)
-    warps = min(max(1, block // _ELEMENTS_OF_A_WARP), _MOST_WARPS)
+    warps = min(max(1, block // ELEMENTS_OF_A_WARP), _MOST_WARPS)
     return {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps, **pdl(overlap)}
 
 

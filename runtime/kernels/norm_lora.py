@@ -14,6 +14,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     OUT_START,
     known_multiple_of_8,
+    load_b,
     slot_row,
 )
 
@@ -43,21 +44,14 @@ def product_of_slot(pool, slots, scales, site, slot, num_slots, IN: tl.constexpr
 
 
 @triton.jit
-def _load_rows(factor, row, end, size, column, inside):
-    """Rows of a factor below ``end`` at some of ``size`` columns, [ROWS, columns]."""
-    mask = (row < end)[:, None] & inside[None, :]
-    return tl.load(factor + row[:, None] * size + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def first_rows_of_product(product, column, inside, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
     """(the first rows and columns of A, the first rows of B); zeros where the product is not plain."""
     a, b, _, rank, _, columns, _, _, is_plain = product
     row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     end = tl.where(is_plain, rank, 0)
     columns = known_multiple_of_8(columns)
-    a_rows = _load_rows(a, row, end, columns, k, k < columns)
-    return a_rows, _load_rows(b, row, end, COLUMNS, column, inside)
+    a_rows = load_b(a, row, row < end, k, k < columns, 1, columns, False)
+    return a_rows, load_b(b, row, row < end, column, inside, 1, COLUMNS, False)
 
 
 @triton.jit
@@ -70,7 +64,7 @@ def _h_of_rows(factor, a, u, row, end, height, columns, BLOCK_K: tl.constexpr):
     total = factor.to(tl.float32) * value.to(tl.float32)
     for start in range(BLOCK_K, columns, BLOCK_K):
         within = start + k
-        more = _load_rows(a, row, end, columns, within, within < columns)
+        more = load_b(a, row, row < end, within, within < columns, 1, columns, False)
         value = tl.load(u_rows + within[None, :], mask=is_row & (within < columns)[None, :], other=0.0)
         total += more.to(tl.float32) * value.to(tl.float32)
     return tl.sum(total, axis=1)
@@ -113,9 +107,9 @@ def lora_of_product(
         h = _h_of_rows(a_rows, a, u, row, rank, height, columns, BLOCK_K)
         total += tl.sum(h[:, None] * b_rows.to(tl.float32), axis=0)
         for first in range(ROWS, rank, ROWS):
-            factor = _load_rows(a, first + row, rank, columns, k, k < columns)
+            factor = load_b(a, first + row, first + row < rank, k, k < columns, 1, columns, False)
             h = _h_of_rows(factor, a, u, first + row, rank, height, columns, BLOCK_K)
-            factor = _load_rows(b, first + row, rank, COLUMNS, column, inside)
+            factor = load_b(b, first + row, first + row < rank, column, inside, 1, COLUMNS, False)
             total += tl.sum(h[:, None] * factor.to(tl.float32), axis=0)
     else:
         total += _added_by_rows(product, u, column, inside, COLUMNS)

@@ -75,9 +75,13 @@ class Call:
         """By the kernel."""
         bank = self.bank
         gate_and_up = launch.Factors(bank.pool, bank.slots, self.token_slot, [0, 1])
-        down = launch.Factors(bank.pool, bank.slots, self.token_slot, [2]) if shrinks else None
-        h = self.h if expands else None
-        return launch_swiglu.swiglu(self.gate_up, gate_and_up, bank.scales, h, down, self.width)
+        m = torch.empty(TOKENS, self.case.features, dtype=torch.float16, device=DEVICE)
+        planes = tiles.swiglu_planes(self.case.features)
+        made = torch.empty(planes, TOKENS, 1, tiles.h_width(self.width), device=DEVICE)
+        down = launch_swiglu.Behind(launch.Factors(bank.pool, bank.slots, self.token_slot, [2]), made)
+        h, behind = self.h if expands else None, down if shrinks else None
+        launch_swiglu.swiglu(self.gate_up, m, gate_and_up, bank.scales, h, behind)
+        return m, made if shrinks else None
 
     def wanted_m(self, *, expands: bool = True) -> Tensor:
         gate, up = self.gate_up.double().cpu().clone().chunk(2, dim=1)

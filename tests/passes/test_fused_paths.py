@@ -1,4 +1,4 @@
-"""h of LoRA paths that the kernel which writes their input makes: of norms behind sums, and of activations."""
+"""Parts of LoRA paths that the kernels beside their product do: norms behind sums, and activations."""
 
 from collections.abc import Callable
 from dataclasses import replace
