@@ -172,20 +172,8 @@ class LinearArguments(_ProductArguments):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearSwigluArguments(_ProductArguments):
-    """Of ``bdlora::lora_linear_swiglu``, the product of gate and up, and what becomes of it."""
-
-    OPERATOR = "lora_linear_swiglu"
-
-    down: int
-    down_width: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinearDeferredArguments(_Arguments):
-    """Of ``bdlora::lora_linear_deferred``, of which the norm behind does the LoRA for few tokens."""
-
-    OPERATOR = "lora_linear_deferred"
+class _DeferredArguments(_Arguments):
+    """Of a base product that leaves LoRA of few tokens to who reads its result."""
 
     x: Node
     weight: Node
@@ -198,6 +186,77 @@ class LinearDeferredArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearDeferredArguments(_DeferredArguments):
+    """Of ``bdlora::lora_linear_deferred``."""
+
+    OPERATOR = "lora_linear_deferred"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAheadArguments(_DeferredArguments):
+    """Of ``bdlora::lora_linear_ahead``, which makes h."""
+
+    OPERATOR = "lora_linear_ahead"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandDeferredArguments(ExpandInPlaceArguments):
+    """Of ``bdlora::lora_expand_deferred_``."""
+
+    OPERATOR = "lora_expand_deferred_"
+
+
+@dataclass(frozen=True, slots=True)
+class SwigluArguments(_Arguments):
+    """Of ``bdlora::lora_swiglu``; ``y`` and ``h`` are those of gate and up."""
+
+    OPERATOR = "lora_swiglu"
+
+    y: Node
+    h: Node | None
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    sites: Sequence[int]
+    parts: int
+    down: Sequence[int]
+    down_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotateArguments(_Arguments):
+    """Of ``bdlora::rotate_and_cache``."""
+
+    OPERATOR = "rotate_and_cache"
+
+    y: Node
+    cos: Node
+    sin: Node
+    keys: Node
+    values: Node
+    lengths: Node
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotateLoraArguments(RotateArguments):
+    """Of ``bdlora::rotate_and_cache_lora``; ``h`` and what follows are of q, k and v."""
+
+    OPERATOR = "rotate_and_cache_lora"
+
+    h: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    sites: Sequence[int]
+    out_features: Sequence[int]
+    parts: int
 
 
 def is_shrink(node: Node) -> bool:

@@ -21,7 +21,10 @@ _LORA_OPERATORS: Mapping[str, Kind] = {
     "bdlora::lora_apply_": "lora",
     "bdlora::lora_linear": "lora",
     "bdlora::lora_linear_deferred": "lora",
-    "bdlora::lora_linear_swiglu": "lora",
+    "bdlora::lora_linear_ahead": "lora",
+    "bdlora::lora_expand_deferred_": "lora-b",
+    "bdlora::lora_swiglu": "lora",
+    "bdlora::lora_nothing": "lora",
 }
 _PRODUCTS = frozenset({"linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "embedding"})
 _MOVES = frozenset({
@@ -46,7 +49,10 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_linear": "Triton: runtime/kernels/linear.py for few tokens, else a product by the BLAS library and "
     f"runtime/kernels/apply.py {_ELSEWHERE}",
     "bdlora::lora_linear_deferred": "a product by the BLAS library; its LoRA for few tokens: runtime/kernels/norm.py",
-    "bdlora::lora_linear_swiglu": "as bdlora::lora_linear, then runtime/kernels/swiglu.py",
+    "bdlora::lora_linear_ahead": "runtime/kernels/shrink.py for few tokens, and a product by the BLAS library",
+    "bdlora::lora_expand_deferred_": f"nothing for few tokens, else {_EXPAND}",
+    "bdlora::lora_swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
+    "bdlora::lora_nothing": "torch: zeros",
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",
     "bdlora::lora_counters": "torch: zeros, by which programs of one launch count each other",
     "bdlora::token_grid": "torch: runtime/embedding_ops.py",

@@ -1,5 +1,7 @@
 """The two halves of a LoRA path with a collective between them, as a compiled forward on a GPU runs them.
 
+For few tokens the second may be left to the kernel that reads y.
+
 They differ from `ops.lora_shrink` and `ops.lora_expand`: tokens are grouped once a forward for all of them, h holds
 anything where no slot writes (no expand reads that), and y is added to in place.
 """
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels.tiles import one_plane_shrink
+from bdlora_compile.runtime.linear_op import is_served_by_token
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
 
@@ -127,3 +130,27 @@ def expand_by_kernels(
     work = launch.work_for(rows.shape[0], order, segments)
     planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
     launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
+
+
+@torch.library.custom_op("bdlora::lora_expand_deferred_", mutates_args=("y",))
+def lora_expand_deferred_(
+    y: Tensor,
+    h: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    out_features: Sequence[int],
+    parts: int,
+) -> None:
+    """`lora_expand_`, but of few tokens (`linear_op.is_served_by_token`) it is left to who reads y."""
+    if not is_served_by_token(y):
+        lora_expand_(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
+
+
+@lora_expand_deferred_.register_fake
+def _(y: Tensor, *_: object) -> None:
+    return None

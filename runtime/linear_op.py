@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,14 @@ from bdlora_compile.runtime.kernels.tiles import (
     Call,
     Product,
     can_overlap,
+    h_width,
     launches_for,
+    planes_for_reader,
     product_for,
     product_with_h,
+    shrink_for_reader,
 )
-from bdlora_compile.runtime.ops import has_kernels, lora_apply_
+from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_apply_, lora_shrink
 
 NUM_COUNTERS = 1024
 """Counters of a forward: two, and one for each tile of a product's columns."""
@@ -108,6 +112,71 @@ def _(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.custom_op("bdlora::lora_linear_ahead", mutates_args=())
+def lora_linear_ahead(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear`, but of few tokens (`is_served_by_token`) the second half of LoRA is left to who reads y.
+
+    Returns:
+        y: [..., O] like x. h: float32 [planes, T, n, `h_width`], which sum to A x; of more tokens than few it may hold
+        anything, and y lacks nothing.
+    """
+    y = lora_linear_deferred(x, weight, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
+    h = _room_for_h(x, len(sites), width).zero_()
+    if is_served_by_token(x):
+        h[0] = lora_shrink(x, pool, slots, token_slot, sites, h.shape[-1]).unflatten(1, (len(sites), -1))
+    return y, h
+
+
+@lora_linear_ahead.register_fake
+def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, sites, width, _out_features = others
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _room_for_h(x, len(sites), width)
+
+
+@lora_linear_ahead.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    if not is_served_by_token(x):
+        bank = (pool, slots, scales, token_slot)
+        return _in_two(x, weight, bank, order, segments, sites, width, out_features), _room_for_h(x, len(sites), width)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    # Ahead of the product, the shrink starts while the kernel that writes x ends.
+    rows, overlap = x.reshape(-1, x.shape[-1]), can_overlap()
+    tiles = shrink_for_reader(rows.shape[0], rows.shape[1], width)
+    factors = launch.Factors(pool, slots, token_slot, sites)
+    h = launch.shrink(rows, factors, None, h_width(width), tiles, overlap=overlap, early=overlap)
+    return torch.nn.functional.linear(x, weight), h
+
+
+def _room_for_h(x: Tensor, num_sites: int, width: int) -> Tensor:
+    planes, tokens = planes_for_reader(x.shape[-1]), math.prod(x.shape[:-1])
+    return x.new_empty(planes, tokens, num_sites, h_width(width), dtype=accumulate_dtype(x.dtype))
+
+
 @torch.library.custom_op("bdlora::lora_linear_deferred", mutates_args=())
 def lora_linear_deferred(
     x: Tensor,
@@ -122,7 +191,7 @@ def lora_linear_deferred(
     width: int,
     out_features: Sequence[int],
 ) -> Tensor:
-    """`lora_linear`, but of few tokens (`is_served_by_token`) LoRA is left to `norm_op.all_reduce_add_norm_lora`."""
+    """`lora_linear`, but of few tokens (`is_served_by_token`) all of LoRA is left to who reads y."""
     if is_served_by_token(x):
         return torch.nn.functional.linear(x, weight)
     return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
@@ -131,6 +200,17 @@ def lora_linear_deferred(
 @lora_linear_deferred.register_fake
 def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("bdlora::lora_nothing", mutates_args=())
+def lora_nothing(x: Tensor, planes: int, parts: int, width: int) -> Tensor:
+    """An h that nobody reads, for a table in which no slot has an adapter: float32 [planes, T, parts, width]."""
+    return _nothing(x, planes, parts, width)
+
+
+@lora_nothing.register_fake
+def _nothing(x: Tensor, planes: int, parts: int, width: int) -> Tensor:
+    return x.new_empty(planes, math.prod(x.shape[:-1]), parts, width, dtype=accumulate_dtype(x.dtype))
 
 
 def _in_two(

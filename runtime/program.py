@@ -206,9 +206,11 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
             return state.store.get(parameter, placement)
         case MergedSource(parts):
             return state.store.get_merged(parts)
-        case BankSource(field, layer):
+        case BankSource(field, layer, is_before):
             table: torch.Tensor = getattr(state.bank, field.value)
-            return table if layer is None else table[plan.rows(layer)]
+            return (
+                _rows_before(layer, table, plan) if is_before else table if layer is None else table[plan.rows(layer)]
+            )
         case SymmetricSource() if state.all_reduce.buffer is not None:
             return state.all_reduce.buffer
         case MailboxSource() if state.all_reduce.mailbox is not None:
@@ -223,3 +225,12 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
                 expected="a weight, a tensor of the bank, symmetric memory, or an argument",
                 remedy="report this: the tag pass has to run first",
             )
+
+
+def _rows_before(layer: str | None, table: torch.Tensor, plan: ModelPlan) -> torch.Tensor:
+    """Of a bank's table those of the layer before; zeros before the first."""
+    assert layer is not None, "a layer has one before it"
+    prefix, _, number = layer.rpartition(".")
+    if int(number) == 0:
+        return torch.zeros_like(table[plan.rows(layer)])
+    return table[plan.rows(f"{prefix}.{int(number) - 1}")]

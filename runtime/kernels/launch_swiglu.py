@@ -25,7 +25,13 @@ class Behind(NamedTuple):
 
 
 def swiglu(
-    gate_up: Tensor, m: Tensor, gate_and_up: Factors, scales: Tensor, h: Tensor | None, behind: Behind | None
+    gate_up: Tensor,
+    m: Tensor,
+    gate_and_up: Factors,
+    scales: Tensor,
+    h: Tensor | None,
+    behind: Behind | None,
+    parts: int = 1,
 ) -> None:
     """m = silu(gate) * up.
 
@@ -33,8 +39,9 @@ def swiglu(
         gate_up: [T, 2 F], F a multiple of 8; not changed.
         m: [T, F], written.
         gate_and_up: where those sites' factors lie; read if ``h`` is given.
-        h: float32 [planes, T, 2, any width]: the LoRA that is not in ``gate_up`` yet.
+        h: float32 [planes, T, parts * 2, any width]: the LoRA that is not in ``gate_up`` yet.
         behind: None if nobody wants its h.
+        parts: ranks whose shares of h lie side by side, see `ops.lora_expand`.
     """
     (tokens, features), overlap = m.shape, can_overlap()
     columns, tiles = swiglu_columns(features), swiglu_planes(features)
@@ -44,6 +51,6 @@ def swiglu(
         gate_up, h, m, made, gate_and_up.pool, gate_and_up.slots, scales, gate_and_up.token_slot,
         tokens, gate_and_up.num_slots, 0 if h is None else h.shape[-1], width, *gate_and_up.sites, down,
         FEATURES=features, BLOCK=columns, ROWS=_ROWS if made is None else min(_ROWS, width),
-        PLANES=1 if h is None else h.shape[0], WIDTH=width, EXPAND=h is not None, SHRINK=made is not None,
+        PLANES=1 if h is None else h.shape[0], PARTS=parts, WIDTH=width, EXPAND=h is not None, SHRINK=made is not None,
         OVERLAP=overlap, num_warps=max(1, columns // ELEMENTS_OF_A_WARP), **pdl(overlap),
     )  # fmt: skip

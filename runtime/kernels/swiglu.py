@@ -19,6 +19,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     B_RANK,
     OUT_START,
+    h_offset,
     known_multiple_of_8,
     let_next_kernel_start,
     load_h,
@@ -55,19 +56,24 @@ def _load_rows(factor, elements, inside, row, height, columns):
 
 
 @triton.jit
-def _b_h_of_rows(factor, h, plane_stride, row, block, is_second, height, rank, PLANES: tl.constexpr):
-    """Rows of B [R, O] times h, summed: [O]."""
+def _b_h_of_rows(
+    factor, h, plane_stride, row, block, is_second, height, rank, index, width,
+    PLANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Rows of B [R, O] times a token's h at one of two sites, summed: [O]."""
     own = block * height + row
-    first = load_h(h + own, plane_stride, row < height, PLANES)
-    second = load_h(h + own + height, plane_stride, (row < height) & (own + height < rank), PLANES)
+    first = load_h(h + h_offset(own, rank, index, width, 2, PARTS), plane_stride, row < height, PLANES)
+    other = own + height
+    is_other = (row < height) & (other < rank)
+    second = load_h(h + h_offset(other, rank, index, width, 2, PARTS), plane_stride, is_other, PLANES)
     value = tl.where(is_second[None, :], second[:, None], first[:, None])
     return tl.sum(value * factor.to(tl.float32), axis=0)
 
 
 @triton.jit
 def _b_h(
-    b, first_rows, o, inside, first, size, start, rank, blocks, is_plain, h, plane_stride,
-    ROWS: tl.constexpr, PLANES: tl.constexpr,
+    b, first_rows, o, inside, first, size, start, rank, blocks, is_plain, h, plane_stride, index, width,
+    ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """B h at a tile's columns, [O]. ``first_rows`` are what `_first_rows` loaded."""
     columns, height = size // blocks, rank // blocks
@@ -76,17 +82,23 @@ def _b_h(
         block = first // columns
         is_second, elements = _elements(o, block, columns, height)
         row = tl.arange(0, ROWS)
-        total += _b_h_of_rows(first_rows, h, plane_stride, row, block, is_second, height, rank, PLANES)
+        total += _b_h_of_rows(
+            first_rows, h, plane_stride, row, block, is_second, height, rank, index, width, PLANES, PARTS
+        )  # fmt: skip
         for more in range(ROWS, height, ROWS):
             factor = _load_rows(b, elements, inside, more + row, height, columns)
-            total += _b_h_of_rows(factor, h, plane_stride, more + row, block, is_second, height, rank, PLANES)
+            total += _b_h_of_rows(
+                factor, h, plane_stride, more + row, block, is_second, height, rank, index, width, PLANES, PARTS
+            )  # fmt: skip
     else:
         # Seldom, and must not cost the others registers: a row at a time.
         for j in range(rank):
             within = o - start - j // height * columns
             mask = inside & (within >= 0) & (within < columns)
             factor = tl.load(b + j * columns + within, mask=mask, other=0.0)
-            value = load_h(h + j + tl.arange(0, 1), plane_stride, tl.arange(0, 1) == 0, PLANES)
+            only = tl.arange(0, 1)
+            at = h + h_offset(j + only, rank, index, width, 2, PARTS)
+            value = load_h(at, plane_stride, only == 0, PLANES)
             total += tl.sum(value, axis=0) * factor.to(tl.float32)
     return total
 
@@ -149,12 +161,12 @@ def _site_of_b(slots, scales, site, slot, chosen, num_slots):
 def swiglu_tokens(
     gate_up, h, m, h_behind, pool, slots, scales, token_slot,
     tokens, num_slots, width, width_behind, gate_site, up_site, down_site,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PLANES: tl.constexpr, WIDTH: tl.constexpr,
-    EXPAND: tl.constexpr, SHRINK: tl.constexpr, OVERLAP: tl.constexpr,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr, EXPAND: tl.constexpr, SHRINK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, tiles of BLOCK columns). gate_up [T, 2 * FEATURES], m [T, FEATURES]; FEATURES is a multiple of 8.
 
-    EXPAND: h float32 [PLANES, T, 2, width] is that of gate and up, whose LoRA is not in gate_up yet.
+    EXPAND: h float32 [PLANES, T, PARTS, 2, width] is that of gate and up, whose LoRA is not in gate_up yet.
     SHRINK: h_behind float32 [tiles, T, 1, width_behind] is written, for ranks up to WIDTH, a power of two.
     OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended.
     """
@@ -187,16 +199,16 @@ def swiglu_tokens(
     up = tl.load(row + FEATURES + o, mask=inside, other=0.0)
     kind: tl.constexpr = gate.dtype
     if EXPAND:
-        h_token = h + token.to(tl.int64) * (2 * width)
-        stride = tokens.to(tl.int64) * (2 * width)
+        h_token = h + token.to(tl.int64) * (2 * PARTS * width)
+        stride = tokens.to(tl.int64) * (2 * PARTS * width)
         added = _b_h(
-            gate_b, g_rows, o, inside, first, FEATURES, g_start, g_rank, g_blocks, g_is_plain, h_token, stride,
-            ROWS, PLANES,
+            gate_b, g_rows, o, inside, first, FEATURES, g_start, g_rank, g_blocks, g_is_plain, h_token, stride, 0,
+            width, ROWS, PLANES, PARTS,
         )  # fmt: skip
         gate = (gate.to(tl.float32) + g_scale * added).to(kind)
         added = _b_h(
-            up_b, u_rows, o, inside, first, FEATURES, u_start, u_rank, u_blocks, u_is_plain, h_token + width, stride,
-            ROWS, PLANES,
+            up_b, u_rows, o, inside, first, FEATURES, u_start, u_rank, u_blocks, u_is_plain, h_token, stride, 1,
+            width, ROWS, PLANES, PARTS,
         )  # fmt: skip
         up = (up.to(tl.float32) + u_scale * added).to(kind)
     exact = gate.to(tl.float32)

@@ -3,7 +3,7 @@
 Nothing is measured when the package is imported or used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -133,6 +133,9 @@ _FEW_ROWS = 2
 
 _PRODUCT_SIZE = 27_000_000
 """Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
+
+_ELEMENTS_OF_SHRINK = 16384
+"""Elements of A that a program holds of a shrink for who reads the product's result: 64 a thread of 8 warps."""
 
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
@@ -321,12 +324,25 @@ def product_with_h(call: Call) -> Product | None:
     return product_for(call) if call.tokens <= PRODUCT_LIMIT else None
 
 
-def adds_at_activation(call: Call) -> bool:
-    """Whether LoRA of gate and up is added where both are read, for few tokens, and not to their product before.
+def leaves_lora(in_features: int, out_features: Sequence[int]) -> bool:
+    """Whether a product leaves LoRA of few tokens to the kernel that reads its result.
 
-    It is where that product is so large that cuBLAS's is faster by more than LoRA costs there.
+    It does where it is so large that cuBLAS's product is faster, by more than LoRA costs there, than one with LoRA
+    inside.
     """
-    return sum(call.out_features) * call.in_features > _PRODUCT_SIZE
+    return sum(out_features) * in_features > _PRODUCT_SIZE
+
+
+def shrink_for_reader(tokens: int, in_features: int, width: int) -> Shrink:
+    """The launch that makes h of few tokens for the kernel that reads the product's result."""
+    depth = -(-_power_of_two(in_features) // planes_for_reader(in_features))
+    rows = max(1, min(h_width(width), _ELEMENTS_OF_SHRINK // depth))
+    return Shrink(rows, depth, max(1, rows * depth // 2048))
+
+
+def planes_for_reader(in_features: int) -> int:
+    """Planes of that h, whatever the number of tokens."""
+    return max(1, _power_of_two(in_features) // 2048)
 
 
 def launches_for(call: Call) -> TwoLaunches:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime import linear_op, swiglu_op
+from bdlora_compile.runtime import linear_op
+from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_expand_deferred_
 from bdlora_compile.runtime.cache_ops import cache_write_
 from bdlora_compile.runtime.kernels.tiles import Product
-from bdlora_compile.runtime.linear_op import lora_counters, lora_linear
+from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_ahead
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
-from bdlora_compile.runtime.swiglu_op import lora_linear_swiglu
+from bdlora_compile.runtime.swiglu_op import lora_swiglu
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, inputs
 
 TOLERANCE = 4 * 2.0**-11
@@ -106,28 +107,59 @@ def test_linear_with_h(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPa
     assert (error(found, wanted) < 0.02) is not by_token, "of many tokens it is not read"
 
 
-@pytest.mark.parametrize("is_late", [False, True], ids=["in the product", "where it is read"])
-def test_linear_and_swiglu(call: Call, is_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA of gate and up in their product, or added where they are read."""
+def test_a_product_that_leaves_its_lora(call: Call) -> None:
+    """With few tokens y lacks it, and h sums to A x; with many it is there."""
+    by_token = call.case.tokens <= 64
+
+    def run(operator: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        y, h = operator(call.x, call.weight, *call.bank, *call.work(), SITES, 8, call.case.out_features)
+        return y, h
+
+    (y, h), (wanted, wanted_h) = run(on_gpu(lora_linear_ahead)), run(plain(lora_linear_ahead))
+    assert error(y, wanted.double()) < TOLERANCE
+    assert h.shape == wanted_h.shape
+    without = call.x @ call.weight.t()
+    assert (error(y, without.double()) < TOLERANCE) is by_token
+    if by_token:
+        total, wanted_total = h.sum(0), wanted_h.sum(0)
+        assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
+        assert not error(2 * total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
+
+
+@pytest.mark.parametrize("has_h", [True, False], ids=["with h", "without"])
+@pytest.mark.parametrize("down", [[2], []], ids=["down", "nobody"])
+def test_swiglu(call: Call, has_h: bool, down: list[int]) -> None:
+    """B h of gate and up, in parts of two ranks, and A m of down; h of many tokens is not read."""
     call = Call(call.case.tokens, (64, 64, 64))
     by_token = call.case.tokens <= 64
-    product = Product(columns=16, depth=16, splits=2, stages=1)
-    monkeypatch.setattr(linear_op, "product_for", lambda _: product if by_token else None)
-    monkeypatch.setattr(swiglu_op, "adds_at_activation", lambda _: is_late)
+    h = torch.randn(3, call.case.tokens, 4, 8, device=DEVICE) / 4 if has_h else None
 
-    def run(operator: Callable[..., Any], weight: Tensor) -> tuple[Tensor, Tensor]:
-        shared = (*call.bank, *call.work(), lora_counters(call.token_slot))
-        m, planes = operator(call.x, weight, *shared, [0, 1], 8, (64, 64), 2, 8)
+    def run(operator: Callable[..., Any], factor: float = 1) -> tuple[Tensor, Tensor]:
+        m, planes = operator(call.y[:, :128], h if h is None else factor * h, *call.bank, [0, 1], 2, down, 8)
         return m, planes
 
-    found, planes = run(on_gpu(lora_linear_swiglu), call.weight)
-    wanted, wanted_planes = run(plain(lora_linear_swiglu), call.weight)
+    (found, planes), (wanted, wanted_planes) = run(on_gpu(lora_swiglu)), run(plain(lora_swiglu))
     assert error(found, wanted.double()) < TOLERANCE
     assert planes.shape == wanted_planes.shape
-    if by_token:
-        h, wanted_h = planes.sum(0), wanted_planes.sum(0)
-        assert error(h[wanted_h != 0], wanted_h[wanted_h != 0].double()) < TOLERANCE
-    assert not error(found, run(plain(lora_linear_swiglu), call.weight.flip(0))[0].double()) < 0.02
+    assert bool(planes.shape[0]) is bool(down)
+    if by_token and down:
+        total, wanted_total = planes.sum(0), wanted_planes.sum(0)
+        assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
+    twin, _ = run(plain(lora_swiglu), 3)
+    assert (error(found, twin.double()) < 0.02) is not (by_token and has_h)
+
+
+def test_expand_in_place(call: Call) -> None:
+    """The deferred one leaves few tokens to others, and is the same for many."""
+    h = torch.randn(call.case.tokens, 24, device=DEVICE)
+    runs = (on_gpu(lora_expand_), plain(lora_expand_), plain(lora_expand_deferred_))
+    found, wanted, deferred = results = [call.y.clone() for _ in runs]
+    for y, run in zip(results, runs, strict=True):
+        run(y, h, *call.bank, *call.work(), SITES, call.case.out_features, 1)
+    assert error(found, wanted.double()) < TOLERANCE
+    assert not error(call.y, wanted.double()) < 0.02
+    assert torch.equal(deferred, call.y) is (call.case.tokens <= 64)
+    assert torch.equal(deferred, wanted) is (call.case.tokens > 64)
 
 
 def test_cache_write() -> None:
