@@ -1,4 +1,6 @@
-"""What the kernels share: a slot's row of the table, a program's site, rows of B, and waiting for other kernels."""
+"""What the kernels share: a slot's row of the table, a program's site, rows of B, places in h, and waiting for other
+kernels.
+"""
 
 import triton
 import triton.language as tl
@@ -74,6 +76,15 @@ def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexp
         inside = inside & ((o // columns)[None, :] == block[:, None])
         within = o[None, :] - (block * columns)[:, None]
     return tl.load(b + row[:, None] * columns + within, mask=inside, other=0.0)
+
+
+@triton.jit
+def h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
+    """Where element j of a slot's rank, which is not 0, lies in a token's row of h, [PARTS, n_sites, width]."""
+    if PARTS == 1:
+        return index * width + j
+    share = rank // PARTS
+    return (j // share * n_sites + index) * width + j % share
 
 
 @triton.jit
