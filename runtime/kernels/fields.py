@@ -1,4 +1,6 @@
-"""What the kernels share: a slot's row of the table, a program's site, rows of B, and waiting for other kernels."""
+"""What the kernels share: a slot's row of the table, a program's site, rows of B, places in h, and waiting for other
+kernels.
+"""
 
 import triton
 import triton.language as tl
@@ -78,10 +80,11 @@ def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexp
 
 @triton.jit
 def h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
-    """Where element j of a slot's rank lies in a token's row of h, for one of a call's sites."""
+    """Where element j of a slot's rank lies in a token's row of h, [PARTS, n_sites, width]."""
     if PARTS == 1:
         return index * width + j
-    share = rank // PARTS
+    # A slot without an adapter has no rank: nothing is read then.
+    share = tl.maximum(rank // PARTS, 1)
     return (j // share * n_sites + index) * width + j % share
 
 

@@ -1,6 +1,6 @@
 """Launching the kernels of `norm.py`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,6 +44,25 @@ class Ahead(NamedTuple):
     width: int
 
 
+class Given(NamedTuple):
+    """The same, where A u is given.
+
+    Attributes:
+        h: float32 [planes, rows, parts, width], contiguous. Planes are summed; parts lie side by side, each with an
+            equal share of a slot's rank at the left.
+        factors: where those of its one site lie; A is not read.
+        scales: float32 [sites, S].
+        out_features: columns that B writes, from the slot's OUT_START on; those past x's are dropped.
+        parts: ranks whose shares of h these are.
+    """
+
+    h: Tensor
+    factors: Factors
+    scales: Tensor
+    out_features: int
+    parts: int
+
+
 def reduce_add_norm(
     x: Tensor,
     residual: Tensor,
@@ -52,7 +71,7 @@ def reduce_add_norm(
     epsilon: float,
     rank: int,
     ranks: int,
-    ahead: Ahead | None = None,
+    ahead: Ahead | Given | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(residual + the sum of all ranks' x, its norm), [rows, columns] each; `can_exchange` has been asked.
 
@@ -60,16 +79,12 @@ def reduce_add_norm(
     """
     total, normed = torch.empty_like(x), torch.empty_like(x)
     rows, options = x.shape[0], _options(x.shape[1])
-    lora: tuple[Tensor | int | None, ...] = (None, None, None, None, None, 0, 0)
-    tiles = {"IN": 0, "ROWS": 1, "BLOCK_K": 1}
+    lora = _NO_LORA
     if ahead is not None:
-        factors, options["num_warps"] = ahead.factors, max(options["num_warps"], _FEWEST_WARPS)
-        lora = (
-            ahead.u, factors.pool, factors.slots, ahead.scales, factors.token_slot, factors.num_slots, factors.sites[0]
-        )  # fmt: skip
-        tiles = _tiles(options["BLOCK"], options["num_warps"], ahead)
+        options["num_warps"] = max(options["num_warps"], _FEWEST_WARPS)
+        lora = _lora(ahead, options["BLOCK"], options["num_warps"])
     all_reduce_add_norm_rows[(rows,)](
-        x, residual, weight, mailbox, total, normed, epsilon, *lora, RANK=rank, RANKS=ranks, **tiles, **options
+        x, residual, weight, mailbox, total, normed, epsilon, **lora, RANK=rank, RANKS=ranks, **options
     )
     return total, normed
 
@@ -89,9 +104,25 @@ def _options(columns: int) -> dict[str, int]:
     return {"COLUMNS": columns, "BLOCK": block, "OVERLAP": overlap, "num_warps": warps, **pdl(overlap)}
 
 
-def _tiles(block: int, warps: int, ahead: Ahead) -> dict[str, int]:
-    """How much of both factors a program holds at once."""
-    rows = min(triton.next_power_of_2(ahead.width), max(1, warps * _ELEMENTS_OF_B // block))
-    in_features = ahead.u.shape[1]
-    columns = min(triton.next_power_of_2(in_features), max(1, warps * _ELEMENTS_OF_A // rows))
-    return {"IN": in_features, "ROWS": rows, "BLOCK_K": columns}
+_NO_LORA: dict[str, Any] = {
+    **dict.fromkeys(("u", "h", "pool", "slots", "scales", "token_slot")),
+    **{"num_slots": 0, "site": 0, "width": 0, "ROWS": 1, "IN": 0, "BLOCK_K": 1, "PLANES": 0, "PARTS": 1, "OUT": 0},
+}
+"""The kernel's arguments for an x that lacks none."""
+
+
+def _lora(ahead: Ahead | Given, block: int, warps: int) -> dict[str, Any]:
+    """The same for one that does: where the LoRA lies, and how much of its factors a program holds at once."""
+    pool, slots, token_slot, (site,) = ahead.factors
+    bank = {"pool": pool, "slots": slots, "scales": ahead.scales, "token_slot": token_slot}
+    lora = {**_NO_LORA, **bank, "num_slots": ahead.factors.num_slots, "site": site}
+    most_rows = max(1, warps * _ELEMENTS_OF_B // block)
+    if isinstance(ahead, Given):
+        planes, width, parts = ahead.h.shape[0], ahead.h.shape[-1], ahead.parts
+        rows = min(triton.next_power_of_2(parts * width), most_rows)
+        own = {"h": ahead.h, "width": width, "PLANES": planes, "PARTS": parts, "OUT": ahead.out_features}
+    else:
+        rows, in_features = min(triton.next_power_of_2(ahead.width), most_rows), ahead.u.shape[1]
+        columns = min(triton.next_power_of_2(in_features), max(1, warps * _ELEMENTS_OF_A // rows))
+        own = {"u": ahead.u, "IN": in_features, "BLOCK_K": columns}
+    return {**lora, **own, "ROWS": rows}

@@ -1,6 +1,7 @@
 """LoRA of the product ahead of an all-reduce and norm: B (A u), which `norm.py` adds before it sums over the ranks.
 
-A program has all columns of a token and makes all of its h, so that neither factor needs a launch of its own.
+A program has all columns of a token and makes all of its h, so that neither factor needs a launch of its own. Or h is
+given, by an earlier kernel or a sum over the ranks: then B alone is read, which may write a part of the columns.
 """
 
 import triton
@@ -9,12 +10,14 @@ import triton.language as tl
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
-    A_RANK,
     B_BLOCKS,
     B_OFFSET,
+    B_RANK,
     OUT_START,
+    h_offset,
     known_multiple_of_8,
     load_b,
+    load_h,
     slot_row,
 )
 
@@ -23,21 +26,28 @@ NARROW: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit
+def _b_of_slot(pool, slots, scales, site, slot, num_slots):
+    """A slot's B at a site: (b, scale, rank, 0 without adapter, blocks, first column that it writes)."""
+    fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(slot, 0))
+    rank = tl.where(slot < 0, 0, tl.load(fields + B_RANK).to(tl.int32))
+    blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
+    return b, scale, rank, blocks, tl.load(fields + OUT_START).to(tl.int32)
+
+
+@triton.jit
 def product_of_slot(pool, slots, scales, site, slot, num_slots, IN: tl.constexpr, COLUMNS: tl.constexpr):
     """A slot's factors at the site of a product [COLUMNS, IN].
 
     Returns:
-        a, b, scale, rank (0 without adapter); rows and columns of a block of A; blocks of B and the first column that B
-        writes; and whether B is one block from the first column on, and all sizes are multiples of 8.
+        a, b, scale, rank of both (0 without adapter); rows and columns of a block of A; blocks of B and the first
+        column that B writes; and whether B is one block from the first column on, and all sizes are multiples of 8.
     """
     fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
     a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
-    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
-    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(slot, 0))
-    rank = tl.where(slot < 0, 0, tl.load(fields + A_RANK).to(tl.int32))
+    b, scale, rank, b_blocks, start = _b_of_slot(pool, slots, scales, site, slot, num_slots)
     a_blocks = tl.maximum(tl.load(fields + A_BLOCKS).to(tl.int32), 1)
-    b_blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
-    start = tl.load(fields + OUT_START).to(tl.int32)
     height, columns = tl.maximum(rank // a_blocks, 1), IN // a_blocks
     is_plain = (columns % 8 == 0) & (COLUMNS % 8 == 0) & (b_blocks == 1) & (start == 0)
     return a, b, scale, rank, height, columns, b_blocks, start, is_plain
@@ -113,4 +123,84 @@ def lora_of_product(
             total += tl.sum(h[:, None] * factor.to(tl.float32), axis=0)
     else:
         total += _added_by_rows(product, u, column, inside, COLUMNS)
+    return scale * total
+
+
+# --- h is given -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def factor_of_slot(pool, slots, scales, site, slot, num_slots, OUT: tl.constexpr):
+    """A slot's B [r, OUT / blocks] at a site whose h is given.
+
+    Returns:
+        b, scale, rank (0 without adapter), blocks and the first column that B writes; and whether B is one block, and
+        that column and OUT are multiples of 8.
+    """
+    b, scale, rank, blocks, start = _b_of_slot(pool, slots, scales, site, slot, num_slots)
+    return b, scale, rank, blocks, start, (OUT % 8 == 0) & (blocks == 1) & (start % 8 == 0)
+
+
+@triton.jit
+def _plain_rows(b, row, is_row, column, inside, start, OUT: tl.constexpr):
+    """Rows of B, which is plain and writes OUT columns from ``start`` on, at some columns; zeros at the others."""
+    own = column - known_multiple_of_8(start)
+    return load_b(b, row, is_row, own, inside & (own >= 0) & (own < OUT), 1, OUT, False)
+
+
+@triton.jit
+def first_rows_of_factor(factor, column, inside, OUT: tl.constexpr, ROWS: tl.constexpr):
+    """The first rows of B; zeros where it is not plain."""
+    b, _, rank, _, start, is_plain = factor
+    row = tl.arange(0, ROWS)
+    return _plain_rows(b, row, row < tl.where(is_plain, rank, 0), column, inside, start, OUT)
+
+
+@triton.jit
+def _given_h(h, plane_stride, width, row, rank, PLANES: tl.constexpr, PARTS: tl.constexpr):
+    """h of some rows of B; zero behind the last, where it is not read."""
+    # Without rank there is no row, but a share of none would be divided by.
+    at = h + h_offset(row, tl.maximum(rank, PARTS), 0, width, 1, PARTS)
+    return load_h(at, plane_stride, row < rank, PLANES)
+
+
+@triton.jit
+def _b_h_by_rows(
+    factor, h, plane_stride, width, column, inside, OUT: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """B h for any sizes and blocks, a row after the other: seldom, and must not cost registers."""
+    b, _, rank, blocks, start, _ = factor
+    total = tl.zeros(column.shape, dtype=tl.float32)
+    columns, height = OUT // blocks, tl.maximum(rank // blocks, 1)
+    for j in range(rank):
+        own = column - start - j // height * columns
+        row = tl.load(b + j * columns + own, mask=inside & (own >= 0) & (own < columns), other=0.0)
+        value = _given_h(h, plane_stride, width, j + tl.arange(0, 1), rank, PLANES, PARTS)
+        total += tl.sum(value, axis=0) * row.to(tl.float32)
+    return total
+
+
+@triton.jit
+def lora_of_h(
+    factor, first_rows, h, plane_stride, width, column, inside,
+    OUT: tl.constexpr, ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """scale * (B h) at some columns, in float32.
+
+    Args:
+        factor: from `factor_of_slot`. first_rows: from `first_rows_of_factor`.
+        h: the token's row, float32 [PARTS, width], in the first of PLANES planes, which are summed.
+    """
+    b, scale, rank, _, start, is_plain = factor
+    total = tl.zeros(column.shape, dtype=tl.float32)
+    if is_plain:
+        row = tl.arange(0, ROWS)
+        value = _given_h(h, plane_stride, width, row, rank, PLANES, PARTS)
+        total += tl.sum(value[:, None] * first_rows.to(tl.float32), axis=0)
+        for first in range(ROWS, rank, ROWS):
+            rows = _plain_rows(b, first + row, first + row < rank, column, inside, start, OUT)
+            value = _given_h(h, plane_stride, width, first + row, rank, PLANES, PARTS)
+            total += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
+    else:
+        total += _b_h_by_rows(factor, h, plane_stride, width, column, inside, OUT, PLANES, PARTS)
     return scale * total

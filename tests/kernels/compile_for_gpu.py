@@ -54,8 +54,10 @@ SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
-NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "IN": 0, "ROWS": 1, "BLOCK_K": 1}
+NO_LORA = {"ROWS": 1, "IN": 0, "BLOCK_K": 1, "PLANES": 0, "PARTS": 1, "OUT": 0}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, **NO_LORA}
 NORM_AND_LORA = {**NORM, "IN": 2048, "ROWS": 16, "BLOCK_K": 512}
+NORM_AND_H = {**NORM, "ROWS": 16, "PLANES": 4, "OUT": 4096}
 SWIGLU = {
     "FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "PARTS": 1, "WIDTH": 16, "EXPAND": True, "SHRINK": True,
 }  # fmt: skip
@@ -80,6 +82,8 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
     "norm and LoRA": (all_reduce_add_norm_rows, NORM_AND_LORA, 16),
+    "norm and LoRA of h": (all_reduce_add_norm_rows, NORM_AND_H, 16),
+    "norm and LoRA of h, a slice": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "OUT": 1024}, 16),
     "swiglu": (swiglu_tokens, SWIGLU, 8),
     "swiglu without expand": (swiglu_tokens, {**SWIGLU, "EXPAND": False}, 8),
     "product with h": (linear_tokens, {**PRODUCT, "PLANES": 8, "AHEAD": False, "GIVEN": True}, 4),

@@ -73,6 +73,21 @@ def test_a_norm_with_lora_reads_factors_at_once(compiled: dict[str, tuple[list[s
     assert 0 < registers <= 128, "16 warps have no more"
 
 
+@pytest.mark.parametrize("kernel", ["norm and LoRA of h", "norm and LoRA of h, a slice"])
+def test_a_norm_with_a_given_h_reads_b_at_once(compiled: dict[str, tuple[list[str], int]], kernel: str) -> None:
+    """16 rows of B a thread beside the norm's weight, in loads of 16 bytes ahead of the wait; then x and residual.
+
+    Behind them come loads of 16 rows again, for larger ranks, and narrow ones, for odd sizes.
+    """
+    order, registers = compiled[kernel]
+    wait = order.index("wait")
+    assert order[:wait] == ["wide load"] * (1 + 16)
+    assert order[wait + 1 : wait + 4] == ["wide load"] * 2 + ["barrier"]
+    assert order.count("wide load") == 1 + 16 + 2 + 16 + 3
+    assert order.count("narrow load") == 8
+    assert 0 < registers <= 128, "16 warps have no more"
+
+
 def test_an_expand_behind_a_product_waits_before_it_reads_y(code: Code) -> None:
     """In each branch; behind a shrink it reads y at once."""
     for kernel, waits in (("expand behind a product", True), ("expand", False)):

@@ -7,20 +7,23 @@ Tolerance, relative to the largest value: the sum over the ranks, the residual's
 weight are rounded, each by half a unit in the last place of a number up to twice as large.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime import norm_op
+from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from bdlora_compile.runtime.kernels.launch import Factors
 from bdlora_compile.runtime.linear_op import lora_linear_deferred
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm_lora
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm_expand, all_reduce_add_norm_lora
 from bdlora_compile.runtime.ops import lora_work
-from tests.kernels.test_gpu_operators import on_gpu
-from tests.kernels.test_kernels import DEVICE, Case, bank_of
+from tests.kernels.test_gpu_operators import on_gpu, plain
+from tests.kernels.test_kernels import DEVICE, NAMES, Case, bank_of
 
 TOLERANCES = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 EPSILON = 1e-5
@@ -41,7 +44,7 @@ def reduce_all(
     residual: Tensor,
     weight: Tensor,
     exchange: int = 0,
-    ahead: launch_norm.Ahead | None = None,
+    ahead: launch_norm.Ahead | launch_norm.Given | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What all ranks get in an exchange."""
     boxes = mailboxes(len(xs))
@@ -201,3 +204,152 @@ def test_the_operator(rows: int, limit: int, dtype: torch.dtype, monkeypatch: py
     assert error(found, [value.view(shape) for value in product.wanted(product.token_slot)]) < 2 * TOLERANCES[dtype]
     twin = product.wanted(product.token_slot.roll(1))
     assert not error(found, [value.view(shape) for value in twin]) < 8 * TOLERANCES[dtype]
+
+
+# --- with a given h -------------------------------------------------------------------------------------------------
+
+RANKS_OF_B = (8, 4, 24)
+WIDTH = 24
+NO_RANK = len(RANKS_OF_B)
+"""A slot that has nothing at the site."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which columns B writes, how it is packed, and how many elements of it a warp holds at once."""
+
+    columns: int = 64
+    size: int = 64
+    start: int = 0
+    blocks: int = 1
+    parts: int = 1
+    elements: int = 4096
+
+
+class ProductOfH:
+    """x that lacks B h: tokens of three adapters, of one that has none at the site, and of none; h holds NaN elsewhere.
+
+    ``halves`` [planes, T, WIDTH]: each token's h without gaps, as far as its slot's rank goes.
+    """
+
+    def __init__(self, form: Form, ranks: int, planes: int, dtype: torch.dtype, rows: int = 5) -> None:
+        self.form = form
+        self.xs, self.residual, self.weight = inputs(ranks, rows, form.columns, dtype)
+        bank, self.b = AdapterBank(NAMES, NO_RANK + 1, 20000, 256, dtype, DEVICE), {}
+        for slot, rank in enumerate(RANKS_OF_B):
+            shape = LocalShape(rank // form.parts, rank, 1, form.blocks, 16, form.size, form.start)
+            a = torch.randn(shape.a_rank, 16).to(dtype)
+            b = torch.randn(rank, form.size // form.blocks).to(dtype)
+            self.b[slot] = torch.block_diag(*b.double().chunk(form.blocks))
+            staged = bank.stage({NAMES[1]: (LocalFactors(shape, a, b), 0.25 * (slot + 1))})
+            bank.write(slot, staged, bank.used_elements())
+        self.token_slot = (torch.arange(rows, device=DEVICE) % 5 - 1).to(torch.int32).roll(2)
+        self.bank = (bank.pool, bank.slots, bank.scales, self.token_slot)
+        self.halves = torch.randn(planes, rows, WIDTH)
+        self.h = self._spread()
+
+    def _spread(self) -> Tensor:
+        """[planes, T, parts, width] with each token's shares."""
+        planes, rows, _ = self.halves.shape
+        h = torch.full((planes, rows, self.form.parts, WIDTH), float("nan"))
+        for token, slot in enumerate(self.token_slot.tolist()):
+            rank = RANKS_OF_B[slot] if 0 <= slot < NO_RANK else 0
+            share = rank // self.form.parts
+            h[:, token, :, :share] = self.halves[:, token, :rank].reshape(planes, self.form.parts, share)
+        return h.to(DEVICE)
+
+    def given(self) -> launch_norm.Given:
+        pool, slots, scales, token_slot = self.bank
+        return launch_norm.Given(self.h, Factors(pool, slots, token_slot, [1]), scales, self.form.size, self.form.parts)
+
+    def wanted(self, token_slot: Tensor, halves: Tensor, factor: float = 1) -> tuple[Tensor, Tensor]:
+        """In float64, each rank's LoRA the same."""
+        form, h = self.form, halves.double().sum(0)
+        added = torch.zeros(len(token_slot), form.start + form.size, dtype=torch.float64)
+        for token, slot in enumerate(token_slot.tolist()):
+            if 0 <= slot < NO_RANK:
+                scaled = factor * 0.25 * (slot + 1) * h[token, : RANKS_OF_B[slot]]
+                added[token, form.start :] = scaled @ self.b[slot]
+        room = torch.zeros(self.residual.shape, dtype=torch.float64)
+        written = min(form.columns, form.start + form.size)
+        room[:, :written] = added[:, :written]
+        return expected([x.double() + room.to(DEVICE) for x in self.xs], self.residual, self.weight)
+
+
+FORMS = {
+    "one block": Form(),
+    "several turns": Form(elements=32),
+    "a slice": Form(size=16, start=32),
+    "columns cut": Form(size=48, start=32, elements=32),
+    "2 parts": Form(parts=2),
+    "4 parts, several turns": Form(size=16, start=16, parts=4, elements=32),
+    "packed B": Form(blocks=2),
+    "packed, columns cut, 2 parts": Form(size=48, start=32, blocks=4, parts=2),
+    "odd columns": Form(columns=36, size=36),
+    "odd slice, columns cut": Form(columns=36, size=9, start=29, parts=4),
+    "odd start": Form(size=16, start=5),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
+@pytest.mark.parametrize(("ranks", "planes"), [(1, 3), (2, 1)])
+@pytest.mark.parametrize("name", FORMS)
+def test_lora_of_a_given_h(name: str, ranks: int, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B h is added to each rank's x before the sum; another slot, scale or h of the tokens would be noticed."""
+    monkeypatch.setattr(launch_norm, "_ELEMENTS_OF_B", FORMS[name].elements)
+    product = ProductOfH(FORMS[name], ranks, planes, torch.bfloat16)
+    found = reduce_all(product.xs, product.residual, product.weight, 4, product.given())
+    right, halves = product.token_slot, product.halves
+    assert error(found[0], product.wanted(right, halves)) < 2 * TOLERANCES[torch.bfloat16], "x is rounded, too"
+    for twin in (
+        product.wanted(right.roll(1), halves),
+        product.wanted(right, halves.roll(1, dims=1)),
+        product.wanted(right, halves, factor=2),
+    ):
+        assert not error(found[0], twin) < 8 * TOLERANCES[torch.bfloat16]
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_program_holds_no_more_rows_than_a_slot_has() -> None:
+    """The shares of all parts count; of wide rows fewer are held."""
+    product = ProductOfH(Form(parts=4), 1, 1, torch.bfloat16)
+    assert launch_norm._lora(product.given(), 4096, 16)["ROWS"] == 16
+    assert launch_norm._lora(product.given(), 64, 4)["ROWS"] == 128, "4 parts of 24, as a power of two"
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "dtype"),
+    [
+        (5, 1 << 20, torch.bfloat16),
+        (5, 0, torch.bfloat16),
+        (70, 1 << 20, torch.bfloat16),
+        (5, 1 << 20, torch.float32),
+    ],
+    ids=["exchanged", "apart", "many tokens", "float32"],
+)
+def test_the_operator_with_a_given_h(
+    rows: int, limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on GPUs against what runs elsewhere: of few tokens h is read, and x itself is not written."""
+    monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
+    monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x.clone())
+    form = Form(size=48, start=32, parts=2)
+    product = ProductOfH(form, 1, 3, dtype, rows)
+    (mailbox,) = mailboxes(1)
+    exchange = (mailbox, mailbox, EPSILON, limit, limit, "group")
+    shape = (5, -1, 64)
+    x, residual = (value.view(shape) for value in (product.xs[0], product.residual))
+    before = x.clone()
+
+    def run(operator: Callable[..., tuple[Tensor, Tensor]], h: Tensor) -> tuple[Tensor, Tensor]:
+        return operator(x, residual, product.weight, *exchange, h, *product.bank, [1], [form.size], form.parts)
+
+    is_few = rows == 5 and dtype is torch.bfloat16
+    wanted = run(plain(all_reduce_add_norm_expand), product.h)
+    assert error(run(on_gpu(all_reduce_add_norm_expand), product.h), wanted) < 2 * TOLERANCES[dtype]
+    halves = product.halves if is_few else 0 * product.halves
+    exact = [value.view(shape) for value in product.wanted(product.token_slot, halves)]
+    assert error(wanted, exact) < 2 * TOLERANCES[dtype]
+    twin = run(on_gpu(all_reduce_add_norm_expand), 2 * product.h)
+    assert (error(twin, wanted) < 8 * TOLERANCES[dtype]) is not is_few
+    assert torch.equal(x, before)
