@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from bdlora_compile import lora_paths
 from bdlora_compile.collectives import all_reduce
 from bdlora_compile.factors import Layout, LocalFactors, LocalShape
 from bdlora_compile.fused_paths import fuse_paths
@@ -106,8 +107,9 @@ def compiled(captured: Captured, ranks: int, dtype: torch.dtype, layout: Layout)
     return captured
 
 
-def test_norms_and_activations_do_parts_of_lora(golden: GoldenCheck) -> None:
+def test_norms_and_activations_do_parts_of_lora(golden: GoldenCheck, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm does the LoRA of o; the activation A of down, and, where it is faster, B of gate and up."""
+    monkeypatch.setattr(lora_paths, "leaves_lora", lambda *_: True)
     captured = half_a_layer(2)
     stats = fuse_paths(captured)
     propagate(captured.graph, "emit")
@@ -249,6 +251,7 @@ def test_the_graph_computes_the_same(
     The same sums in the same order: equal but for where they are rounded, once or twice a value.
     """
     monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
+    monkeypatch.setattr(lora_paths, "leaves_lora", lambda *_: make is a_layer)
     # Between o and the last norm of a whole layer are some roundings more.
     tolerance = (4 if make is last_site else 8) * torch.finfo(dtype).eps
     before, after = (make(ranks, dtype, layout) for _ in range(2))
