@@ -60,10 +60,12 @@ class Shrink:
     """`shrink_tokens` and `shrink_segments`.
 
     Attributes:
-        rows, depth: rows and columns of A that a program holds at once.
+        rows, depth: rows and columns of A that a program holds at once; by token, for each of its tokens.
         warps: of a program.
         splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
             ``depth`` columns.
+        tokens: by token only: of a program, 1, 2 or 4 that follow each other. Where several have one adapter, the L1
+            cache can serve the reads of its A but the first; x is read once for each group of ``rows`` rows.
     """
 
     rows: int
@@ -71,6 +73,7 @@ class Shrink:
     warps: int
     splits: int = 1
     stages: int = 1
+    tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +352,11 @@ def launches_for(call: Call) -> TwoLaunches:
     """The shrink and the expand of a call whose two halves are launches of their own in any case."""
     plan = plan_for(call)
     return plan if isinstance(plan, TwoLaunches) else default_launches(call)
+
+
+def shrink_before_product(call: Call) -> Shrink:
+    """The launch ahead of a product, at few tokens, whose h is not for that product: the kernel behind it adds B h."""
+    return launches_for(call).shrink
 
 
 def h_width(width: int) -> int:

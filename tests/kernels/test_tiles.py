@@ -37,6 +37,17 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
             assert plan.shrink.splits <= max(1, in_features // 512)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64])
+@pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
+def test_a_shrink_before_a_product_is_by_token(tokens: int, width: int) -> None:
+    """Whatever plan is chosen: no stages, numbers of tokens that there are, tiles that registers hold."""
+    for in_features, out_features in SHAPES:
+        shrink = tiles.shrink_before_product(Call(tokens, in_features, out_features, width))
+        assert (shrink.splits, shrink.stages) == (1, 1)
+        assert shrink.tokens in (1, 2, 4)
+        assert shrink.tokens * shrink.rows * shrink.depth <= MOST_ELEMENTS * shrink.warps // 4
+
+
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (256, 256), (257, 2048), (100000, 2048)])
 def test_a_call_takes_the_next_larger_number_of_tokens(tokens: int, bucket: int) -> None:
     assert tiles.bucket_of(tokens) == bucket
