@@ -354,11 +354,6 @@ def launches_for(call: Call) -> TwoLaunches:
     return plan if isinstance(plan, TwoLaunches) else default_launches(call)
 
 
-def shrink_before_product(call: Call) -> Shrink:
-    """The launch ahead of a product, at few tokens, whose h is not for that product: the kernel behind it adds B h."""
-    return launches_for(call).shrink
-
-
 def h_width(width: int) -> int:
     """Columns of h for a site where a kernel that does something else makes h: a power of two."""
     return max(2, _power_of_two(width))
