@@ -200,6 +200,51 @@ class LinearDeferredArguments(_Arguments):
     out_features: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheWriteArguments(_Arguments):
+    """Of ``bdlora::cache_write_``, which has no LoRA; see `runtime/cache_ops.py`."""
+
+    OPERATOR = "cache_write_"
+
+    keys: Node
+    values: Node
+    k: Node
+    v: Node
+    lengths: Node
+
+
+@dataclass(frozen=True, slots=True)
+class RotateArguments(_Arguments):
+    """Of ``bdlora::rotate_and_cache``, which has no LoRA; see `runtime/rotary_op.py`."""
+
+    OPERATOR = "rotate_and_cache"
+
+    y: Node
+    cos: Node
+    sin: Node
+    keys: Node
+    values: Node
+    lengths: Node
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotateLoraArguments(RotateArguments):
+    """Of ``bdlora::rotate_and_cache_lora``, which for few tokens adds the LoRA of q, k and v that ``y`` lacks."""
+
+    OPERATOR = "rotate_and_cache_lora"
+
+    h: Node
+    pool: Node
+    slots: Node
+    scales: Node
+    token_slot: Node
+    sites: Sequence[int]
+    out_features: Sequence[int]
+    parts: int
+
+
 def is_shrink(node: Node) -> bool:
     """Whether the node is the first half of the LoRA path of a linear layer."""
     return ShrinkArguments.is_of(node)

@@ -13,6 +13,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_RANK,
     OUT_START,
     choose,
+    h_offset,
     known_multiple_of_8,
     load_b,
     load_h,
@@ -29,15 +30,6 @@ _VARYING = ["num_slots", "tokens", "n_sites", "tiles0", "tiles1", "site0", "site
 NARROW: tl.constexpr = tl.constexpr(16)
 """Columns that `expand_segments` holds at once where sizes are no multiples of 8; `expand_tokens` holds one row of B.
 Such sizes are seldom, and must not cost the others registers: a kernel has as many as its greediest branch."""
-
-
-@triton.jit
-def _h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
-    """Where element j of a slot's rank lies in a token's row of h."""
-    if PARTS == 1:
-        return index * width + j
-    share = rank // PARTS
-    return (j // share * n_sites + index) * width + j % share
 
 
 @triton.jit
@@ -60,7 +52,7 @@ def _add_to_token(
         row = first + tl.arange(0, BLOCK_R)
         factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
         wait_for_kernel_ahead(OVERLAP)
-        at = h_token + _h_offset(row, rank, index, width, n_sites, PARTS)
+        at = h_token + h_offset(row, rank, index, width, n_sites, PARTS)
         value = load_h(at, plane_stride, row < end, PLANES)
         total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
     tl.store(y_row + start + o, (before.to(tl.float32) + scale * total).to(before.dtype), mask=is_column)
@@ -126,7 +118,7 @@ def _h_of_segment(
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """h [BLOCK_T, BLOCK_R] as two numbers of the factors' dtype, a large part and the rest: 16 bits with bf16."""
-    at = h_rows[:, None] + _h_offset(row, rank, index, width, n_sites, PARTS)[None, :]
+    at = h_rows[:, None] + h_offset(row, rank, index, width, n_sites, PARTS)[None, :]
     value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for plane in tl.static_range(PLANES):
         value += tl.load(at + plane * plane_stride, mask=is_token[:, None] & (row < end)[None, :], other=0.0)

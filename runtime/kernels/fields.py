@@ -77,6 +77,15 @@ def load_b(b, row, is_row, o, is_column, height, columns, IS_PACKED: tl.constexp
 
 
 @triton.jit
+def h_offset(j, rank, index, width, n_sites, PARTS: tl.constexpr):
+    """Where element j of a slot's rank lies in a token's row of h."""
+    if PARTS == 1:
+        return index * width + j
+    share = rank // PARTS
+    return (j // share * n_sites + index) * width + j % share
+
+
+@triton.jit
 def load_h(at, plane_stride, mask, PLANES: tl.constexpr):
     """h at some places of the first plane, [R]; all planes are summed, in their order.
 
