@@ -16,6 +16,7 @@ from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.fused_paths import fuse_paths
+from bdlora_compile.fused_rotary import fuse_rotary
 from bdlora_compile.generated_code import CodeOfRegion, code_of
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
@@ -222,6 +223,10 @@ def _emit(
         stats = through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
         if stats is not None:
             report.norms[name] = stats
+        if deployment.plan.device.type == "cuda":
+            rotary = fuse_rotary(variant.graph)
+            if rotary.matches or rotary.refusals:
+                report.rotary[name] = rotary
     paths = fuse_paths(captured)
     report.paths = paths if paths.matches or paths.refusals else None
     variants = [split(variant) for variant in (captured, base_only)]

@@ -228,8 +228,21 @@ class SwigluArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
+class CacheWriteArguments(_Arguments):
+    """Of ``bdlora::cache_write_``, which has no LoRA; see `runtime/cache_ops.py`."""
+
+    OPERATOR = "cache_write_"
+
+    keys: Node
+    values: Node
+    k: Node
+    v: Node
+    lengths: Node
+
+
+@dataclass(frozen=True, slots=True)
 class RotateArguments(_Arguments):
-    """Of ``bdlora::rotate_and_cache``."""
+    """Of ``bdlora::rotate_and_cache``, which has no LoRA; see `runtime/rotary_op.py`."""
 
     OPERATOR = "rotate_and_cache"
 
@@ -245,7 +258,7 @@ class RotateArguments(_Arguments):
 
 @dataclass(frozen=True, slots=True)
 class RotateLoraArguments(RotateArguments):
-    """Of ``bdlora::rotate_and_cache_lora``; ``h`` and what follows are of q, k and v."""
+    """Of ``bdlora::rotate_and_cache_lora``, which for few tokens adds the LoRA of q, k and v that ``y`` lacks."""
 
     OPERATOR = "rotate_and_cache_lora"
 

@@ -25,6 +25,7 @@ _LORA_OPERATORS: Mapping[str, Kind] = {
     "bdlora::lora_expand_deferred_": "lora-b",
     "bdlora::lora_swiglu": "lora",
     "bdlora::lora_nothing": "lora",
+    "bdlora::rotate_and_cache_lora": "lora-b",
 }
 _PRODUCTS = frozenset({"linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "embedding"})
 _MOVES = frozenset({
@@ -38,6 +39,7 @@ _ELSEWHERE = "(bf16, f16 on CUDA), else torch: runtime/ops.py"
 _SHRINK = f"Triton: runtime/kernels/shrink.py {_ELSEWHERE}"
 _EXPAND = f"Triton: runtime/kernels/expand.py {_ELSEWHERE}"
 _APPLY = f"Triton: runtime/kernels/apply.py, one launch for few tokens {_ELSEWHERE}"
+_ROTARY = "Triton: runtime/kernels/rotary.py (bf16, f16 on CUDA), else torch: runtime/rotary_op.py"
 _KERNELS: Mapping[str, str] = {
     "bdlora::lora_shrink": _SHRINK,
     "bdlora::lora_shrink_grouped": _SHRINK,
@@ -53,6 +55,8 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_expand_deferred_": f"nothing for few tokens, else {_EXPAND}",
     "bdlora::lora_swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
     "bdlora::lora_nothing": "torch: zeros",
+    "bdlora::rotate_and_cache": _ROTARY,
+    "bdlora::rotate_and_cache_lora": f"{_ROTARY}; for few tokens with LoRA of the product before",
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",
     "bdlora::lora_counters": "torch: zeros, by which programs of one launch count each other",
     "bdlora::token_grid": "torch: runtime/embedding_ops.py",

@@ -73,6 +73,8 @@ class Report:
         all_reduce: which transport sums over the ranks, and why.
         norms: which all-reduces of each graph add the residual and norm as well, where the transport can; alike layers
             count once.
+        rotary: where in each graph rotations and the write to the cache are one operator, on GPUs; alike layers count
+            once.
         paths: of which LoRA paths the kernels beside do a part, and why not of others; None where no kernels run.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
@@ -90,6 +92,7 @@ class Report:
     tracing: str = ""
     all_reduce: str = ""
     norms: dict[str, PassStats] = field(default_factory=dict)
+    rotary: dict[str, PassStats] = field(default_factory=dict)
     paths: PassStats | None = None
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
@@ -129,6 +132,10 @@ class Report:
         for graph, stats in self.norms.items():
             sums = stats.matches + len(stats.refusals)
             lines.append(f"  all-reduce, residual and norm in one, {graph}: {stats.matches} of {sums}")
+            lines += _refusal_lines(stats.refusals)
+        for graph, stats in self.rotary.items():
+            writes = stats.matches + len(stats.refusals)
+            lines.append(f"  rotations and write to the cache in one, {graph}: {stats.matches} of {writes}")
             lines += _refusal_lines(stats.refusals)
         if self.paths is not None:
             paths = self.paths.matches + len(self.paths.refusals)

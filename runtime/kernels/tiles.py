@@ -369,6 +369,11 @@ def swiglu_planes(features: int) -> int:
     return -(-features // swiglu_columns(features))
 
 
+def rotary_heads(heads: int, kv_heads: int, dim: int) -> int:
+    """Heads that a program of `rotate_tokens` has: two times 256 columns, its first halves of heads and its second."""
+    return min(max(1, 256 // _power_of_two(dim // 2)), _power_of_two(max(heads, kv_heads)))
+
+
 def one_plane_shrink(in_features: int, width: int) -> Shrink:
     """A shrink by token whose programs see all columns of A: a collective then reads h as it is, without a sum."""
     depth = _power_of_two(in_features)

@@ -22,12 +22,13 @@ from bdlora_compile.runtime.kernels.cache import write_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
+from bdlora_compile.runtime.kernels.rotary import rotate_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
-    **dict.fromkeys(("keys", "values", "k", "v", "u", "gate_up", "m"), "*bf16"),
+    **dict.fromkeys(("keys", "values", "k", "v", "u", "gate_up", "m", "q", "cos", "sin"), "*bf16"),
     **dict.fromkeys(("scales", "h", "h_behind", "shares"), "*fp32"),
     **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
@@ -61,6 +62,10 @@ NORM_AND_H = {**NORM, "ROWS": 16, "PLANES": 4, "OUT": 4096}
 SWIGLU = {
     "FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "PARTS": 1, "WIDTH": 16, "EXPAND": True, "SHRINK": True,
 }  # fmt: skip
+ROTARY = {
+    "HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 4, "HALF": 64,
+    "ROWS": 4, "PLANES": 2, "PARTS": 1, "EXPAND": True,
+}  # fmt: skip
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
@@ -90,6 +95,8 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "swiglu": (swiglu_tokens, SWIGLU, 8),
     "swiglu without expand": (swiglu_tokens, {**SWIGLU, "EXPAND": False}, 8),
     "product with h": (linear_tokens, {**PRODUCT, "PLANES": 8, "AHEAD": False, "GIVEN": True}, 4),
+    "rotary": (rotate_tokens, ROTARY, 1),
+    "rotary without LoRA": (rotate_tokens, {**ROTARY, "EXPAND": False}, 1),
     "cache": (write_tokens, CACHE, 4),
 }
 """Kernel, constants and warps."""

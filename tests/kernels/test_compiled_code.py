@@ -122,6 +122,19 @@ def test_an_activation_reads_factors_at_once(compiled: dict[str, tuple[list[str]
         assert 0 < registers <= most
 
 
+def test_a_rotation_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
+    """Four rows of B, both halves of heads, ahead of y, cos and sin; seldom sizes cost no registers."""
+    for kernel, loads, most in (("rotary", 8, 96), ("rotary without LoRA", 0, 48)):
+        order, registers = compiled[kernel]
+        wait = order.index("wait")
+        assert order[: wait + 4] == ["wide load"] * loads + ["wait", "let start", "wide load", "wide load"]
+        assert order.count("wait") == 1
+        assert [kind for kind in order if "store" in kind] == ["wide store"] * 4
+        assert order[-8:-4] == ["wide load"] * 4, "cos and sin"
+        assert ("narrow load" in order) is (loads > 0)
+        assert 0 < registers <= most
+
+
 def test_a_product_whose_h_is_given_reads_x_behind_it(code: Code) -> None:
     """The kernel ahead writes both."""
     product = code["product with h"]

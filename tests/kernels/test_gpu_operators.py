@@ -17,6 +17,7 @@ from bdlora_compile.runtime.kernels.tiles import Product
 from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_ahead
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
+from bdlora_compile.runtime.rotary_op import rotate_and_cache, rotate_and_cache_lora
 from bdlora_compile.runtime.swiglu_op import lora_swiglu
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, inputs
 
@@ -38,8 +39,13 @@ def plain(operator: Any) -> Callable[..., Any]:
 class Call:
     """Arguments of the operators: fp16, tokens with three adapters and without one."""
 
-    def __init__(self, tokens: int, out_features: tuple[int, ...] = (64, 32, 32)) -> None:
-        self.case = Case(RANKS, 64, out_features, 1, 1, tokens, 3, torch.float16, False)
+    def __init__(
+        self,
+        tokens: int,
+        out_features: tuple[int, ...] = (64, 32, 32),
+        ranks: tuple[tuple[int, int, int], ...] = RANKS,
+    ) -> None:
+        self.case = Case(ranks, 64, out_features, 1, 1, tokens, 3, torch.float16, False)
         bank, _ = bank_of(self.case)
         self.x, self.y, _ = inputs(self.case)
         self.token_slot = (torch.arange(tokens, device=DEVICE) % 4 - 1).to(torch.int32)
@@ -173,6 +179,61 @@ def test_cache_write() -> None:
         assert run(keys, values, k, v, lengths) is None
         assert not torch.equal(keys, before)
     assert torch.equal(*stores)
+
+
+class Rotation:
+    """Arguments of rotations: 4 heads of q and 2 of k and v, 8 columns each, in a cache of 2 layers' memory."""
+
+    def __init__(self, call: Call, dim: int = 8, dtype: torch.dtype = torch.float16) -> None:
+        self.rows = 5 if call.case.tokens % 5 == 0 else 1
+        seq = call.case.tokens // self.rows
+        y = torch.randn(self.rows, seq, 8 * dim)
+        cos, sin = torch.randn(2, 1, seq, dim).unbind()
+        self.y, self.cos, self.sin = (x.to(DEVICE, dtype) for x in (y, cos, sin))
+        self.cache = torch.randn(2, self.rows, 2, seq + 4, dim).to(DEVICE, dtype)
+        self.lengths = torch.tensor([0, 4, 2, 1, 3], device=DEVICE)
+
+    def run(self, operator: Callable[..., Any], *lora: Any) -> tuple[Tensor, Tensor]:
+        """(q, the cache)."""
+        cache = self.cache.clone()
+        q: Tensor = operator(self.y, self.cos, self.sin, *cache.unbind(), self.lengths, 4, 2, *lora)
+        return q, cache
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(8, torch.float16), (7, torch.float16), (8, torch.float32)], ids=["served", "odd", "float32"]
+)
+def test_rotate_and_cache(call: Call, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits; what the kernel is not for is served by PyTorch's operators."""
+    from bdlora_compile.runtime.kernels import launch_rotary
+
+    is_odd = dim % 2 > 0
+    if is_odd or dtype is torch.float32:
+        monkeypatch.setattr(launch_rotary, "rotate", None)
+    rotation = Rotation(call, dim, dtype)
+    found, cache = rotation.run(on_gpu(rotate_and_cache))
+    wanted, wanted_cache = rotation.run(plain(rotate_and_cache))
+    assert torch.equal(found, wanted)
+    assert torch.equal(cache, wanted_cache)
+    assert found.stride() == wanted.stride()
+    assert not torch.equal(cache, rotation.cache)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("is_short", [False, True], ids=["all columns", "q alone is short"])
+def test_rotate_and_cache_with_lora(call: Call, parts: int, is_short: bool) -> None:
+    """Of few tokens LoRA is added, of many it is there; h of more planes than one, of one rank or of two."""
+    call = Call(call.case.tokens, (24 if is_short else 32, 16, 16), ((2, 4, 0), (8, 2, 6), (4, 4, 8)))
+    rotation, by_token = Rotation(call), call.case.tokens <= 64
+    h = torch.randn(3, call.case.tokens, parts * 3, 8, device=DEVICE)
+    lora = (*call.bank, SITES, call.case.out_features, parts)
+    found, cache = rotation.run(on_gpu(rotate_and_cache_lora), h, *lora)
+    wanted, wanted_cache = rotation.run(plain(rotate_and_cache_lora), h, *lora)
+    without, cache_without = rotation.run(plain(rotate_and_cache))
+    assert error(found, wanted.double()) < TOLERANCE
+    assert error(cache, wanted_cache.double()) < TOLERANCE
+    assert (not error(found, without.double()) < 0.02) is by_token
+    assert (not error(cache, cache_without.double()) < 0.02) is by_token
 
 
 def test_a_norm_behind_a_sum_over_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:

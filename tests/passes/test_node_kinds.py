@@ -21,6 +21,14 @@ def test_operators_of_lora_are_no_others(name: str) -> None:
     assert "runtime/" in kernel_of(node, kind) or "torch" in kernel_of(node, kind)
 
 
+def test_rotations_have_a_kernel() -> None:
+    """With LoRA or without."""
+    for name, wanted in (("rotate_and_cache", "other"), ("rotate_and_cache_lora", "lora-b")):
+        node = Graph().call_function(getattr(torch.ops.bdlora, name).default, ())
+        assert kind_of(node) == wanted
+        assert "runtime/kernels/rotary.py" in kernel_of(node, kind_of(node))
+
+
 def test_others_are_joined_by_inductor() -> None:
     assert len(LORA) >= 10
     node = Graph().call_function(torch.add, ())

@@ -1,0 +1,193 @@
+"""Between the product of q, k and v and attention, in one launch: q and k rotated, k and v written to the cache.
+
+For few tokens it may add the product's LoRA first, y += scale * (B h), which needs no launch of its own then. A program
+has some heads of q, of k or of v, of one token. A rotation pairs column j of a head with column j + d / 2: a program
+holds its heads' first halves and their second halves apart.
+
+As in `swiglu.py`, a program's columns seldom meet more than two blocks of a packed B: as many rows are held as a block
+has.
+"""
+
+import triton
+import triton.language as tl
+
+from bdlora_compile.runtime.kernels.fields import (
+    choose,
+    h_offset,
+    let_next_kernel_start,
+    load_h,
+    site_and_tile,
+    wait_for_kernel_ahead,
+)
+from bdlora_compile.runtime.kernels.swiglu import _elements, _first_rows, _is_plain, _load_rows, _site_of_b
+
+_VARYING = ["seq", "room", "angles_of_a_row", "tokens", "num_slots", "width", "q_site", "k_site", "v_site"]
+"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
+
+_N_SITES: tl.constexpr = tl.constexpr(3)
+
+
+@triton.jit
+def _sum_of_rows(factor, is_second, first, second):
+    """Rows of B [R, O] times h of each column's block, summed: [O]. ``first`` and ``second``: h of two blocks, [R]."""
+    value = tl.where(is_second[None, :], second[:, None], first[:, None])
+    return tl.sum(value * factor.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _h_of_two_blocks(
+    h, plane_stride, row, block, height, rank, index, width, PLANES: tl.constexpr, PARTS: tl.constexpr
+):
+    """h at rows ``row`` of a block and of the next one, [R] each."""
+    own = block * height + row
+    # No slot with a rank has one that is no multiple of PARTS; one without must not divide by zero.
+    shared = tl.maximum(rank, PARTS)
+    first = load_h(h + h_offset(own, shared, index, width, _N_SITES, PARTS), plane_stride, row < height, PLANES)
+    own += height
+    is_row = (row < height) & (own < rank)
+    return first, load_h(h + h_offset(own, shared, index, width, _N_SITES, PARTS), plane_stride, is_row, PLANES)
+
+
+@triton.jit
+def _b_h_plain(
+    b, low_rows, high_rows, low, high, inside, first, columns, height, rank, h, plane_stride, index, width,
+    ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """B h at columns ``low`` and ``high``, [O] each, that meet at most two blocks."""
+    block = first // columns
+    low_is_second, low_elements = _elements(low, block, columns, height)
+    high_is_second, high_elements = _elements(high, block, columns, height)
+    row = tl.arange(0, ROWS)
+    own, following = _h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, PLANES, PARTS)
+    low_total = _sum_of_rows(low_rows, low_is_second, own, following)
+    high_total = _sum_of_rows(high_rows, high_is_second, own, following)
+    for turn in range(ROWS, height, ROWS):
+        more = turn + row
+        own, following = _h_of_two_blocks(h, plane_stride, more, block, height, rank, index, width, PLANES, PARTS)
+        factor = _load_rows(b, low_elements, inside, more, height, columns)
+        low_total += _sum_of_rows(factor, low_is_second, own, following)
+        factor = _load_rows(b, high_elements, inside, more, height, columns)
+        high_total += _sum_of_rows(factor, high_is_second, own, following)
+    return low_total, high_total
+
+
+@triton.jit
+def _row_of_b(b, o, inside, start, columns, block):
+    """A row of B at columns ``o``, zero where its block has no such column."""
+    within = o - start - block * columns
+    return tl.load(b + within, mask=inside & (within >= 0) & (within < columns), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _b_h_by_row(
+    b, low, high, inside, start, columns, height, rank, h, plane_stride, index, width,
+    PLANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """The same for any sizes. Seldom, and must not cost the others registers: a row at a time."""
+    low_total = tl.zeros(low.shape, dtype=tl.float32)
+    high_total = tl.zeros(low.shape, dtype=tl.float32)
+    one = tl.arange(0, 1)
+    for j in range(rank):
+        at = h + h_offset(j, rank, index, width, _N_SITES, PARTS)
+        value = tl.sum(load_h(at + one, plane_stride, one == 0, PLANES), axis=0)
+        row = b + j * columns
+        low_total += value * _row_of_b(row, low, inside, start, columns, j // height)
+        high_total += value * _row_of_b(row, high, inside, start, columns, j // height)
+    return low_total, high_total
+
+
+@triton.jit
+def _product(x, factor):
+    """Rounded to the dtype of x, in float32 again."""
+    return (x.to(tl.float32) * factor.to(tl.float32)).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotated(low, high, cos, sin, within, inside, HALF_DIM: tl.constexpr):
+    """Both halves of heads, rounded where transformers' layers round; ``cos`` and ``sin`` point at a token's."""
+    low_cos = tl.load(cos + within, mask=inside, other=0.0)
+    low_sin = tl.load(sin + within, mask=inside, other=0.0)
+    high_cos = tl.load(cos + HALF_DIM + within, mask=inside, other=0.0)
+    high_sin = tl.load(sin + HALF_DIM + within, mask=inside, other=0.0)
+    rotated_low = (_product(low, low_cos) - _product(high, low_sin)).to(low.dtype)
+    return rotated_low, (_product(high, high_cos) + _product(low, high_sin)).to(low.dtype)
+
+
+@triton.jit
+def _store_halves(to, low, high, inside, HALF_DIM: tl.constexpr):
+    tl.store(to, low, mask=inside)
+    tl.store(to + HALF_DIM, high, mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def rotate_tokens(
+    y, cos, sin, keys, values, lengths, q, h, pool, slots, scales, token_slot,
+    seq, room, angles_of_a_row, c_b, c_h, c_l, tokens, num_slots, width, q_site, k_site, v_site,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, EXPAND: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, tiles of BLOCK_H heads of q, then of k, then of v). HALF: a power of two that holds DIM / 2.
+
+    y [T, (HEADS + 2 KV_HEADS) DIM], T tokens of rows of ``seq``; q [T, HEADS, DIM] is written.
+    cos, sin [rows of them, seq, DIM], one for all rows (``angles_of_a_row`` 0) or one for each (``seq``).
+    keys, values: strides in elements by row, head and token (c); a token's values lie together.
+    EXPAND: h float32 [PLANES, T, PARTS * 3, width] is that of q, k and v, whose LoRA is not in y yet.
+    OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended.
+    """
+    HALF_DIM: tl.constexpr = DIM // 2
+    TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    KV_TILES: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    token = tl.program_id(0)
+    index, tile = site_and_tile(tl.program_id(1), TILES, KV_TILES)
+    heads = tl.where(index == 0, HEADS, KV_HEADS)
+    number = tl.arange(0, BLOCK_H * HALF)
+    head, within = tile * BLOCK_H + number // HALF, number % HALF
+    inside = (head < heads) & (within < HALF_DIM)
+    # Columns of the site: a tile's first halves of heads, and its second ones.
+    low = head * DIM + within
+    high = low + HALF_DIM
+    if EXPAND:
+        chosen = tl.load(token_slot + token)
+        slot, site = tl.maximum(chosen, 0), choose(index, q_site, k_site, v_site)
+        offset, rank, blocks, start, scale = _site_of_b(slots, scales, site, slot, chosen, num_slots)
+        first, size, b = tile * (BLOCK_H * DIM), heads * DIM, pool + offset
+        last = tl.minimum(first + BLOCK_H * DIM, size) - 1
+        is_plain = _is_plain(first, last, size // blocks, start)
+        low_rows = _first_rows(b, low, inside, first, size, rank, blocks, is_plain, ROWS)
+        high_rows = _first_rows(b, high, inside, first, size, rank, blocks, is_plain, ROWS)
+    wait_for_kernel_ahead(OVERLAP)
+    let_next_kernel_start(OVERLAP)
+    at = y + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM) + choose(index, 0, HEADS, HEADS + KV_HEADS) * DIM
+    x_low = tl.load(at + low, mask=inside, other=0.0)
+    x_high = tl.load(at + high, mask=inside, other=0.0)
+    row, i = token // seq, token % seq
+    position = tl.load(lengths + row).to(tl.int64) + i
+    if EXPAND:
+        h_token = h + token.to(tl.int64) * (PARTS * _N_SITES * width)
+        stride = tokens.to(tl.int64) * (PARTS * _N_SITES * width)
+        columns, height = size // blocks, rank // blocks
+        if is_plain:
+            added_low, added_high = _b_h_plain(
+                b, low_rows, high_rows, low, high, inside, first, columns, height, rank, h_token, stride, index, width,
+                ROWS, PLANES, PARTS,
+            )  # fmt: skip
+        else:
+            added_low, added_high = _b_h_by_row(
+                b, low, high, inside, start, columns, height, rank, h_token, stride, index, width, PLANES, PARTS
+            )
+        x_low = (x_low.to(tl.float32) + scale * added_low).to(x_low.dtype)
+        x_high = (x_high.to(tl.float32) + scale * added_high).to(x_high.dtype)
+    if index < 2:
+        # Read no earlier: beside the rows of B they would cost half as many registers again.
+        angle = (row * angles_of_a_row + i).to(tl.int64) * DIM
+        x_low, x_high = _rotated(x_low, x_high, cos + angle, sin + angle, within, inside, HALF_DIM)
+    if index == 0:
+        _store_halves(q + token.to(tl.int64) * (HEADS * DIM) + low, x_low, x_high, inside, HALF_DIM)
+    else:
+        # A token without room would be another row's: it is left out.
+        inside = inside & (position >= 0) & (position < room)
+        to = row.to(tl.int64) * c_b + head.to(tl.int64) * c_h + position * c_l + within
+        if index == 1:
+            _store_halves(keys + to, x_low, x_high, inside, HALF_DIM)
+        else:
+            _store_halves(values + to, x_low, x_high, inside, HALF_DIM)
