@@ -74,8 +74,6 @@ def shrinks(case: Case) -> list[Shrink]:
         return [
             Shrink(8, 2048, 4), Shrink(8, 1024, 4), Shrink(8, 2048, 8), Shrink(16, 1024, 8), Shrink(4, 4096, 8),
             Shrink(16, 512, 4), Shrink(4, 2048, 4),
-            Shrink(4, 2048, 8, tokens=2), Shrink(8, 1024, 8, tokens=2), Shrink(4, 1024, 4, tokens=2),
-            Shrink(2, 2048, 8, tokens=4), Shrink(4, 1024, 8, tokens=4), Shrink(8, 512, 8, tokens=4),
         ]  # fmt: skip
     if case.tokens <= 256:
         return [

@@ -207,8 +207,8 @@ def shrink(
     constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
     options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
-        grid = (triton.cdiv(tokens, tiles.tokens), n_sites, planes * triton.cdiv(width, tiles.rows))
-        constants |= {"ROWS": tiles.rows, "TOKENS": tiles.tokens}
+        grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
+        constants |= {"ROWS": tiles.rows}
         shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(n_sites * width, tiles.rows)

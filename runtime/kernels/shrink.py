@@ -54,179 +54,60 @@ def _h_of_packed_rows(
     return tl.sum(total, axis=1)
 
 
-@triton.jit
-def _h_of_packed(
-    x_row, a, rows, is_row, in_features, rank, blocks, split,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """[ROWS] products of A's rows with x over a split's columns: several blocks, and sizes of any kind."""
-    columns = in_features // blocks
-    first_column = rows // (rank // blocks) * columns
-    share = tl.cdiv(tl.cdiv(columns, SPLITS), 8) * 8
-    begin = split * share
-    end = tl.minimum(begin + share, columns)
-    if columns % 8 == 0:
-        # Known to be multiples: loads of 16 bytes.
-        total = _h_of_packed_rows(
-            x_row, a, rows, is_row, known_multiple_of_8(first_column), known_multiple_of_8(columns),
-            known_multiple_of_8(begin), known_multiple_of_8(end), ROWS, PART_K, OVERLAP,
-        )  # fmt: skip
-    else:
-        total = _h_of_packed_rows(x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, NARROW, OVERLAP)
-    return total
-
-
-@triton.jit
-def _a_of(slots, site, chosen, num_slots):
-    """(offset, rank, blocks) of A of a token's slot; of the first slot where ``chosen`` is -1."""
-    fields = slot_row(slots, site, tl.maximum(chosen, 0), num_slots)
-    rank = tl.load(fields + A_RANK).to(tl.int32)
-    blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
-    return tl.multiple_of(tl.load(fields + A_OFFSET), 16), rank, blocks
-
-
-@triton.jit
-def _of_each(t, values, TOKENS: tl.constexpr):
-    """A number of each of a program's tokens as a tensor, [TOKENS]."""
-    found = tl.where(t == 0, values[0], values[1])
-    for i in tl.static_range(2, TOKENS):
-        found = tl.where(t == i, values[i], found)
-    return found
-
-
-@triton.jit
-def _store_h_of_neighbours(
-    x, pool, offsets, ranks, h, x_stride, in_features, tokens, width, n_sites, first, index, group, split,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """h of tokens from ``first`` on whose A is one block, of ``ranks`` rows (0: none); ``in_features`` % 8 is 0.
-
-    All their rows of A are asked for at once, also where slots are equal: there the multiprocessor's L1 cache can serve
-    all but the first, and a token's code is the same whatever the others have.
-    """
-    t = tl.arange(0, TOKENS)
-    rows = group * ROWS + tl.arange(0, ROWS)
-    columns = known_multiple_of_8(in_features)
-    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    is_column = k < columns
-    rank = _of_each(t, ranks, TOKENS)
-    is_row = rows[None, :] < rank[:, None]
-    a = pool + _of_each(t, offsets, TOKENS)[:, None] + rows[None, :] * columns
-    factor = tl.load(
-        a[:, :, None] + k[None, None, :], mask=is_row[:, :, None] & is_column[None, None, :], other=0.0
-    )  # fmt: skip
-    wait_for_kernel_ahead(OVERLAP)
-    let_next_kernel_start(OVERLAP)
-    token = (first + t).to(tl.int64)
-    mask = (rank > 0)[:, None] & is_column[None, :]
-    value = tl.load(x + (token * x_stride)[:, None] + k[None, :], mask=mask, other=0.0)
-    total = tl.sum(factor.to(tl.float32) * value.to(tl.float32)[:, None, :], axis=2)
-    plane = h + ((split * tokens + token) * n_sites + index) * width
-    tl.store(plane[:, None] + rows[None, :], total, mask=is_row)
-
-
-@triton.jit
-def _store_h_of_packed_neighbours(
-    x, pool, slots, token_slot, h, x_stride, in_features, num_slots, tokens, width, n_sites,
-    site, first, index, group, split,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """h of the others of a program's tokens, one after the other: seldom, and must not cost the former registers."""
-    rows = group * ROWS + tl.arange(0, ROWS)
-    for t in range(tl.minimum(tokens - first, TOKENS)):
-        token = first + t
-        chosen = tl.load(token_slot + token)
-        offset, rank, blocks = _a_of(slots, site, chosen, num_slots)
-        if (chosen >= 0) & (group * ROWS < rank) & ((blocks != 1) | (in_features % 8 != 0)):
-            is_row = rows < rank
-            x_row = x + token.to(tl.int64) * x_stride
-            total = _h_of_packed(
-                x_row, pool + offset, rows, is_row, in_features, rank, blocks, split, SPLITS, ROWS, OVERLAP
-            )  # fmt: skip
-            plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
-            tl.store(plane + rows, total, mask=is_row)
-
-
-@triton.jit
-def _shrink_neighbours(
-    x, pool, slots, token_slot, h,
-    x_stride, in_features, num_slots, tokens, width, n_sites, site, first, index, group, split,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """`shrink_tokens` for several tokens, from ``first`` on. What a token gets does not depend on the others."""
-    chosen, offsets, ranks = (), (), ()
-    # All slots, then all their rows of the table: as long as for one token.
-    for t in tl.static_range(TOKENS):
-        one = tl.load(token_slot + first + t, mask=first + t < tokens, other=-1)
-        chosen += (one,)  # type: ignore[assignment]  # Triton has one type for all tuples
-    most_rows, most_packed = 0, 0
-    for t in tl.static_range(TOKENS):
-        offset, rank, blocks = _a_of(slots, site, chosen[t], num_slots)
-        rank = tl.where(chosen[t] < 0, 0, rank)
-        is_plain = (blocks == 1) & (in_features % 8 == 0)
-        offsets += (offset,)  # type: ignore[assignment]
-        ranks += (tl.where(is_plain, rank, 0),)  # type: ignore[assignment]
-        most_rows = tl.maximum(most_rows, ranks[t])
-        most_packed = tl.maximum(most_packed, rank - ranks[t])
-    if group * ROWS < most_rows:
-        _store_h_of_neighbours(
-            x, pool, offsets, ranks, h, x_stride, in_features, tokens, width, n_sites, first, index, group, split,
-            ROWS, BLOCK_K, TOKENS, OVERLAP,
-        )  # fmt: skip
-    if group * ROWS < most_packed:
-        _store_h_of_packed_neighbours(
-            x, pool, slots, token_slot, h, x_stride, in_features, num_slots, tokens, width, n_sites,
-            site, first, index, group, split, SPLITS, ROWS, TOKENS, OVERLAP,
-        )  # fmt: skip
-    # Also where there is nothing to do.
-    wait_for_kernel_ahead(OVERLAP)
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def shrink_tokens(
     x, pool, slots, token_slot, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
     site0, site1, site2,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups of TOKENS tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
+    """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
 
-    One block of A: a program holds ROWS rows of BLOCK_K columns for each of its tokens at once, and the splits cover
-    all columns. TOKENS is 1, 2 or 4.
+    One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
     """
-    token, index = tl.program_id(0) * TOKENS, tl.program_id(1)
+    token, index = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
-    if TOKENS > 1:
-        _shrink_neighbours(
-            x, pool, slots, token_slot, h, x_stride, in_features, num_slots, tokens, width, n_sites,
-            choose(index, site0, site1, site2), token, index, group, split,
-            SPLITS, ROWS, BLOCK_K, TOKENS, OVERLAP,
-        )  # fmt: skip
+    chosen = tl.load(token_slot + token)
+    slot = tl.maximum(chosen, 0)
+    fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
+    rank = tl.load(fields + A_RANK).to(tl.int32)
+    blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
+    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
+    rows = group * ROWS + tl.arange(0, ROWS)
+    if (chosen < 0) | (group * ROWS >= rank):
+        wait_for_kernel_ahead(OVERLAP)
+        return
+    is_row = rows < rank
+    x_row = x + token.to(tl.int64) * x_stride
+    plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
+    if (blocks == 1) & (in_features % 8 == 0):
+        # Known to be a multiple of 8: loads of 16 bytes.
+        columns = known_multiple_of_8(in_features)
+        k = split * BLOCK_K + tl.arange(0, BLOCK_K)
+        factor = tl.load(
+            a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0
+        )
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(OVERLAP)
+        value = tl.load(x_row + k, mask=k < columns, other=0.0)
+        total = tl.sum(factor.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
     else:
-        chosen = tl.load(token_slot + token)
-        offset, rank, blocks = _a_of(slots, choose(index, site0, site1, site2), chosen, num_slots)
-        a = pool + offset
-        rows = group * ROWS + tl.arange(0, ROWS)
-        if (chosen < 0) | (group * ROWS >= rank):
-            wait_for_kernel_ahead(OVERLAP)
-            return
-        is_row = rows < rank
-        x_row = x + token.to(tl.int64) * x_stride
-        plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
-        if (blocks == 1) & (in_features % 8 == 0):
-            # Known to be a multiple of 8: loads of 16 bytes.
-            columns = known_multiple_of_8(in_features)
-            k = split * BLOCK_K + tl.arange(0, BLOCK_K)
-            factor = tl.load(
-                a + rows[:, None] * columns + k[None, :], mask=is_row[:, None] & (k < columns)[None, :], other=0.0
-            )
-            wait_for_kernel_ahead(OVERLAP)
-            let_next_kernel_start(OVERLAP)
-            value = tl.load(x_row + k, mask=k < columns, other=0.0)
-            total = tl.sum(factor.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
+        columns = in_features // blocks
+        first_column = rows // (rank // blocks) * columns
+        share = tl.cdiv(tl.cdiv(columns, SPLITS), 8) * 8
+        begin = split * share
+        end = tl.minimum(begin + share, columns)
+        if columns % 8 == 0:
+            # Known to be multiples: loads of 16 bytes.
+            total = _h_of_packed_rows(
+                x_row, a, rows, is_row, known_multiple_of_8(first_column), known_multiple_of_8(columns),
+                known_multiple_of_8(begin), known_multiple_of_8(end), ROWS, PART_K, OVERLAP,
+            )  # fmt: skip
         else:
-            total = _h_of_packed(x_row, a, rows, is_row, in_features, rank, blocks, split, SPLITS, ROWS, OVERLAP)
-        tl.store(plane + rows, total, mask=is_row)
+            total = _h_of_packed_rows(
+                x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, NARROW, OVERLAP
+            )  # fmt: skip
+    tl.store(plane + rows, total, mask=is_row)
 
 
 @triton.jit

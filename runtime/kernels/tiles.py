@@ -60,12 +60,10 @@ class Shrink:
     """`shrink_tokens` and `shrink_segments`.
 
     Attributes:
-        rows, depth: rows and columns of A that a program holds at once; by token, for each of its tokens.
+        rows, depth: rows and columns of A that a program holds at once.
         warps: of a program.
         splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
             ``depth`` columns.
-        tokens: by token only: of a program, 1, 2 or 4 that follow each other. Where several have one adapter, the L1
-            cache can serve the reads of its A but the first; x is read once for each group of ``rows`` rows.
     """
 
     rows: int
@@ -73,7 +71,6 @@ class Shrink:
     warps: int
     splits: int = 1
     stages: int = 1
-    tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ KINDS = {
     "let start": r"griddepcontrol\.launch_dependents",
 }
 
-SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024, "TOKENS": 1}
+SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
@@ -75,9 +75,6 @@ PRODUCT = {
 WIDE = {"WIDTH": 64, "B_ROWS": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, SHRINK, 4),
-    "shrink of 2 tokens": (shrink_tokens, {"SPLITS": 2, "ROWS": 4, "BLOCK_K": 2048, "TOKENS": 2}, 8),
-    "shrink of 4 tokens": (shrink_tokens, {"SPLITS": 2, "ROWS": 2, "BLOCK_K": 2048, "TOKENS": 4}, 8),
-    "shrink of 4 tokens, more rows": (shrink_tokens, {"SPLITS": 8, "ROWS": 8, "BLOCK_K": 512, "TOKENS": 4}, 8),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
     "expand behind a product": (expand_tokens, {**EXPAND, "BEHIND_Y": True, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),

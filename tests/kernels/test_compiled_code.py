@@ -45,22 +45,6 @@ def test_odd_sizes_are_not_taken_for_multiples_of_eight(code: Code, kernel: str)
     assert "narrow load" in code[kernel]
 
 
-@pytest.mark.parametrize("kernel", ["shrink of 2 tokens", "shrink of 4 tokens", "shrink of 4 tokens, more rows"])
-def test_a_shrink_of_several_tokens_asks_for_all_of_a_at_once(
-    compiled: dict[str, tuple[list[str], int]], kernel: str
-) -> None:
-    """64 elements a thread in loads of 16 bytes ahead of the wait; behind it x, in at most one for each token."""
-    order, registers = compiled[kernel]
-    wait = order.index("wait")
-    assert order[:wait] == ["wide load"] * 8
-    assert order[wait + 1] == "let start"
-    of_x = order[wait + 2 : order.index("barrier")]
-    assert of_x == ["wide load"] * len(of_x)
-    assert 1 <= len(of_x) <= 4
-    assert order[-1] == "wait", "programs with nothing to do come there"
-    assert 0 < registers <= 106
-
-
 def test_an_exchange_releases_and_acquires_for_the_whole_system(code: Code) -> None:
     """All threads' values are written, then peers are told; all threads read the peers' after one of them was told.
 

@@ -76,8 +76,6 @@ PLANS: dict[str, Plan] = {
     "one launch": OneLaunch(rows=8, warps=1),
     "one launch, two rows at once": OneLaunch(rows=2, warps=1),
     "two launches": TwoLaunches(Shrink(rows=4, depth=32, warps=4), Expand(rows=4, columns=64, warps=4)),
-    "two launches, two tokens": TwoLaunches(Shrink(4, 32, 4, tokens=2), Expand(rows=4, columns=64, warps=4)),
-    "two launches, four tokens": TwoLaunches(Shrink(2, 64, 4, tokens=4), Expand(rows=4, columns=64, warps=4)),
     "segments": TwoLaunches(Shrink(16, 32, 4, splits=2), Expand(rows=16, columns=16, warps=4, repeat=2)),
     "segments, one plane": TwoLaunches(Shrink(32, 32, 4), Expand(rows=32, columns=32, warps=4)),
 }
@@ -190,53 +188,6 @@ def test_damage_is_noticed(damage: str, form: str) -> None:
         bank.slots[0, 0, 0] += PLAIN.in_features
     found = run(PLAIN, bank, x, y, form)
     assert error(found, expected(PLAIN, x, y, slots, dense)) > 0.02
-
-
-NEIGHBOURS = Case(((4, 8, 0), (3, 2, 8), (8, 0, 1)), 64, (64, 24, 24), 1, 1, 5, 3, torch.float16, True)
-"""Ranks that differ; with blocks of A, some slots have them and others have one."""
-
-
-def h_of(case: Case, bank: AdapterBank, x: Tensor, slots: list[int], tiles: Shrink) -> Tensor:
-    """Planes of h, zero where nothing was written; the tokens behind the last one have adapters, too."""
-    bank.token_slot.fill_(0)
-    bank.token_slot[: case.tokens] = torch.tensor(slots, dtype=torch.int32)
-    return launch.shrink(x, factors_of(bank, case), None, case.width, tiles, zeroed=True)
-
-
-@pytest.mark.parametrize(
-    ("in_features", "a_blocks"), [(64, 1), (48, 2), (36, 1)], ids=["one block", "packed A", "no multiple of 8"]
-)
-@pytest.mark.parametrize("tiles", [Shrink(4, 32, 4, tokens=2), Shrink(2, 32, 4, tokens=4)], ids=["two", "four"])
-def test_neighbours_change_nothing(tiles: Shrink, in_features: int, a_blocks: int) -> None:
-    """Each token's h has the same bits beside tokens of its own slot, of others and of none.
-
-    Packed A, in 48 columns: one block beside it is cut into planes of 32 and 16 columns, and would be of 24 as packed.
-    """
-    case = replace(NEIGHBOURS, in_features=in_features, a_blocks=a_blocks)
-    bank, _ = bank_of(case)
-    x, _, _ = inputs(case)
-    alike = {slot: h_of(case, bank, x, [slot] * case.tokens, tiles) for slot in (0, 1, 2, -1)}
-    assert not alike[-1].any()
-    for mix in ([0, 1, -1, 2, 0], [-1, 2, 2, -1, 1]):
-        found = h_of(case, bank, x, mix, tiles)
-        for token, slot in enumerate(mix):
-            assert torch.equal(found[:, token], alike[slot][:, token])
-            assert not torch.equal(found[:, token], alike[(slot + 2) % 4 - 1][:, token]), "slots differ"
-
-
-@pytest.mark.parametrize("tiles", [Shrink(4, 32, 4, tokens=2), Shrink(2, 64, 4, tokens=4)], ids=["two", "four"])
-def test_tokens_of_one_program_have_their_own_rows_and_x(tiles: Shrink) -> None:
-    """As programs of one token make h; the twins: two tokens' slots, or rows of x, changed for each other."""
-    bank, _ = bank_of(NEIGHBOURS)
-    x, _, _ = inputs(NEIGHBOURS)
-    wanted = h_of(NEIGHBOURS, bank, x, [0, 1, -1, 2, 0], replace(tiles, tokens=1)).sum(0)
-    for changed, slots, is_right in (
-        ([0, 1, 2, 3, 4], [0, 1, -1, 2, 0], True),
-        ([0, 1, 2, 3, 4], [1, 0, -1, 2, 0], False),
-        ([1, 0, 2, 3, 4], [0, 1, -1, 2, 0], False),
-    ):
-        found = h_of(NEIGHBOURS, bank, x[changed], slots, tiles).sum(0)
-        assert (error(found, wanted) < 1e-5) is is_right
 
 
 @pytest.mark.parametrize("grouped", [launch.segment_work, launch._sorted_work], ids=["one launch", "sorted"])
