@@ -223,7 +223,7 @@ def _emit(
         stats = through_symmetric_memory(variant, first.all_reduce, deployment.plan.mesh, first.rank)
         if stats is not None:
             report.norms[name] = stats
-        if deployment.plan.device.type == "cuda":
+        if deployment.plan.is_for_gpus:
             rotary = fuse_rotary(variant.graph)
             if rotary.matches or rotary.refusals:
                 report.rotary[name] = rotary

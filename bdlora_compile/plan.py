@@ -46,6 +46,11 @@ class ModelPlan:
         """Placement of a parameter."""
         return self.weights.get(parameter, Replicate())
 
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether graphs take the forms for which there are kernels."""
+        return self.device.type == "cuda"
+
     def rows(self, layer: str | None) -> slice:
         """Rows of the slot tables that belong to the sites of a layer (a module path); None is all of them."""
         if layer is None:

@@ -52,7 +52,7 @@ class Fuse:
         graph = captured.graph
         matches, refusals = 0, []
         work: dict[object, _Work] = {}
-        on_gpu = _is_for_gpu(context)
+        on_gpu = context.plan.is_for_gpus
         for expand in [node for node in graph.nodes if is_expand(node)]:
             reason = _refusal(expand)
             if reason:
@@ -67,10 +67,6 @@ class Fuse:
 
     def verify(self, captured: Captured, context: PassContext) -> None:
         """Nothing beyond shapes: y keeps its own."""
-
-
-def _is_for_gpu(context: PassContext) -> bool:
-    return context.plan.device.type == "cuda"
 
 
 def _refusal(expand: Node) -> str:

@@ -166,7 +166,7 @@ def _(
 
     # Ahead of the product, the shrink starts while the kernel that writes x ends.
     rows, overlap = x.reshape(-1, x.shape[-1]), can_overlap()
-    tiles = shrink_for_reader(rows.shape[0], rows.shape[1], width)
+    tiles = shrink_for_reader(rows.shape[1], width)
     factors = launch.Factors(pool, slots, token_slot, sites)
     h = launch.shrink(rows, factors, None, h_width(width), tiles, overlap=overlap, early=overlap)
     return torch.nn.functional.linear(x, weight), h

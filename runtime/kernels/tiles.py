@@ -333,7 +333,7 @@ def leaves_lora(in_features: int, out_features: Sequence[int]) -> bool:
     return sum(out_features) * in_features > _PRODUCT_SIZE
 
 
-def shrink_for_reader(tokens: int, in_features: int, width: int) -> Shrink:
+def shrink_for_reader(in_features: int, width: int) -> Shrink:
     """The launch that makes h of few tokens for the kernel that reads the product's result."""
     depth = -(-_power_of_two(in_features) // planes_for_reader(in_features))
     rows = max(1, min(h_width(width), _ELEMENTS_OF_SHRINK // depth))

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bdlora_compile as bd
-from bdlora_compile import fused_norms
+from bdlora_compile import fused_norms, lora_paths
 from bdlora_compile.machine import SymmetricLimits
-from bdlora_compile.passes import fuse
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats
 from bdlora_compile.rms_norms import norm_of
 from bdlora_compile.runtime.all_reduce import AllReduce
@@ -226,12 +226,16 @@ def answers(
     """Logits of one prompt with an adapter and without, [2, tokens, vocabulary] in float32; which paths were fused."""
     torch._dynamo.reset()
     fake = AllReduce("by hand", torch.zeros(1, dtype=torch.uint8), SymmetricLimits(0, 0), torch.zeros(1).long())
-    with patched(AllReduce, "choose", lambda *_: fake), patched(fuse, "_is_for_gpu", lambda _: for_gpus):
+    with (
+        patched(AllReduce, "choose", lambda *_: fake),
+        patched(ModelPlan, "is_for_gpus", for_gpus),
+        patched(lora_paths, "leaves_lora", lambda *_: True),
+    ):
         model, pool = bd.load(folder / "model", {kind: folder / kind}, dtype=dtype, strategy=strategy)
         model.compile(backend="bdlora", options={"inner": "eager"})
         ids = torch.arange(3, 3 + tokens).expand(2, tokens)
         with torch.no_grad(), pool.use([kind, None]):
-            found = model(ids).logits.float()
+            found = model(ids, past_key_values=bd.make_cache(model, 2, tokens)).logits.float()
     return found, bd.reports(model)[-1].paths
 
 

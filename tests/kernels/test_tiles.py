@@ -37,12 +37,11 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
             assert plan.shrink.splits <= max(1, in_features // 512)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
-def test_a_shrink_for_a_reader_is_by_token(tokens: int, width: int) -> None:
-    """No stages, tiles that registers hold, and as many planes for any number of tokens."""
+def test_a_shrink_for_a_reader_is_by_token(width: int) -> None:
+    """No stages, tiles that registers hold, and no more planes than readers are told."""
     for in_features, _ in SHAPES:
-        shrink = tiles.shrink_for_reader(tokens, in_features, width)
+        shrink = tiles.shrink_for_reader(in_features, width)
         assert -(-in_features // shrink.depth) <= tiles.planes_for_reader(in_features)
         assert (shrink.splits, shrink.stages) == (1, 1)
         assert shrink.rows * shrink.depth <= MOST_ELEMENTS * shrink.warps // 4
