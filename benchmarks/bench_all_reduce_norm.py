@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_all_reduce_norm --json FILE
 
 First the operator that served graphs call is replayed a thousand times with data that change, with rows that come and
-go, with the LoRA of the product ahead where there are few of them, ordinary all-reduces of all kinds between its calls,
+go, with the LoRA of the product ahead in both forms where there are few of them, ordinary all-reduces of all kinds between its calls,
 and ranks that are late in turn. Every sum must be right to the bit, every norm within rounding, and all ranks must have
 the same bits. Then microseconds of one call in a chain (median of groups, the slowest rank). A part that takes longer
 than `LIMIT` seconds ends the process: a rank that waits for another waits for ever.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_lora
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_expand, all_reduce_add_norm_lora
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
@@ -88,15 +88,18 @@ class Lora:
         rows = [[0, ends[0], 4, 4, 1, 1, 0], [ends[1], ends[2], 4, 4, 4, 1, 0]]
         self.slots, self.scales = torch.tensor([rows], device="cuda"), torch.ones(1, 2, device="cuda")
         self.token_slot = (torch.arange(BY_TOKEN_LIMIT, device="cuda") % 3 - 1).to(torch.int32)
-        self._dense = torch.stack([b[0].t() @ picked, b[1].t() @ torch.block_diag(*blocks.split(1))])
+        self._a, self._b = torch.stack([picked, torch.block_diag(*blocks.split(1))]), torch.stack(b)
+
+    def h(self, u: Tensor) -> Tensor:
+        """A u of each row, float32 [1, rows, 1, 4]."""
+        slots = self.token_slot[: u.shape[0]].long().clamp(0)
+        return torch.einsum("tjf,tf->tj", self._a[slots], u.float())[None, :, None]
 
     def added(self, u: Tensor) -> Tensor:
         """B (A u) of each row, float32."""
         slots = self.token_slot[: u.shape[0]].long()
-        products = torch.einsum("scf,tf->tsc", self._dense, u.float())
-        return torch.where(
-            slots[:, None] >= 0, products[torch.arange(len(slots), device=u.device), slots.clamp(0)], 0.0
-        )
+        products = torch.einsum("tjc,tj->tc", self._b[slots.clamp(0)], self.h(u)[0, :, 0])
+        return torch.where(slots[:, None] >= 0, products, 0.0)
 
 
 class Ranks:
@@ -118,6 +121,12 @@ class Ranks:
         exchange = (self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
         bank = (lora.pool, lora.slots, lora.scales, lora.token_slot)
         return all_reduce_add_norm_lora(x, residual, weight, *exchange, u, *bank, [0], 4)
+
+    def with_h(self, x: Tensor, residual: Tensor, weight: Tensor, u: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:
+        """By the operator that gets A u."""
+        exchange = (self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
+        bank = (lora.pool, lora.slots, lora.scales, lora.token_slot)
+        return all_reduce_add_norm_expand(x, residual, weight, *exchange, lora.h(u), *bank, [0], [COLUMNS], 1)
 
     def apart(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """By an all-reduce and what Inductor makes of the rest."""
@@ -158,7 +167,8 @@ def check(ranks: Ranks) -> dict[str, int]:
             own = values(rows, columns, turn, rank)
             if has_lora(rows, columns):
                 u = values(rows, Lora.FEATURES, turn, size + 1 + rank)
-                total, normed = ranks.with_lora(own, residual, weight, u, lora)
+                by = ranks.with_h if turn % 2 else ranks.with_lora
+                total, normed = by(own, residual, weight, u, lora)
             else:
                 total, normed = ranks.fused(own, residual, weight)
             reduced = expected(rows, columns, turn)
