@@ -2,11 +2,11 @@
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_all_reduce_norm --json FILE
 
-First the operators that served graphs call are replayed a thousand times with data that change, with rows that come and
-go, with the LoRA of the product ahead in both forms where there are few of them, ordinary all-reduces of all kinds
-between the calls, and ranks that are late in turn. Every sum must be right to the bit, every norm within rounding, and all ranks must have
-the same bits. Then microseconds of one call in a chain (median of groups, the slowest rank). A part that takes longer
-than `LIMIT` seconds ends the process: a rank that waits for another waits for ever.
+First the operators that served graphs call are replayed a thousand times with data that change, with rows that come
+and go, with the LoRA of the product ahead in both forms where there are few of them, ordinary all-reduces of all kinds
+between the calls, and ranks that are late in turn. Every sum must be right to the bit, every norm within rounding, and
+all ranks must have the same bits. Then microseconds of one call in a chain (median of groups, the slowest rank). A part
+that takes longer than `LIMIT` seconds ends the process: a rank that waits for another waits for ever.
 """
 
 import json
