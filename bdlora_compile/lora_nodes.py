@@ -104,6 +104,8 @@ class ShrinkGroupedArguments(_Arguments):
     segments: Node
     sites: Sequence[int]
     width: int
+    parts: int | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

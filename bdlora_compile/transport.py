@@ -1,6 +1,7 @@
 """What a finished graph's collectives go through: the process group, or PyTorch's symmetric memory."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from bdlora_compile.ir import (
     set_record,
     stage_nodes,
 )
+from bdlora_compile.lora_nodes import ShrinkGroupedArguments
 from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.pass_manager import erase_with_operands
 from bdlora_compile.placement import Mesh
@@ -67,7 +69,7 @@ def reduce_instead_of_gather(captured: Captured, mesh: Mesh, rank: int) -> None:
     Symmetric memory has no gather of its own, and a gather leaves a copy to do.
 
     Before:  r = cat(chunk(wait_tensor(all_gather_into_tensor(h, N, group)), N), dim=1)
-    After:   r = wait_tensor(all_reduce(pad(h, zeros where other ranks have theirs), sum, group))
+    After:   r = wait_tensor(all_reduce(h with zeros where other ranks have theirs, sum, group))
     """
     for node in [*stage_nodes(captured.graph, ALL_GATHER)]:
         joined = _joined_on_columns(node, mesh.size)
@@ -95,14 +97,21 @@ def _joined_on_columns(gather: Node, size: int) -> Node | None:
 def _reduce_instead(graph: Graph, gather: Node, joined: Node, mesh: Mesh, rank: int) -> None:
     h = gather.args[0]
     assert isinstance(h, Node), "the operand of a collective is a node"
-    width = int(fake_tensor(h).shape[1])
     with graph.inserting_before(joined):
-        padded = graph.call_function(torch.nn.functional.pad, (h, (rank * width, (mesh.size - 1 - rank) * width)))
-        reduced, waited = all_reduce(graph, padded, mesh)
-    for node in (padded, reduced, waited):
+        shares = _with_zeros(graph, h, mesh.size, rank)
+        reduced, waited = all_reduce(graph, shares, mesh)
+    for node in (shares, reduced, waited):
         node.meta = dict(joined.meta)
     joined.replace_all_uses_with(waited)
     erase_with_operands(graph, joined)
+
+
+def _with_zeros(graph: Graph, h: Node, parts: int, part: int) -> Node:
+    """h where ``part`` of so many lies; the operator that makes it leaves the room itself, if nobody else reads it."""
+    if ShrinkGroupedArguments.is_of(h) and len(h.users) == 1:
+        return replace(ShrinkGroupedArguments.of(h), parts=parts, part=part).insert(graph)
+    width = int(fake_tensor(h).shape[1])
+    return graph.call_function(torch.nn.functional.pad, (h, (part * width, (parts - 1 - part) * width)))
 
 
 def _insert_memory(graph: Graph, name: str, source: Source, memory: Tensor) -> Node:

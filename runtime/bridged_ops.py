@@ -27,17 +27,21 @@ def lora_shrink_grouped(
     segments: Tensor,
     sites: Sequence[int],
     width: int,
+    parts: int = 1,
+    part: int = 0,
 ) -> Tensor:
     """h = A x, each token with the A of its slot.
 
     Args:
         x, pool, slots, token_slot, sites, width: as for `ops.lora_shrink`.
         order, segments: from `ops.lora_work`.
+        parts, part: make room for the shares of ``parts`` ranks side by side, of which this is number ``part``, and
+            the others are zero: their sum over the ranks is all of h.
 
     Returns:
-        [T, n * width], float32. Columns past a slot's rank and tokens of slot -1 hold anything.
+        [T, parts * n * width], float32. Columns past a slot's rank and tokens of slot -1 hold anything.
     """
-    return lora_shrink(x, pool, slots, token_slot, sites, width)
+    return _among_parts(lora_shrink(x, pool, slots, token_slot, sites, width), parts, part)
 
 
 @lora_shrink_grouped.register_fake
@@ -50,8 +54,10 @@ def _(
     segments: Tensor,
     sites: Sequence[int],
     width: int,
+    parts: int = 1,
+    part: int = 0,
 ) -> Tensor:
-    return x.new_empty(math.prod(x.shape[:-1]), len(sites) * width, dtype=accumulate_dtype(x.dtype))
+    return x.new_empty(math.prod(x.shape[:-1]), parts * len(sites) * width, dtype=accumulate_dtype(x.dtype))
 
 
 @lora_shrink_grouped.register_kernel("cuda")
@@ -64,18 +70,27 @@ def shrink_by_kernels(
     segments: Tensor,
     sites: Sequence[int],
     width: int,
+    parts: int = 1,
+    part: int = 0,
 ) -> Tensor:
     """`lora_shrink_grouped` by the Triton kernels, where there are any for the dtype; by token in one launch."""
     if not has_kernels(x.dtype):
-        return lora_shrink(x, pool, slots, token_slot, sites, width)
+        return _among_parts(lora_shrink(x, pool, slots, token_slot, sites, width), parts, part)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows = x.reshape(-1, x.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
-    tiles = one_plane_shrink(rows.shape[1], width) if work is None else None
-    planes = launch.shrink(rows, launch.Factors(pool, slots, token_slot, sites), work, width, tiles)
-    h = planes[0] if planes.shape[0] == 1 else planes.sum(0)
-    return h.flatten(1)
+    factors = launch.Factors(pool, slots, token_slot, sites)
+    if work is None:
+        tiles = one_plane_shrink(rows.shape[1], width)
+        return launch.shrink(rows, factors, None, width, tiles, parts=parts, part=part)[0].flatten(1)
+    planes = launch.shrink(rows, factors, work, width)
+    return _among_parts((planes[0] if planes.shape[0] == 1 else planes.sum(0)).flatten(1), parts, part)
+
+
+def _among_parts(h: Tensor, parts: int, part: int) -> Tensor:
+    """h [T, any], with zeros where other parts are."""
+    return torch.nn.functional.pad(h, (part * h.shape[1], (parts - 1 - part) * h.shape[1])) if parts > 1 else h
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

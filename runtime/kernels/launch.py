@@ -192,9 +192,12 @@ def shrink(
     zeroed: bool = False,
     overlap: bool = False,
     early: bool = False,
+    parts: int = 1,
+    part: int = 0,
 ) -> Tensor:
     """Planes of h, float32 [planes, T, n, width]; what no slot writes is zero only where ``zeroed`` is asked for.
 
+    ``parts``, by token: h is [planes, T, parts * n, width], of which ``part`` is made, and the others are zero.
     ``overlap`` lets the kernel behind start early, when x is there; ``early`` starts the shrink itself early.
     """
     tokens, in_features = x.shape
@@ -202,13 +205,13 @@ def shrink(
     tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink
     planes = triton.cdiv(in_features, tiles.depth) if work is None else tiles.splits
     make = x.new_zeros if zeroed else x.new_empty
-    h = make(planes, tokens, n_sites, width, dtype=torch.float32)
+    h = make(planes, tokens, parts * n_sites, width, dtype=torch.float32)
     sizes = (x.stride(0), in_features, num_slots, tokens, width, n_sites, *_three(factors.sites))
     constants = {"SPLITS": planes, "BLOCK_K": tiles.depth, "OVERLAP": overlap}
     options = {"num_warps": tiles.warps, **pdl(early)}
     if work is None:
         grid = (tokens, n_sites, planes * triton.cdiv(width, tiles.rows))
-        constants |= {"ROWS": tiles.rows}
+        constants |= {"ROWS": tiles.rows, "PARTS": parts, "PART": part}
         shrink_tokens[grid](x, factors.pool, factors.slots, factors.token_slot, h, *sizes, **constants, **options)
         return h
     row_tiles = triton.cdiv(n_sites * width, tiles.rows)

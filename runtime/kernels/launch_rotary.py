@@ -5,12 +5,14 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.launch import ELEMENTS_OF_A_WARP, Factors, pdl
+from bdlora_compile.runtime.kernels.launch import Factors, pdl
 from bdlora_compile.runtime.kernels.rotary import rotate_tokens
 from bdlora_compile.runtime.kernels.tiles import can_overlap, rotary_heads
 
 _ROWS = 4
-"""Rows of B that a program holds at once, at most: 64 elements a thread."""
+"""Rows of B that a program holds at once, at most: 32 elements a thread."""
+_PAIRS_OF_A_WARP = 128
+"""Columns of a first half and as many of a second: 8 bytes of each for a thread."""
 
 
 class Missing(NamedTuple):
@@ -72,7 +74,7 @@ def rotate(
         y, cos, sin, keys, values, lengths, q, *lora,
         seq, room, seq if cos.shape[0] > 1 else 0, *keys.stride()[:3], batch * seq, *sizes,
         HEADS=heads, KV_HEADS=groups, DIM=dim, BLOCK_H=block, HALF=half, ROWS=_ROWS, PLANES=planes, PARTS=parts,
-        EXPAND=missing is not None, OVERLAP=overlap, num_warps=max(1, block * half // ELEMENTS_OF_A_WARP),
+        EXPAND=missing is not None, OVERLAP=overlap, num_warps=max(1, block * half // _PAIRS_OF_A_WARP),
         **pdl(overlap),
     )  # fmt: skip
     return q.transpose(1, 2)

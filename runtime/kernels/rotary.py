@@ -104,7 +104,10 @@ def _product(x, factor):
 
 @triton.jit
 def _rotated(low, high, cos, sin, within, inside, HALF_DIM: tl.constexpr):
-    """Both halves of heads, rounded where transformers' layers round; ``cos`` and ``sin`` point at a token's."""
+    """Both halves of heads, rounded where transformers' layers round, or once less where the compiler contracts.
+
+    ``cos`` and ``sin`` point at a token's.
+    """
     low_cos = tl.load(cos + within, mask=inside, other=0.0)
     low_sin = tl.load(sin + within, mask=inside, other=0.0)
     high_cos = tl.load(cos + HALF_DIM + within, mask=inside, other=0.0)

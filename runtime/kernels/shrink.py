@@ -59,11 +59,14 @@ def shrink_tokens(
     x, pool, slots, token_slot, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
     site0, site1, site2,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
 
     One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
+
+    PARTS: h is [SPLITS, T, PARTS, n, width], and what is made is part PART of it; the same rows of others are zero.
     """
     token, index = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
@@ -79,7 +82,7 @@ def shrink_tokens(
         return
     is_row = rows < rank
     x_row = x + token.to(tl.int64) * x_stride
-    plane = h + ((split * tokens + token).to(tl.int64) * n_sites + index) * width
+    plane = h + ((split * tokens + token).to(tl.int64) * (PARTS * n_sites) + index) * width
     if (blocks == 1) & (in_features % 8 == 0):
         # Known to be a multiple of 8: loads of 16 bytes.
         columns = known_multiple_of_8(in_features)
@@ -107,7 +110,9 @@ def shrink_tokens(
             total = _h_of_packed_rows(
                 x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, NARROW, OVERLAP
             )  # fmt: skip
-    tl.store(plane + rows, total, mask=is_row)
+    for part in tl.static_range(PARTS):
+        value = total if part == PART else tl.zeros([ROWS], dtype=tl.float32)
+        tl.store(plane + part * n_sites * width + rows, value, mask=is_row)
 
 
 @triton.jit

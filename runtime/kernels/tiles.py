@@ -367,8 +367,8 @@ def swiglu_planes(features: int) -> int:
 
 
 def rotary_heads(heads: int, kv_heads: int, dim: int) -> int:
-    """Heads that a program of `rotate_tokens` has: two times 256 columns, its first halves of heads and its second."""
-    return min(max(1, 256 // _power_of_two(dim // 2)), _power_of_two(max(heads, kv_heads)))
+    """Heads that a program of `rotate_tokens` has: 256 columns, which seldom meet more than two blocks of B."""
+    return min(max(1, 128 // _power_of_two(dim // 2)), _power_of_two(max(heads, kv_heads)))
 
 
 def one_plane_shrink(in_features: int, width: int) -> Shrink:

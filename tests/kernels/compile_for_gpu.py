@@ -51,7 +51,7 @@ KINDS = {
     "let start": r"griddepcontrol\.launch_dependents",
 }
 
-SHRINK = {"SPLITS": 4, "ROWS": 8, "BLOCK_K": 1024}
+SHRINK = {"SPLITS": 4, "PARTS": 1, "PART": 0, "ROWS": 8, "BLOCK_K": 1024}
 EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
@@ -63,7 +63,7 @@ SWIGLU = {
     "FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "PARTS": 1, "WIDTH": 16, "EXPAND": True, "SHRINK": True,
 }  # fmt: skip
 ROTARY = {
-    "HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 4, "HALF": 64,
+    "HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 2, "HALF": 64,
     "ROWS": 4, "PLANES": 2, "PARTS": 1, "EXPAND": True,
 }  # fmt: skip
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime import linear_op
 from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_expand_deferred_
+from bdlora_compile.runtime.bridged_ops import lora_shrink_grouped as grouped
 from bdlora_compile.runtime.cache_ops import cache_write_
 from bdlora_compile.runtime.kernels.tiles import Product
 from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_ahead
@@ -153,6 +154,20 @@ def test_swiglu(call: Call, has_h: bool, down: list[int]) -> None:
         assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
     twin, _ = run(plain(lora_swiglu), 3)
     assert (error(found, twin.double()) < 0.02) is not (by_token and has_h)
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_shrink_among_parts(call: Call, part: int) -> None:
+    """A rank's share of h lies among zeros, where there is an adapter: shares of all ranks sum to all of h."""
+    arguments = (call.x, *call.factors, *call.work(), SITES, 8, 3, part)
+    found, wanted = (run(*arguments).unflatten(1, (3, 3, 8)) for run in (on_gpu(grouped), plain(grouped)))
+    own = plain(lora_shrink)(call.x, *call.factors, SITES, 8).unflatten(1, (3, 8))
+    assert torch.equal(wanted[:, part], own)
+    is_written = own != 0
+    assert error(found[:, part][is_written], own[is_written].double()) < TOLERANCE
+    for other in {0, 1, 2} - {part}:
+        assert not found[:, other][is_written].any()
+        assert not wanted[:, other].any()
 
 
 def test_expand_in_place(call: Call) -> None:

@@ -2,8 +2,9 @@
 the interpreter.
 
 Tolerance, relative to the largest value: y with its LoRA, both products with an angle and their sum are rounded to
-fp16, each by half a unit in the last place (2^-11); sums of LoRA are in float32. Without LoRA the result has the very
-bits of PyTorch's own operators, which round where the kernel does (the interpreter cuts bf16 off where a GPU rounds).
+fp16, each by half a unit in the last place (2^-11); sums of LoRA are in float32. Without LoRA the interpreter gets the
+very bits of PyTorch's own operators, which round where the kernel does; a GPU's compiler may make one operation of a
+product and the sum, which rounds once less.
 """
 
 from dataclasses import dataclass, field, replace
@@ -172,18 +173,19 @@ def test_with_lora(name: str, seq: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", ["tiles in a block", "heads that fill no tile", "odd sizes"])
 @pytest.mark.parametrize(("seq", "rows_of_angles"), [(1, 1), (3, 1), (3, 4)])
 def test_without_lora(name: str, seq: int, rows_of_angles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The very bits of PyTorch's operators; angles of all rows, or of each."""
-    dtype = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
+    """The very bits of PyTorch's operators in the interpreter; angles of all rows, or of each."""
     case = case_of(name, monkeypatch, seq)
-    call = Call(case, rows_of_angles, dtype)
+    call = Call(case, rows_of_angles)
     q, cache = call.run(expands=False)
     exact, _ = call.wanted(expands=False)
     keys, values = call.cache.unbind()
     sizes = (call.lengths, case.heads, case.kv_heads)
     wanted = rotate_and_cache._init_fn(call.y, call.cos, call.sin, keys, values, *sizes)
-    assert torch.equal(q, wanted)
-    assert torch.equal(cache, call.cache)
-    assert error(q, exact) < TOLERANCE * (8 if dtype is torch.bfloat16 else 1)
+    if DEVICE.type == "cpu":
+        assert torch.equal(q, wanted)
+        assert torch.equal(cache, call.cache)
+    assert error(q, exact) < TOLERANCE
+    assert error(cache, call.cache.double()) < TOLERANCE
 
 
 @pytest.mark.parametrize("expands", [True, False], ids=["with_lora", "without"])
@@ -237,10 +239,10 @@ def test_damage_is_noticed(name: str, damage: str, monkeypatch: pytest.MonkeyPat
     assert damage == "one place on" or not error(q, wanted) < 10 * TOLERANCE
 
 
-def test_tiles_are_whole_heads_of_16_bytes_a_thread() -> None:
-    """Two times 8 elements for each of 32 threads, where heads are enough for that."""
-    assert rotary_heads(16, 4, 128) == 4
-    assert rotary_heads(32, 8, 64) == 8
-    assert rotary_heads(8, 1, 256) == 2
+def test_tiles_are_whole_heads() -> None:
+    """Two times 4 elements for each of 32 threads, where heads are enough for that."""
+    assert rotary_heads(16, 4, 128) == 2
+    assert rotary_heads(32, 8, 64) == 4
+    assert rotary_heads(8, 1, 256) == 1
     assert rotary_heads(3, 1, 24) == 4, "all of them, and one that is none"
     assert rotary_heads(2, 2, 1024) == 1
