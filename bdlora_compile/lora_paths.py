@@ -136,7 +136,8 @@ class LocalPath:
     def pays_to_leave(self) -> bool:
         """Where h is there anyway, or the product is large."""
         known = self.arguments
-        return known.h_planes is not None or leaves_lora(int(fake_tensor(known.x).shape[-1]), known.out_features)
+        in_features = int(fake_tensor(known.x).shape[-1])
+        return known.h_planes is not None or leaves_lora(in_features, known.out_features, known.width)
 
     @property
     def layout(self) -> Layout:

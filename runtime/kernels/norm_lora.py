@@ -7,13 +7,10 @@ given, by an earlier kernel or a sum over the ranks: then B alone is read, which
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.blocks import b_of_slot
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
-    B_BLOCKS,
-    B_OFFSET,
-    B_RANK,
-    OUT_START,
     h_offset,
     known_multiple_of_8,
     load_b,
@@ -26,17 +23,6 @@ NARROW: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit
-def _b_of_slot(pool, slots, scales, site, slot, num_slots):
-    """A slot's B at a site: (b, scale, rank, 0 without adapter, blocks, first column that it writes)."""
-    fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
-    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
-    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(slot, 0))
-    rank = tl.where(slot < 0, 0, tl.load(fields + B_RANK).to(tl.int32))
-    blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
-    return b, scale, rank, blocks, tl.load(fields + OUT_START).to(tl.int32)
-
-
-@triton.jit
 def product_of_slot(pool, slots, scales, site, slot, num_slots, IN: tl.constexpr, COLUMNS: tl.constexpr):
     """A slot's factors at the site of a product [COLUMNS, IN].
 
@@ -46,7 +32,7 @@ def product_of_slot(pool, slots, scales, site, slot, num_slots, IN: tl.constexpr
     """
     fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
     a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
-    b, scale, rank, b_blocks, start = _b_of_slot(pool, slots, scales, site, slot, num_slots)
+    b, scale, rank, b_blocks, start = b_of_slot(pool, slots, scales, site, slot, num_slots)
     a_blocks = tl.maximum(tl.load(fields + A_BLOCKS).to(tl.int32), 1)
     height, columns = tl.maximum(rank // a_blocks, 1), IN // a_blocks
     is_plain = (columns % 8 == 0) & (COLUMNS % 8 == 0) & (b_blocks == 1) & (start == 0)
@@ -137,7 +123,7 @@ def factor_of_slot(pool, slots, scales, site, slot, num_slots, OUT: tl.constexpr
         b, scale, rank (0 without adapter), blocks and the first column that B writes; and whether B is one block, and
         that column and OUT are multiples of 8.
     """
-    b, scale, rank, blocks, start = _b_of_slot(pool, slots, scales, site, slot, num_slots)
+    b, scale, rank, blocks, start = b_of_slot(pool, slots, scales, site, slot, num_slots)
     return b, scale, rank, blocks, start, (OUT % 8 == 0) & (blocks == 1) & (start % 8 == 0)
 
 

@@ -2,15 +2,19 @@
 
 For few tokens it may add the product's LoRA first, y += scale * (B h), which needs no launch of its own then. A program
 has some heads of q, of k or of v, of one token. A rotation pairs column j of a head with column j + d / 2: a program
-holds its heads' first halves and their second halves apart.
-
-As in `swiglu.py`, a program's columns seldom meet more than two blocks of a packed B: as many rows are held as a block
-has.
+holds its heads' first halves and their second halves apart. How a tile's rows of B are held: `blocks.py`.
 """
 
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.blocks import (
+    b_of_slot,
+    elements_of_blocks,
+    first_rows_of_blocks,
+    load_rows_of_blocks,
+    meets_two_blocks,
+)
 from bdlora_compile.runtime.kernels.fields import (
     choose,
     h_offset,
@@ -19,7 +23,6 @@ from bdlora_compile.runtime.kernels.fields import (
     site_and_tile,
     wait_for_kernel_ahead,
 )
-from bdlora_compile.runtime.kernels.swiglu import _elements, _first_rows, _is_plain, _load_rows, _site_of_b
 
 _VARYING = ["seq", "room", "angles_of_a_row", "tokens", "num_slots", "width", "q_site", "k_site", "v_site"]
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
@@ -40,12 +43,10 @@ def _h_of_two_blocks(
 ):
     """h at rows ``row`` of a block and of the next one, [R] each."""
     own = block * height + row
-    # No slot with a rank has one that is no multiple of PARTS; one without must not divide by zero.
-    shared = tl.maximum(rank, PARTS)
-    first = load_h(h + h_offset(own, shared, index, width, _N_SITES, PARTS), plane_stride, row < height, PLANES)
+    first = load_h(h + h_offset(own, rank, index, width, _N_SITES, PARTS), plane_stride, row < height, PLANES)
     own += height
     is_row = (row < height) & (own < rank)
-    return first, load_h(h + h_offset(own, shared, index, width, _N_SITES, PARTS), plane_stride, is_row, PLANES)
+    return first, load_h(h + h_offset(own, rank, index, width, _N_SITES, PARTS), plane_stride, is_row, PLANES)
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def _b_h_plain(
 ):  # fmt: skip
     """B h at columns ``low`` and ``high``, [O] each, that meet at most two blocks."""
     block = first // columns
-    low_is_second, low_elements = _elements(low, block, columns, height)
-    high_is_second, high_elements = _elements(high, block, columns, height)
+    low_is_second, low_elements = elements_of_blocks(low, block, columns, height)
+    high_is_second, high_elements = elements_of_blocks(high, block, columns, height)
     row = tl.arange(0, ROWS)
     own, following = _h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, PLANES, PARTS)
     low_total = _sum_of_rows(low_rows, low_is_second, own, following)
@@ -64,9 +65,9 @@ def _b_h_plain(
     for turn in range(ROWS, height, ROWS):
         more = turn + row
         own, following = _h_of_two_blocks(h, plane_stride, more, block, height, rank, index, width, PLANES, PARTS)
-        factor = _load_rows(b, low_elements, inside, more, height, columns)
+        factor = load_rows_of_blocks(b, low_elements, inside, more, height, columns)
         low_total += _sum_of_rows(factor, low_is_second, own, following)
-        factor = _load_rows(b, high_elements, inside, more, height, columns)
+        factor = load_rows_of_blocks(b, high_elements, inside, more, height, columns)
         high_total += _sum_of_rows(factor, high_is_second, own, following)
     return low_total, high_total
 
@@ -150,14 +151,13 @@ def rotate_tokens(
     low = head * DIM + within
     high = low + HALF_DIM
     if EXPAND:
-        chosen = tl.load(token_slot + token)
-        slot, site = tl.maximum(chosen, 0), choose(index, q_site, k_site, v_site)
-        offset, rank, blocks, start, scale = _site_of_b(slots, scales, site, slot, chosen, num_slots)
-        first, size, b = tile * (BLOCK_H * DIM), heads * DIM, pool + offset
+        site = choose(index, q_site, k_site, v_site)
+        b, scale, rank, blocks, start = b_of_slot(pool, slots, scales, site, tl.load(token_slot + token), num_slots)
+        first, size = tile * (BLOCK_H * DIM), heads * DIM
         last = tl.minimum(first + BLOCK_H * DIM, size) - 1
-        is_plain = _is_plain(first, last, size // blocks, start)
-        low_rows = _first_rows(b, low, inside, first, size, rank, blocks, is_plain, ROWS)
-        high_rows = _first_rows(b, high, inside, first, size, rank, blocks, is_plain, ROWS)
+        is_plain = meets_two_blocks(first, last, size // blocks, start)
+        low_rows = first_rows_of_blocks(b, low, inside, first, size, rank, blocks, is_plain, ROWS)
+        high_rows = first_rows_of_blocks(b, high, inside, first, size, rank, blocks, is_plain, ROWS)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     at = y + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM) + choose(index, 0, HEADS, HEADS + KV_HEADS) * DIM

@@ -2,25 +2,24 @@
 
 To gate and up it may add theirs, y += scale * (B h), and for the product behind, down, it may make h = A m. Neither
 needs a launch of its own then. A program has some columns of one token; as in `shrink.py`, a share of A's columns
-writes a plane of h of its own.
-
-A tile of columns seldom meets more than two blocks of a packed factor, and each column sees the rows of its own block
-alone: so as many rows are held as a block has, and where they lie is a number for each column.
+writes a plane of h of its own. How a tile's rows of factors are held: `blocks.py`.
 """
 
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.blocks import (
+    b_of_slot,
+    elements_of_blocks,
+    first_rows_of_blocks,
+    load_rows_of_blocks,
+    meets_two_blocks,
+)
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
     A_RANK,
-    B_BLOCKS,
-    B_OFFSET,
-    B_RANK,
-    OUT_START,
     h_offset,
-    known_multiple_of_8,
     let_next_kernel_start,
     load_h,
     slot_row,
@@ -29,30 +28,6 @@ from bdlora_compile.runtime.kernels.fields import (
 
 _VARYING = ["tokens", "num_slots", "width", "width_behind", "gate_site", "up_site", "down_site"]
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
-
-
-@triton.jit
-def _is_plain(first, last, columns, start):
-    """Whether columns first..last meet at most two blocks of so many columns, all in multiples of 8."""
-    return (columns % 8 == 0) & (start == 0) & (last // columns - first // columns <= 1)
-
-
-@triton.jit
-def _elements(o, block, columns, height):
-    """(columns of the second block that a tile meets, elements in the first row of each column's block); both [O]."""
-    begin = known_multiple_of_8(block * columns)
-    # The same column of a row lies height rows further in the next block, which begins one row's length further.
-    jump = known_multiple_of_8((height - 1) * columns)
-    is_second = o >= begin + known_multiple_of_8(columns)
-    at = o + known_multiple_of_8(block * jump)
-    return is_second, tl.where(is_second, at + jump, at)
-
-
-@triton.jit
-def _load_rows(factor, elements, inside, row, height, columns):
-    """Rows ``row`` of each column's block, [R, O]."""
-    mask = (row < height)[:, None] & inside[None, :]
-    return tl.load(factor + row[:, None] * known_multiple_of_8(columns) + elements[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -75,18 +50,18 @@ def _b_h(
     b, first_rows, o, inside, first, size, start, rank, blocks, is_plain, h, plane_stride, index, width,
     ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """B h at a tile's columns, [O]. ``first_rows`` are what `_first_rows` loaded."""
+    """B h at a tile's columns, [O]. ``first_rows`` are what `first_rows_of_blocks` loaded."""
     columns, height = size // blocks, rank // blocks
     total = tl.zeros(o.shape, dtype=tl.float32)
     if is_plain:
         block = first // columns
-        is_second, elements = _elements(o, block, columns, height)
+        is_second, elements = elements_of_blocks(o, block, columns, height)
         row = tl.arange(0, ROWS)
         total += _b_h_of_rows(
             first_rows, h, plane_stride, row, block, is_second, height, rank, index, width, PLANES, PARTS
         )  # fmt: skip
         for more in range(ROWS, height, ROWS):
-            factor = _load_rows(b, elements, inside, more + row, height, columns)
+            factor = load_rows_of_blocks(b, elements, inside, more + row, height, columns)
             total += _b_h_of_rows(
                 factor, h, plane_stride, more + row, block, is_second, height, rank, index, width, PLANES, PARTS
             )  # fmt: skip
@@ -122,39 +97,20 @@ def _a_m(
     columns, height = size // blocks, rank // blocks
     if is_plain:
         block = first // columns
-        is_second, elements = _elements(o, block, columns, height)
+        is_second, elements = elements_of_blocks(o, block, columns, height)
         row, begin = tl.arange(0, ROWS), block * height
         everything = tl.arange(0, WIDTH)
         is_elsewhere = (everything < begin) | (everything >= begin + 2 * height)
         tl.store(h + everything, tl.zeros([WIDTH], dtype=tl.float32), mask=(everything < rank) & is_elsewhere)
         _store_a_m(first_rows, m, h, row, begin, is_second, height, rank)
         for more in range(ROWS, height, ROWS):
-            factor = _load_rows(a, elements, inside, more + row, height, columns)
+            factor = load_rows_of_blocks(a, elements, inside, more + row, height, columns)
             _store_a_m(factor, m, h, more + row, begin, is_second, height, rank)
     else:
         for j in range(rank):
             within = o - j // height * columns
             factor = tl.load(a + j * columns + within, mask=inside & (within >= 0) & (within < columns), other=0.0)
             tl.store(h + j, tl.sum(factor.to(tl.float32) * m.to(tl.float32), axis=0))
-
-
-@triton.jit
-def _first_rows(factor, o, inside, first, size, rank, blocks, is_plain, ROWS: tl.constexpr):
-    """The first ROWS rows of each column's block, [ROWS, O]: read before any kernel is waited for."""
-    columns, height = size // blocks, rank // blocks
-    _, elements = _elements(o, first // columns, columns, height)
-    return _load_rows(factor, elements, inside, tl.arange(0, ROWS), tl.where(is_plain, height, 0), columns)
-
-
-@triton.jit
-def _site_of_b(slots, scales, site, slot, chosen, num_slots):
-    """A slot's B at a site: offset, rank (0 for no adapter), blocks, first column and scale."""
-    fields = slot_row(slots, site, slot, num_slots)
-    rank = tl.where(chosen < 0, 0, tl.load(fields + B_RANK).to(tl.int32))
-    blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
-    scale = tl.load(scales + site.to(tl.int64) * num_slots + slot)
-    offset = tl.multiple_of(tl.load(fields + B_OFFSET), 16)
-    return offset, rank, blocks, tl.load(fields + OUT_START).to(tl.int32), scale
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -178,20 +134,19 @@ def swiglu_tokens(
     chosen = tl.load(token_slot + token)
     slot = tl.maximum(chosen, 0)
     if EXPAND:
-        g_offset, g_rank, g_blocks, g_start, g_scale = _site_of_b(slots, scales, gate_site, slot, chosen, num_slots)
-        u_offset, u_rank, u_blocks, u_start, u_scale = _site_of_b(slots, scales, up_site, slot, chosen, num_slots)
-        g_is_plain = _is_plain(first, last, FEATURES // g_blocks, g_start)
-        u_is_plain = _is_plain(first, last, FEATURES // u_blocks, u_start)
-        gate_b, up_b = pool + g_offset, pool + u_offset
-        g_rows = _first_rows(gate_b, o, inside, first, FEATURES, g_rank, g_blocks, g_is_plain, ROWS)
-        u_rows = _first_rows(up_b, o, inside, first, FEATURES, u_rank, u_blocks, u_is_plain, ROWS)
+        gate_b, g_scale, g_rank, g_blocks, g_start = b_of_slot(pool, slots, scales, gate_site, chosen, num_slots)
+        up_b, u_scale, u_rank, u_blocks, u_start = b_of_slot(pool, slots, scales, up_site, chosen, num_slots)
+        g_is_plain = meets_two_blocks(first, last, FEATURES // g_blocks, g_start)
+        u_is_plain = meets_two_blocks(first, last, FEATURES // u_blocks, u_start)
+        g_rows = first_rows_of_blocks(gate_b, o, inside, first, FEATURES, g_rank, g_blocks, g_is_plain, ROWS)
+        u_rows = first_rows_of_blocks(up_b, o, inside, first, FEATURES, u_rank, u_blocks, u_is_plain, ROWS)
     if SHRINK:
         fields = slot_row(slots, down_site, slot, num_slots)
         a_rank = tl.where(chosen < 0, 0, tl.load(fields + A_RANK).to(tl.int32))
         a_blocks = tl.maximum(tl.load(fields + A_BLOCKS).to(tl.int32), 1)
         a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
-        a_is_plain = _is_plain(first, last, FEATURES // a_blocks, 0)
-        a_rows = _first_rows(a, o, inside, first, FEATURES, a_rank, a_blocks, a_is_plain, ROWS)
+        a_is_plain = meets_two_blocks(first, last, FEATURES // a_blocks, 0)
+        a_rows = first_rows_of_blocks(a, o, inside, first, FEATURES, a_rank, a_blocks, a_is_plain, ROWS)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     row = gate_up + token.to(tl.int64) * (2 * FEATURES)

@@ -134,6 +134,9 @@ _FEW_ROWS = 2
 _PRODUCT_SIZE = 27_000_000
 """Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
 
+_LEFT_SIZE = 12_000_000
+"""Elements of W above which wide ranks are left to who reads the product: q, k and v of 8B on two ranks."""
+
 _ELEMENTS_OF_SHRINK = 16384
 """Elements of A that a program holds of a shrink for who reads the product's result: 64 a thread of 8 warps."""
 
@@ -324,13 +327,14 @@ def product_with_h(call: Call) -> Product | None:
     return product_for(call) if call.tokens <= PRODUCT_LIMIT else None
 
 
-def leaves_lora(in_features: int, out_features: Sequence[int]) -> bool:
+def leaves_lora(in_features: int, out_features: Sequence[int], width: int) -> bool:
     """Whether a product leaves LoRA of few tokens to the kernel that reads its result.
 
     It does where it is so large that cuBLAS's product is faster, by more than LoRA costs there, than one with LoRA
-    inside.
+    inside; a smaller one only where its ranks are too wide for one launch behind it.
     """
-    return sum(out_features) * in_features > _PRODUCT_SIZE
+    size = sum(out_features) * in_features
+    return size > _PRODUCT_SIZE or (size > _LEFT_SIZE and width > NARROW)
 
 
 def shrink_for_reader(in_features: int, width: int) -> Shrink:

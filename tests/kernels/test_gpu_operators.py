@@ -162,8 +162,8 @@ def test_shrink_among_parts(call: Call, part: int) -> None:
     arguments = (call.x, *call.factors, *call.work(), SITES, 8, 3, part)
     found, wanted = (run(*arguments).unflatten(1, (3, 3, 8)) for run in (on_gpu(grouped), plain(grouped)))
     own = plain(lora_shrink)(call.x, *call.factors, SITES, 8).unflatten(1, (3, 8))
-    assert torch.equal(wanted[:, part], own)
     is_written = own != 0
+    assert error(wanted[:, part][is_written], own[is_written].double()) < TOLERANCE
     assert error(found[:, part][is_written], own[is_written].double()) < TOLERANCE
     for other in {0, 1, 2} - {part}:
         assert not found[:, other][is_written].any()

@@ -1,0 +1,60 @@
+"""Factors of a slot at a tile of columns, for programs that read their rows before they wait for another kernel.
+
+A tile of columns seldom meets more than two blocks of a packed factor, and each column sees the rows of its own block
+alone: so as many rows are held as a block has, and where they lie is a number for each column.
+"""
+
+import triton
+import triton.language as tl
+
+from bdlora_compile.runtime.kernels.fields import (
+    B_BLOCKS,
+    B_OFFSET,
+    B_RANK,
+    OUT_START,
+    known_multiple_of_8,
+    slot_row,
+)
+
+
+@triton.jit
+def b_of_slot(pool, slots, scales, site, slot, num_slots):
+    """A slot's B at a site: (b, scale, rank, 0 without adapter, blocks, first column that it writes)."""
+    fields = slot_row(slots, site, tl.maximum(slot, 0), num_slots)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(slot, 0))
+    rank = tl.where(slot < 0, 0, tl.load(fields + B_RANK).to(tl.int32))
+    blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
+    return b, scale, rank, blocks, tl.load(fields + OUT_START).to(tl.int32)
+
+
+@triton.jit
+def meets_two_blocks(first, last, columns, start):
+    """Whether columns first..last meet at most two blocks of so many columns, all in multiples of 8."""
+    return (columns % 8 == 0) & (start == 0) & (last // columns - first // columns <= 1)
+
+
+@triton.jit
+def elements_of_blocks(o, block, columns, height):
+    """(columns of the second block that a tile meets, elements in the first row of each column's block); both [O]."""
+    begin = known_multiple_of_8(block * columns)
+    # The same column of a row lies height rows further in the next block, which begins one row's length further.
+    jump = known_multiple_of_8((height - 1) * columns)
+    is_second = o >= begin + known_multiple_of_8(columns)
+    at = o + known_multiple_of_8(block * jump)
+    return is_second, tl.where(is_second, at + jump, at)
+
+
+@triton.jit
+def load_rows_of_blocks(factor, elements, inside, row, height, columns):
+    """Rows ``row`` of each column's block, [R, O]."""
+    mask = (row < height)[:, None] & inside[None, :]
+    return tl.load(factor + row[:, None] * known_multiple_of_8(columns) + elements[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def first_rows_of_blocks(factor, o, inside, first, size, rank, blocks, is_plain, ROWS: tl.constexpr):
+    """The first ROWS rows of each column's block, [ROWS, O]: read before any kernel is waited for."""
+    columns, height = size // blocks, rank // blocks
+    _, elements = elements_of_blocks(o, first // columns, columns, height)
+    return load_rows_of_blocks(factor, elements, inside, tl.arange(0, ROWS), tl.where(is_plain, height, 0), columns)
