@@ -135,7 +135,7 @@ _PRODUCT_SIZE = 27_000_000
 """Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
 
 _LEFT_SIZE = 12_000_000
-"""Elements of W above which wide ranks are left to who reads the product: q, k and v of 8B on two ranks."""
+"""Elements of W above which wide ranks may be left to who reads the product; q, k, v of 8B on two ranks have more."""
 
 _ELEMENTS_OF_SHRINK = 16384
 """Elements of A that a program holds of a shrink for who reads the product's result: 64 a thread of 8 warps."""
@@ -331,10 +331,14 @@ def leaves_lora(in_features: int, out_features: Sequence[int], width: int) -> bo
     """Whether a product leaves LoRA of few tokens to the kernel that reads its result.
 
     It does where it is so large that cuBLAS's product is faster, by more than LoRA costs there, than one with LoRA
-    inside; a smaller one only where its ranks are too wide for one launch behind it.
+    inside. A smaller one does where ranks are too wide for one launch behind it, and the table has no plans with LoRA
+    inside for its `PRODUCT_LIMIT` tokens.
     """
     size = sum(out_features) * in_features
-    return size > _PRODUCT_SIZE or (size > _LEFT_SIZE and width > NARROW)
+    if size <= _PRODUCT_SIZE and width > NARROW:
+        has_plans = any(key[:3] == (PRODUCT_LIMIT, in_features, tuple(out_features)) for key in _products())
+        return size > _LEFT_SIZE and not has_plans
+    return size > _PRODUCT_SIZE
 
 
 def shrink_for_reader(in_features: int, width: int) -> Shrink:
