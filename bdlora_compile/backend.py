@@ -21,7 +21,7 @@ from bdlora_compile.generated_code import CodeOfRegion, code_of
 from bdlora_compile.hollow import tag_of
 from bdlora_compile.inductor import compile_region
 from bdlora_compile.ir import Captured, InputSource, fake_value, placeholders, record
-from bdlora_compile.mutation import argument_indices, mutated_arguments
+from bdlora_compile.mutation import argument_indices, buffer_arguments, mutated_arguments
 from bdlora_compile.node_names import symbol_names
 from bdlora_compile.pass_manager import PassContext, run_passes
 from bdlora_compile.pipeline import BASE_ONLY, PIPELINE
@@ -258,7 +258,8 @@ def _step_graphs(captured: Captured, deployment: Deployment, wanted: bool | None
         )
     if not is_cuda or wanted is False:
         return None
-    steps = StepGraphs(argument_indices(captured), mutated_arguments(captured), CudaRecorder)
+    in_place = mutated_arguments(captured) | buffer_arguments(captured)
+    steps = StepGraphs(argument_indices(captured), in_place, CudaRecorder)
     dtype = deployment.plan.dtype
     if not has_kernels(dtype):
         # The variant of forwards in which some row has an adapter.

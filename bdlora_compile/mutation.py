@@ -1,4 +1,4 @@
-"""Which arguments of a call a graph writes to."""
+"""Which arguments of a call a graph writes to, and which others stay where they are from call to call."""
 
 from collections.abc import Iterator
 
@@ -33,6 +33,16 @@ def mutated_arguments(captured: Captured) -> frozenset[int]:
             case InputSource(index) if isinstance(fake_value(node), torch.Tensor) and _memory(node) in written:
                 found.add(index)
     return frozenset(found)
+
+
+def buffer_arguments(captured: Captured) -> frozenset[int]:
+    """Positions of those that are buffers of the model, as Dynamo marks them: like weights they stay where they are."""
+    return frozenset(
+        source.index
+        for node in placeholders(captured.graph)
+        if isinstance(source := record(node).source, InputSource)
+        and "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    )
 
 
 def written_operands(node: Node) -> Iterator[Node]:

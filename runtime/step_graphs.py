@@ -113,22 +113,22 @@ class StepGraphs:
     """Runs a program's forwards, replaying those that it has seen before.
 
     A forward is known by its variant, the shapes of its arguments, and the addresses of those that it writes in place
-    (the cache): these are used where they are. Other arguments are copied into tensors of its own. Weights and
-    adapters lie at fixed addresses and are read there, so a loaded or evicted adapter needs nothing here. Results are
-    copies: the next forward does not change them.
+    (the cache) or that stay where they are (buffers of the model): these are used there. Other arguments are copied
+    into tensors of its own. Weights and adapters lie at fixed addresses and are read there, so a loaded or evicted
+    adapter needs nothing here. Results are copies: the next forward does not change them.
 
     Args:
         arguments: positions of the arguments that the program reads or writes; a call has hundreds that it does not.
-        mutated: those that it writes to.
+        in_place: those that it uses where they are.
         recorder: makes what records.
         limit: recorded forwards that are kept.
     """
 
     def __init__(
-        self, arguments: frozenset[int], mutated: frozenset[int], recorder: Callable[[], Recorder], limit: int = _LIMIT
+        self, arguments: frozenset[int], in_place: frozenset[int], recorder: Callable[[], Recorder], limit: int = _LIMIT
     ) -> None:
         self._arguments = sorted(arguments)
-        self._mutated = mutated
+        self._in_place = in_place
         self._new_recorder = recorder
         self._recorder = recorder()
         self._limit = limit
@@ -186,7 +186,7 @@ class StepGraphs:
         inputs = {
             index: _Input.like(args[index])
             for index in self._arguments
-            if index not in self._mutated and isinstance(args[index], Tensor)
+            if index not in self._in_place and isinstance(args[index], Tensor)
         }
         static = [inputs[index].own if index in inputs else value for index, value in enumerate(args)]
         try:
@@ -207,7 +207,7 @@ class StepGraphs:
     def _signature(self, index: int, value: Any) -> Hashable:
         if not isinstance(value, Tensor):
             return value
-        address = value.data_ptr() if index in self._mutated else None
+        address = value.data_ptr() if index in self._in_place else None
         return (value.shape, value.stride(), value.dtype, value.device, address)
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import bdlora_compile as bd
 from bdlora_compile import backend
 from bdlora_compile.ir import Captured, CarriedSource, InputSource, SharedSource
-from bdlora_compile.mutation import argument_indices, mutated_arguments
+from bdlora_compile.mutation import argument_indices, buffer_arguments, mutated_arguments
 from bdlora_compile.runtime import program, step_graphs
 from bdlora_compile.runtime.program import BoundRegion, pieces
 from bdlora_compile.runtime.step_graphs import StepGraphs
@@ -235,7 +235,8 @@ def with_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StepGraphs]:
     made: list[StepGraphs] = []
 
     def step_graphs(captured: Captured, *_: object) -> StepGraphs:
-        made.append(StepGraphs(argument_indices(captured), mutated_arguments(captured), StandIn))
+        in_place = mutated_arguments(captured) | buffer_arguments(captured)
+        made.append(StepGraphs(argument_indices(captured), in_place, StandIn))
         return made[-1]
 
     monkeypatch.setattr(backend, "_step_graphs", step_graphs)
@@ -274,6 +275,9 @@ def test_a_model_decodes_alike(
     decoding = with_stand_in[-1].stats
     assert (decoding.recorded, decoding.replayed) == (1, STEPS - 1)
     assert "CUDA graphs: 1 recorded" in bd.reports(model)[-1].summary()
+    (recorded,) = with_stand_in[-1]._recorded.values()
+    kinds = [kept.own.dtype for kept in recorded.inputs.values()]
+    assert kinds == [torch.int64] * 2, "tokens and where rows begin are copied, one launch; no buffer of the model"
 
     bd.release_graphs(model)
     assert not any(steps._recorded for steps in with_stand_in)
@@ -288,7 +292,7 @@ def test_a_model_decodes_alike(
     # Sabotage: an address left out of what a step is known by.
     monkeypatch.undo()
     for steps in with_stand_in:
-        steps._mutated = frozenset()
+        steps._in_place = frozenset()
     assert not torch.equal(found, decode(model, adapters, with_stand_in))
 
 
