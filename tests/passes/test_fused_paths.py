@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from bdlora_compile import lora_paths
 from bdlora_compile.collectives import all_reduce
 from bdlora_compile.factors import Layout, LocalFactors, LocalShape
+from bdlora_compile.fused_norm_paths import _reason as reason_to_stay
 from bdlora_compile.fused_paths import fuse_paths
 from bdlora_compile.ir import BankSource, Captured, Layers, RankIndices, fake_tensor, placeholders, record, stage_nodes
+from bdlora_compile.lora_paths import Layout as LoraLayout
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import print_graph
@@ -138,6 +141,28 @@ def test_down_is_left_to_the_norm_of_the_next_layer(layout: Layout, golden: Gold
     boundaries = [[is_boundary(node) for node in region] for region in _between_calls(captured)]
     assert boundaries == [[True] * 3] * 2, "side by side: one cut"
     assert fuse_paths(captured).matches == 0, "a second time changes nothing"
+
+
+def test_without_known_layers_down_stays() -> None:
+    """What was not traced layer by layer is one region: nothing says whose tables the next norm would read."""
+    captured = a_layer(2)
+    captured.layers = None
+    stats = fuse_paths(captured)
+    assert (stats.matches, [refusal.where for refusal in stats.refusals]) == (2, [DOWN.name])
+    assert "not every layer" in stats.refusals[0].reason
+    assert count(captured, "bdlora::lora_nothing") == 0
+    # Its h comes from the activation all the same, and o is the norm's.
+    assert count(captured, "bdlora::lora_swiglu") == count(captured, "bdlora::all_reduce_add_norm_lora") == 1
+
+
+def test_all_layers_hand_on_or_none_does() -> None:
+    layers = Layers("model.layers", (0, 1, 1))
+    alike = SimpleNamespace(layout=LoraLayout(4, 1, 16, (6,), (64,)))
+    wider = SimpleNamespace(layout=LoraLayout(4, 1, 32, (6,), (64,)))
+    assert reason_to_stay(layers, [alike, alike]) == ""
+    assert reason_to_stay(layers, [alike, None]) == "another layer ends in a product without LoRA"
+    assert reason_to_stay(layers, [alike, wider]) == "layers end in products with LoRA of other shapes"
+    assert "not every layer" in reason_to_stay(layers, [alike])
 
 
 def _between_calls(captured: Captured) -> list[list[Node]]:
