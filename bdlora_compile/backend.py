@@ -227,8 +227,9 @@ def _emit(
             rotary = fuse_rotary(variant.graph)
             if rotary.matches or rotary.refusals:
                 report.rotary[name] = rotary
-    paths = fuse_paths(captured)
-    report.paths = paths if paths.matches or paths.refusals else None
+    if deployment.plan.is_for_gpus:
+        paths = fuse_paths(captured)
+        report.paths = paths if paths.notes["paths"] else None
     variants = [split(variant) for variant in (captured, base_only)]
     if deployment.is_lockstep:
         with_lora, without = [_bind_all_ranks(regions, deployment) for regions in variants]

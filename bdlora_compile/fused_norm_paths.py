@@ -33,7 +33,8 @@ _NORM = "bdlora::all_reduce_add_norm"
 def norm_behind(path: Path) -> Node | None:
     """The norm that may add a path's LoRA: the path is of one site, and nobody else reads its product."""
     readers = path.readers
-    return readers[0] if [*map(operator_name, readers)] == [_NORM] and path.num_sites == 1 else None
+    is_normed = [*map(operator_name, readers)] == [_NORM] and _x_of(readers[0]) is path.y
+    return readers[0] if is_normed and path.num_sites == 1 else None
 
 
 def fuse_norm(graph: Graph, path: Path, norm: Node) -> None:
@@ -97,9 +98,13 @@ def _reason(layers: Layers | None, paths: Sequence[Path | None]) -> str:
     if layers is None or len(paths) != len(layers.kept):
         return "not every layer ends in a sum that the next one norms"
     if None in paths:
-        return "another layer ends in a product without LoRA"
+        return "another layer does not end in a product that can leave its LoRA"
     layouts = [path.layout for path in paths if path is not None]
-    return "" if all(layout == layouts[0] for layout in layouts) else "layers end in products with LoRA of other shapes"
+    return (
+        ""
+        if all(layout == layouts[0] for layout in layouts)
+        else "layers end in products of other shapes, or rows of the tables"
+    )
 
 
 def _hand_on(graph: Graph, layers: Layers, norms: Sequence[Node], paths: Sequence[Path]) -> None:

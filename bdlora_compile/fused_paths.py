@@ -29,28 +29,36 @@ from bdlora_compile.fused_activations import Activation, activation_behind, fuse
 from bdlora_compile.fused_norm_paths import fuse_norm, fuse_norms_of_next_layers, norm_behind
 from bdlora_compile.ir import Captured
 from bdlora_compile.lora_nodes import RotateArguments, RotateLoraArguments
-from bdlora_compile.lora_paths import Path, paths_of
+from bdlora_compile.lora_paths import Path, paths_of, products_apart
 from bdlora_compile.propagation import propagate
 from bdlora_compile.report import PassStats, Refusal
 
 _NOTHING = "the kernel ahead and the one behind have no part of it"
-_FASTER_INSIDE = "LoRA inside of so small a product is faster"
+_FASTER_INSIDE = "LoRA is taken to be faster inside of its product"
+_APART = "its product, which has a bias, and LoRA are two operators"
 _CHOSEN = "its tokens are chosen in the graph"
 
 
 def fuse_paths(captured: Captured) -> PassStats:
-    """Rewrite all paths of a graph for which it can be done; the others say why not."""
-    paths = paths_of(captured.graph)
-    left = {path.label: _NOTHING if _sees_all_tokens(path) else _CHOSEN for path in paths}
-    for step in (_into_activations, _into_norms_and_rotations, fuse_norms_of_next_layers):
-        for label, reason in step(captured, [*filter(_sees_all_tokens, paths_of(captured.graph))]).items():
-            if reason:
-                left[label] = reason
-            else:
-                left.pop(label, None)
-        propagate(captured.graph, "paths")
-    captured.graph.lint()
-    return PassStats(matches=len(paths) - len(left), refusals=[Refusal(*item) for item in left.items()])
+    """Rewrite all paths of a graph for which it can be done; the others say why not.
+
+    Returns:
+        Paths of which something was done, reasons for what was not, and as a note how many paths there are.
+    """
+    graph = captured.graph
+    paths, apart = paths_of(graph), products_apart(graph)
+    reasons = {path.label: _NOTHING if _sees_all_tokens(path) else _CHOSEN for path in paths}
+    reasons |= dict.fromkeys(apart, _APART)
+    done: set[str] = set()
+    for step in (_into_activations, _into_norms_and_rotations, fuse_norms_of_next_layers) if paths else ():
+        found = step(captured, [*filter(_sees_all_tokens, paths_of(graph))])
+        reasons |= found
+        if fused := {label for label, reason in found.items() if not reason}:
+            done |= fused
+            propagate(graph, "paths")
+    graph.lint()
+    refusals = [Refusal(label, reason) for label, reason in reasons.items() if reason]
+    return PassStats(len(done), refusals, {"paths": len(reasons)})
 
 
 def _sees_all_tokens(path: Path) -> bool:

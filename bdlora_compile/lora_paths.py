@@ -5,15 +5,16 @@ For few tokens alone: that is known when the graph runs, so who is left with it 
 """
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import Origin, fake_tensor, operator_name, record, set_record
 from bdlora_compile.lora_nodes import (
+    ApplyArguments,
     ExpandDeferredArguments,
     ExpandInPlaceArguments,
     LinearAheadArguments,
@@ -51,76 +52,52 @@ class Layout:
 
     Attributes:
         planes, parts, width: of h.
-        sites: n rows of the slot table.
+        rows: of the slot table.
+        sites: n of them.
         out_features: columns that B writes, for each site.
     """
 
     planes: int
     parts: int
     width: int
+    rows: int
     sites: Sequence[int]
     out_features: Sequence[int]
 
 
-class Path(Protocol):
-    """A product with its LoRA."""
+class Path(ABC):
+    """A product with its LoRA; ``label`` is what reports call it."""
 
-    @property
-    def y(self) -> Node:
-        """The result."""
-        ...
-
-    @property
-    def readers(self) -> list[Node]:
-        """Who reads it, but for the path itself."""
-        ...
-
-    @property
-    def num_sites(self) -> int:
-        """Products that lie side by side in it."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """What reports call it."""
-        ...
-
-    @property
-    def token_slot(self) -> Node:
-        """Each token's slot."""
-        ...
-
-    @property
-    def pays_to_leave(self) -> bool:
-        """Whether it is faster to leave B h to a reader that has other work anyway."""
-        ...
-
-    @property
-    def layout(self) -> Layout:
-        """Of the h that it would leave."""
-        ...
-
-    def leave(self, graph: Graph) -> Left:
-        """Rewrite the path so that it leaves B h; the reader must be rewritten next."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LocalPath:
-    """One operator, `lora_linear`; ``label`` is what reports call it."""
-
-    y: Node
     label: str
 
     @property
-    def arguments(self) -> LinearArguments:
-        """Read again each time: another rewrite may have changed them."""
-        return LinearArguments.of(self.y)
+    @abstractmethod
+    def arguments(self) -> LinearArguments | ExpandInPlaceArguments:
+        """Of the operator that adds B h; read again each time, since another rewrite may have changed them."""
 
     @property
+    @abstractmethod
+    def y(self) -> Node:
+        """The result."""
+
+    @property
+    @abstractmethod
     def readers(self) -> list[Node]:
-        """Who reads the result."""
-        return [*self.y.users]
+        """Who reads it, but for the path itself."""
+
+    @property
+    @abstractmethod
+    def pays_to_leave(self) -> bool:
+        """Whether it is faster to leave B h to a reader that has other work anyway."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Of the h that it would leave."""
+
+    @abstractmethod
+    def leave(self, graph: Graph) -> Left:
+        """Rewrite the path so that it leaves B h; the reader must be rewritten next."""
 
     @property
     def num_sites(self) -> int:
@@ -131,6 +108,29 @@ class LocalPath:
     def token_slot(self) -> Node:
         """Each token's slot."""
         return self.arguments.token_slot
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPath(Path):
+    """One operator, `lora_linear`."""
+
+    product: Node
+    label: str
+
+    @property
+    def y(self) -> Node:
+        """The operator's result."""
+        return self.product
+
+    @property
+    def arguments(self) -> LinearArguments:
+        """Of the operator."""
+        return LinearArguments.of(self.product)
+
+    @property
+    def readers(self) -> list[Node]:
+        """Who reads the result."""
+        return [*self.y.users]
 
     @property
     def pays_to_leave(self) -> bool:
@@ -147,7 +147,7 @@ class LocalPath:
             planes, _, _, width = fake_tensor(known.h_planes).shape
         else:
             planes, width = planes_for_reader(int(fake_tensor(known.x).shape[-1])), h_width(known.width)
-        return Layout(int(planes), 1, int(width), known.sites, known.out_features)
+        return Layout(int(planes), 1, int(width), _rows_of(known.slots), known.sites, known.out_features)
 
     def leave(self, graph: Graph) -> Left:
         """The product alone, with a launch that makes h ahead of it unless h is there."""
@@ -170,8 +170,8 @@ class LocalPath:
 
 
 @dataclass(frozen=True, slots=True)
-class BridgedPath:
-    """A product, and LoRA added in place behind a collective (S-LoRA); ``label`` is what reports call it."""
+class BridgedPath(Path):
+    """A product, and LoRA added in place behind a collective (S-LoRA)."""
 
     expand: Node
     label: str
@@ -192,16 +192,6 @@ class BridgedPath:
         return [node for node in self.y.users if node is not self.expand]
 
     @property
-    def num_sites(self) -> int:
-        """Products that lie side by side in it."""
-        return len(self.arguments.sites)
-
-    @property
-    def token_slot(self) -> Node:
-        """Each token's slot."""
-        return self.arguments.token_slot
-
-    @property
     def pays_to_leave(self) -> bool:
         """Always: it saves a launch."""
         return True
@@ -211,7 +201,7 @@ class BridgedPath:
         """Of the h that the ranks have exchanged."""
         known = self.arguments
         width = int(fake_tensor(known.h).shape[1]) // (known.parts * len(known.sites))
-        return Layout(1, known.parts, width, known.sites, known.out_features)
+        return Layout(1, known.parts, width, _rows_of(known.slots), known.sites, known.out_features)
 
     def leave(self, graph: Graph) -> Left:
         """For few tokens nothing is added to the product."""
@@ -246,3 +236,12 @@ def local_path(product: Node) -> LocalPath:
 
 def _label(node: Node) -> str:
     return record(node).site or node.name
+
+
+def _rows_of(slots: Node) -> int:
+    return int(fake_tensor(slots).shape[0])
+
+
+def products_apart(graph: Graph) -> list[str]:
+    """What reports call the paths whose product and LoRA are two operators, without a collective between factors."""
+    return [_label(node) for node in graph.nodes if ApplyArguments.is_of(node)]

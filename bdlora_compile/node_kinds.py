@@ -54,7 +54,7 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_linear_ahead": "runtime/kernels/shrink.py for few tokens, and a product by the BLAS library",
     "bdlora::lora_expand_deferred_": f"nothing for few tokens, else {_EXPAND}",
     "bdlora::lora_swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
-    "bdlora::lora_nothing": "torch: zeros",
+    "bdlora::lora_nothing": "torch: memory that nobody reads",
     "bdlora::rotate_and_cache": _ROTARY,
     "bdlora::rotate_and_cache_lora": f"{_ROTARY}; for few tokens with LoRA of the product before",
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",

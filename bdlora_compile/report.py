@@ -138,8 +138,8 @@ class Report:
             lines.append(f"  rotations and write to the cache in one, {graph}: {stats.matches} of {writes}")
             lines += _refusal_lines(stats.refusals)
         if self.paths is not None:
-            paths = self.paths.matches + len(self.paths.refusals)
-            lines.append(f"  LoRA in part by the kernels beside: {self.paths.matches} of {paths} paths")
+            total = self.paths.notes["paths"]
+            lines.append(f"  LoRA in part by the kernels beside: {self.paths.matches} of {total} paths")
             lines += _refusal_lines(self.paths.refusals)
         if self.attention:
             lines.append(f"  attention: {self.attention}")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from bdlora_compile.fused_norm_paths import _reason as reason_to_stay
 from bdlora_compile.fused_paths import fuse_paths
 from bdlora_compile.ir import BankSource, Captured, Layers, RankIndices, fake_tensor, placeholders, record, stage_nodes
 from bdlora_compile.lora_paths import Layout as LoraLayout
+from bdlora_compile.lora_paths import Path
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import print_graph
@@ -148,21 +149,37 @@ def test_without_known_layers_down_stays() -> None:
     captured = a_layer(2)
     captured.layers = None
     stats = fuse_paths(captured)
-    assert (stats.matches, [refusal.where for refusal in stats.refusals]) == (2, [DOWN.name])
-    assert "not every layer" in stats.refusals[0].reason
+    assert (stats.matches, stats.notes["paths"]) == (3, 3), "its h comes from the activation, and o is the norm's"
+    (refusal,) = stats.refusals
+    assert refusal.where == DOWN.name
+    assert "not every layer" in refusal.reason
     assert count(captured, "bdlora::lora_nothing") == 0
-    # Its h comes from the activation all the same, and o is the norm's.
     assert count(captured, "bdlora::lora_swiglu") == count(captured, "bdlora::all_reduce_add_norm_lora") == 1
 
 
 def test_all_layers_hand_on_or_none_does() -> None:
     layers = Layers("model.layers", (0, 1, 1))
-    alike = SimpleNamespace(layout=LoraLayout(4, 1, 16, (6,), (64,)))
-    wider = SimpleNamespace(layout=LoraLayout(4, 1, 32, (6,), (64,)))
+    alike, wider, longer = (
+        cast(Path, SimpleNamespace(layout=LoraLayout(4, 1, width, rows, (6,), (64,))))
+        for width, rows in ((16, 7), (32, 7), (16, 8))
+    )
     assert reason_to_stay(layers, [alike, alike]) == ""
-    assert reason_to_stay(layers, [alike, None]) == "another layer ends in a product without LoRA"
-    assert reason_to_stay(layers, [alike, wider]) == "layers end in products with LoRA of other shapes"
+    assert "another layer" in reason_to_stay(layers, [alike, None])
+    assert "other shapes" in reason_to_stay(layers, [alike, wider])
+    assert "other shapes" in reason_to_stay(layers, [alike, longer])
     assert "not every layer" in reason_to_stay(layers, [alike])
+
+
+def test_what_sees_other_tokens_says_so() -> None:
+    captured = half_a_layer(2)
+    (token_slot,) = [node for node in placeholders(captured.graph) if node.name == "bank_token_slot"]
+    with captured.graph.inserting_after(placeholders(captured.graph)[-1]):
+        chosen = captured.graph.call_function(torch.clone, (token_slot,))
+    chosen.meta = dict(token_slot.meta)
+    (out,) = [node for node in stage_nodes(captured.graph, "bdlora::lora_linear") if record(node).site == OUT.name]
+    out.replace_input_with(token_slot, chosen)
+    reasons = {refusal.where: refusal.reason for refusal in fuse_paths(captured).refusals}
+    assert reasons == {OUT.name: "its tokens are chosen in the graph"}
 
 
 def _between_calls(captured: Captured) -> list[list[Node]]:
@@ -291,3 +308,15 @@ def test_the_graph_computes_the_same(
         bank.scales[site] = 0.0
         assert not (result_of(after, bank) - wanted).abs().max() < 4 * tolerance * wanted.abs().max(), "the twins"
         bank.scales.copy_(kept)
+
+
+def test_a_product_with_a_bias_says_so() -> None:
+    build = GraphBuilder()
+    x, bias = build.input("x", 2, 3, 8), build.weight(f"{GATE.name}.bias", 12)
+    y = build.linear(x, build.weight(f"{GATE.name}.weight", 12, 8), bias, site=GATE.name)
+    plan = plan_of(1, (GATE,))
+    captured = merged(build.finish(y), plan)
+    run(Fuse(), captured, on_gpu(plan))
+    stats = fuse_paths(captured)
+    assert (stats.matches, stats.notes["paths"]) == (0, 1)
+    assert "has a bias" in stats.refusals[0].reason
