@@ -22,11 +22,13 @@ from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats
 from bdlora_compile.rms_norms import norm_of
+from bdlora_compile.runtime import program
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
+MLP, DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 COLUMNS = 24
 FIRST_LINE = 16
 """Where the first row's line begins in a mailbox: there rank 0 tells of its exchanges."""
@@ -220,8 +222,45 @@ def check_paths(folder: Path) -> str:
     return f"paths: {'; '.join(texts)}"
 
 
+def check_kinds(folder: Path) -> str:
+    """Two kinds of layers that alternate: the next layer's norm reads the tables of a layer of the other kind."""
+    even = [f"layers.{layer}.{site}" for layer in (0, 2) for site in (*map("self_attn.{}_proj".format, "qkv"), DOWN)]
+    odd = [f"layers.{layer}.{site}" for layer in (1, 3) for site in ("self_attn.o_proj", *MLP, DOWN)]
+    if dist.get_rank() == 0:
+        save_model(ModelSpec(layers=4), folder / "four" / "model")
+        save_adapter(AdapterSpec(rank=8, targets=[*even, *odd]), folder / "four" / "model", folder / "four" / "kinds")
+    dist.barrier()
+
+    def logits_of(dtype: torch.dtype, *, for_gpus: bool) -> tuple[Tensor, PassStats | None]:
+        targets = [*even, *odd]
+        return answers(folder / "four", "kinds", "local", 5, dtype, for_gpus=for_gpus, targets=targets)
+
+    exact, _ = logits_of(torch.float32, for_gpus=False)
+    found, stats = logits_of(torch.bfloat16, for_gpus=True)
+    assert stats is not None
+    assert (stats.matches, stats.refusals) == (5, []), stats
+    own = (found - exact)[0].abs().max() / exact.abs().max()
+
+    def own_rows(layer: str | None, table: Tensor, plan: ModelPlan) -> Tensor:
+        return table[plan.rows(layer)]
+
+    with patched(program, "_rows_before", own_rows):
+        wrong, _ = logits_of(torch.bfloat16, for_gpus=True)
+    twin = (wrong - exact)[0].abs().max() / exact.abs().max()
+    assert own < 0.04, own
+    assert not twin < 4 * own, (own, twin)
+    return f"kinds of layers: {own:.1e} (with a layer's own rows {twin:.1e})"
+
+
 def answers(
-    folder: Path, kind: str, strategy: Any, tokens: int, dtype: torch.dtype, *, for_gpus: bool
+    folder: Path,
+    kind: str,
+    strategy: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    for_gpus: bool,
+    targets: list[str] | None = None,
 ) -> tuple[Tensor, PassStats | None]:
     """Logits of one prompt with an adapter and without, [2, tokens, vocabulary] in float32; which paths were fused."""
     torch._dynamo.reset()
@@ -231,7 +270,8 @@ def answers(
         patched(ModelPlan, "is_for_gpus", for_gpus),
         patched(lora_paths, "leaves_lora", lambda *_: True),
     ):
-        model, pool = bd.load(folder / "model", {kind: folder / kind}, dtype=dtype, strategy=strategy)
+        options: dict[str, Any] = {"dtype": dtype, "strategy": strategy, "target_modules": targets}
+        model, pool = bd.load(folder / "model", {kind: folder / kind}, **options)
         model.compile(backend="bdlora", options={"inner": "eager"})
         ids = torch.arange(3, 3 + tokens).expand(2, tokens)
         with torch.no_grad(), pool.use([kind, None]):
@@ -248,7 +288,7 @@ def main() -> int:
         save_adapter(AdapterSpec(rank=8, nblocks=4), folder / "model", folder / "blocks")
         save_adapter(AdapterSpec(rank=8), folder / "model", folder / "plain")
     dist.barrier()
-    for check in (check_kernel, check_places, check_operator, check_graph, check_paths):
+    for check in (check_kernel, check_places, check_operator, check_graph, check_paths, check_kinds):
         text = check(folder)
         if dist.get_rank() == 0:
             print(f"case: {text}", flush=True)

@@ -14,4 +14,4 @@ def test_two_ranks_exchange_and_norm(tmp_path: Path) -> None:
     launch = command(2, "tests.distributed.norm_ranks", tmp_path)
     done = subprocess.run(launch, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert done.stdout.count("case: ") == 5, done.stdout
+    assert done.stdout.count("case: ") == 6, done.stdout

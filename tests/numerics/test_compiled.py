@@ -10,7 +10,7 @@ from torch.fx import Graph
 
 import bdlora_compile as bd
 from bdlora_compile.ir import Origin, operator_name
-from bdlora_compile.passes import fuse
+from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime import lockstep
 from bdlora_compile.strategy import Strategy
 from tests.models import ATTENTION, AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
@@ -118,7 +118,7 @@ def test_logits_equal_peft(files: Any, shape: tuple[int, int, int], strategy: St
 @pytest.mark.parametrize("strategy", ["local", "slora"])
 def test_the_form_for_gpus_equals_peft(files: Any, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators that the graph has on GPUs, by their plain implementations."""
-    monkeypatch.setattr(fuse, "_is_for_gpu", lambda context: True)
+    monkeypatch.setattr(ModelPlan, "is_for_gpus", True)
     test_logits_equal_peft(files, (4, 2, 2), strategy)
 
 
