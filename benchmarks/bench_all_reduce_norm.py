@@ -167,16 +167,16 @@ def check(ranks: Ranks) -> dict[str, int]:
             own = values(rows, columns, turn, rank)
             if has_lora(rows, columns):
                 u = values(rows, Lora.FEATURES, turn, size + 1 + rank)
-                by = ranks.with_h if turn % 2 else ranks.with_lora
-                total, normed = by(own, residual, weight, u, lora)
+                pairs = [by(own, residual, weight, u, lora) for by in (ranks.with_lora, ranks.with_h)]
             else:
-                total, normed = ranks.fused(own, residual, weight)
+                pairs = [ranks.fused(own, residual, weight)]
             reduced = expected(rows, columns, turn)
             right, right_norm = add_and_norm(reduced.to(torch.bfloat16), residual, weight)
-            sums.add_((total != right).sum())
-            # One rounding to bf16 more or less, before the weight and after it.
-            norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
-            digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
+            for total, normed in pairs:
+                sums.add_((total != right).sum())
+                # One rounding to bf16 more or less, before the weight and after it.
+                norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
+                digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
             if turn % 2:
                 found = all_reduce(own, ranks.buffer, *ways[turn % 3], ranks.group)
                 sums.add_((found.float() != summed(rows, columns, turn)).sum())

@@ -208,9 +208,9 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
             return state.store.get_merged(parts)
         case BankSource(field, layer, is_before):
             table: torch.Tensor = getattr(state.bank, field.value)
-            return (
-                _rows_before(layer, table, plan) if is_before else table if layer is None else table[plan.rows(layer)]
-            )
+            if is_before:
+                return _rows_before(layer, table, plan)
+            return table if layer is None else table[plan.rows(layer)]
         case SymmetricSource() if state.all_reduce.buffer is not None:
             return state.all_reduce.buffer
         case MailboxSource() if state.all_reduce.mailbox is not None:

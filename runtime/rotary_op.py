@@ -38,7 +38,7 @@ def rotate_and_cache(
     batch, seq, _ = y.shape
     dim = keys.shape[3]
     sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
-    q, k, v = (part.reshape(batch, seq, -1, dim).transpose(1, 2) for part in y.split(sizes, dim=-1))
+    q, k, v = (part.reshape(batch, seq, part.shape[-1] // dim, dim).transpose(1, 2) for part in y.split(sizes, dim=-1))
     cache_write_(keys, values, _rotated(k, cos, sin), v, lengths)
     # Where dims have one element an operator's strides are as they come, and the compiler is told of others.
     return _room_for_q(y, keys, heads).copy_(_rotated(q, cos, sin))
@@ -88,7 +88,8 @@ def rotate_and_cache_lora(
         y, cos, sin, keys, values, lengths, heads, kv_heads: as for `rotate_and_cache`.
         h: float32 [planes, T, parts * 3, any width], planes that sum to A x of the three sites; for more than few
             tokens it may hold anything.
-        pool, slots, scales, token_slot, sites, out_features, parts: as for `ops.lora_expand`; three sites.
+        pool, slots, scales, token_slot, sites, out_features, parts: as for `ops.lora_expand`; three sites, each
+            with its own columns alone.
     """
     if is_served_by_token(y):
         bank = (pool, slots, scales, token_slot)

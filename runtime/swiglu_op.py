@@ -33,7 +33,8 @@ def lora_swiglu(
         y: [..., 2 F], of F columns each.
         h: float32 [planes, T, parts * 2, any width] of gate and up, whose LoRA y lacks for few tokens
             (`is_served_by_token`); of more it is not read. None: y lacks nothing.
-        pool, slots, scales, token_slot, sites, parts: as for `ops.lora_expand`; of gate and up.
+        pool, slots, scales, token_slot, sites, parts: as for `ops.lora_expand`; of gate and up, each with its own
+            columns alone.
         down: the row of ``slots`` of the product behind, whose A is [r, F/c]; none if nobody wants its h.
         down_width: its largest r.
 
@@ -47,7 +48,7 @@ def lora_swiglu(
         halves = (y.shape[-1] // 2, y.shape[-1] // 2)
         y = lora_expand(y, h.sum(0).flatten(1), pool, slots, scales, token_slot, sites, halves, parts)
     gate, up = y.chunk(2, dim=-1)
-    m = torch.nn.functional.silu(gate) * up
+    m = (torch.nn.functional.silu(gate) * up).contiguous()
     made = _room_for_h(m, down, down_width)
     if down and is_few:
         made[0, :, 0] = lora_shrink(m, pool, slots, token_slot, down, made.shape[-1])
@@ -86,7 +87,8 @@ def _(
     made = _room_for_h(m, down, down_width)
     behind = launch_swiglu.Behind(launch.Factors(pool, slots, token_slot, down), made) if down and is_few else None
     gate_and_up = launch.Factors(pool, slots, token_slot, sites)
-    launch_swiglu.swiglu(rows, m, gate_and_up, scales, h if is_few else None, behind, parts)
+    missing = h.contiguous() if h is not None and is_few else None
+    launch_swiglu.swiglu(rows, m, gate_and_up, scales, missing, behind, parts)
     return m.view(*y.shape[:-1], features), made
 
 

@@ -12,7 +12,9 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     B_RANK,
     OUT_START,
+    h_offset,
     known_multiple_of_8,
+    load_h,
     slot_row,
 )
 
@@ -58,3 +60,22 @@ def first_rows_of_blocks(factor, o, inside, first, size, rank, blocks, is_plain,
     columns, height = size // blocks, rank // blocks
     _, elements = elements_of_blocks(o, first // columns, columns, height)
     return load_rows_of_blocks(factor, elements, inside, tl.arange(0, ROWS), tl.where(is_plain, height, 0), columns)
+
+
+@triton.jit
+def h_of_two_blocks(
+    h, plane_stride, row, block, height, rank, index, width, n_sites, PLANES: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """A token's h at rows ``row`` of a block and of the next one, [R] each, for one of ``n_sites`` sites."""
+    own = block * height + row
+    first = load_h(h + h_offset(own, rank, index, width, n_sites, PARTS), plane_stride, row < height, PLANES)
+    following = own + height
+    is_row = (row < height) & (following < rank)
+    return first, load_h(h + h_offset(following, rank, index, width, n_sites, PARTS), plane_stride, is_row, PLANES)
+
+
+@triton.jit
+def sum_of_rows(factor, is_second, first, second):
+    """Rows of B [R, O] times h of each column's block, summed: [O]. ``first`` and ``second``: h of two blocks, [R]."""
+    value = tl.where(is_second[None, :], second[:, None], first[:, None])
+    return tl.sum(value * factor.to(tl.float32), axis=0)

@@ -200,6 +200,7 @@ def shrink(
     ``parts``, by token: h is [planes, T, parts * n, width], of which ``part`` is made, and the others are zero.
     ``overlap`` lets the kernel behind start early, when x is there; ``early`` starts the shrink itself early.
     """
+    assert work is None or parts == 1, "segments leave no room for other parts"
     tokens, in_features = x.shape
     n_sites, num_slots = len(factors.sites), factors.num_slots
     tiles = tiles or default_launches(Call(tokens, in_features, (), width)).shrink

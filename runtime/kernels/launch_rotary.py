@@ -57,6 +57,7 @@ def rotate(
     assert keys.stride() == values.stride(), "keys and values are parts of one tensor"
     assert keys.stride(3) == 1, "a token's values lie together"
     assert y.is_contiguous(), "a token's columns follow those of the one before"
+    assert lengths.is_contiguous(), "a row's number follows that of the one before"
     q = y.new_empty(batch, seq, heads, dim)
     if batch * seq == 0:
         return q.transpose(1, 2)

@@ -145,8 +145,7 @@ def first_rows_of_factor(factor, column, inside, OUT: tl.constexpr, ROWS: tl.con
 @triton.jit
 def _given_h(h, plane_stride, width, row, rank, PLANES: tl.constexpr, PARTS: tl.constexpr):
     """h of some rows of B; zero behind the last, where it is not read."""
-    # Without rank there is no row, but a share of none would be divided by.
-    at = h + h_offset(row, tl.maximum(rank, PARTS), 0, width, 1, PARTS)
+    at = h + h_offset(row, rank, 0, width, 1, PARTS)
     return load_h(at, plane_stride, row < rank, PLANES)
 
 

@@ -12,8 +12,10 @@ from bdlora_compile.runtime.kernels.blocks import (
     b_of_slot,
     elements_of_blocks,
     first_rows_of_blocks,
+    h_of_two_blocks,
     load_rows_of_blocks,
     meets_two_blocks,
+    sum_of_rows,
 )
 from bdlora_compile.runtime.kernels.fields import (
     choose,
@@ -31,25 +33,6 @@ _N_SITES: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit
-def _sum_of_rows(factor, is_second, first, second):
-    """Rows of B [R, O] times h of each column's block, summed: [O]. ``first`` and ``second``: h of two blocks, [R]."""
-    value = tl.where(is_second[None, :], second[:, None], first[:, None])
-    return tl.sum(value * factor.to(tl.float32), axis=0)
-
-
-@triton.jit
-def _h_of_two_blocks(
-    h, plane_stride, row, block, height, rank, index, width, PLANES: tl.constexpr, PARTS: tl.constexpr
-):
-    """h at rows ``row`` of a block and of the next one, [R] each."""
-    own = block * height + row
-    first = load_h(h + h_offset(own, rank, index, width, _N_SITES, PARTS), plane_stride, row < height, PLANES)
-    own += height
-    is_row = (row < height) & (own < rank)
-    return first, load_h(h + h_offset(own, rank, index, width, _N_SITES, PARTS), plane_stride, is_row, PLANES)
-
-
-@triton.jit
 def _b_h_plain(
     b, low_rows, high_rows, low, high, inside, first, columns, height, rank, h, plane_stride, index, width,
     ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
@@ -59,16 +42,18 @@ def _b_h_plain(
     low_is_second, low_elements = elements_of_blocks(low, block, columns, height)
     high_is_second, high_elements = elements_of_blocks(high, block, columns, height)
     row = tl.arange(0, ROWS)
-    own, following = _h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, PLANES, PARTS)
-    low_total = _sum_of_rows(low_rows, low_is_second, own, following)
-    high_total = _sum_of_rows(high_rows, high_is_second, own, following)
+    own, following = h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, _N_SITES, PLANES, PARTS)
+    low_total = sum_of_rows(low_rows, low_is_second, own, following)
+    high_total = sum_of_rows(high_rows, high_is_second, own, following)
     for turn in range(ROWS, height, ROWS):
         more = turn + row
-        own, following = _h_of_two_blocks(h, plane_stride, more, block, height, rank, index, width, PLANES, PARTS)
+        own, following = h_of_two_blocks(
+            h, plane_stride, more, block, height, rank, index, width, _N_SITES, PLANES, PARTS
+        )  # fmt: skip
         factor = load_rows_of_blocks(b, low_elements, inside, more, height, columns)
-        low_total += _sum_of_rows(factor, low_is_second, own, following)
+        low_total += sum_of_rows(factor, low_is_second, own, following)
         factor = load_rows_of_blocks(b, high_elements, inside, more, height, columns)
-        high_total += _sum_of_rows(factor, high_is_second, own, following)
+        high_total += sum_of_rows(factor, high_is_second, own, following)
     return low_total, high_total
 
 

@@ -12,8 +12,10 @@ from bdlora_compile.runtime.kernels.blocks import (
     b_of_slot,
     elements_of_blocks,
     first_rows_of_blocks,
+    h_of_two_blocks,
     load_rows_of_blocks,
     meets_two_blocks,
+    sum_of_rows,
 )
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
@@ -31,21 +33,6 @@ _VARYING = ["tokens", "num_slots", "width", "width_behind", "gate_site", "up_sit
 
 
 @triton.jit
-def _b_h_of_rows(
-    factor, h, plane_stride, row, block, is_second, height, rank, index, width,
-    PLANES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Rows of B [R, O] times a token's h at one of two sites, summed: [O]."""
-    own = block * height + row
-    first = load_h(h + h_offset(own, rank, index, width, 2, PARTS), plane_stride, row < height, PLANES)
-    other = own + height
-    is_other = (row < height) & (other < rank)
-    second = load_h(h + h_offset(other, rank, index, width, 2, PARTS), plane_stride, is_other, PLANES)
-    value = tl.where(is_second[None, :], second[:, None], first[:, None])
-    return tl.sum(value * factor.to(tl.float32), axis=0)
-
-
-@triton.jit
 def _b_h(
     b, first_rows, o, inside, first, size, start, rank, blocks, is_plain, h, plane_stride, index, width,
     ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
@@ -57,14 +44,14 @@ def _b_h(
         block = first // columns
         is_second, elements = elements_of_blocks(o, block, columns, height)
         row = tl.arange(0, ROWS)
-        total += _b_h_of_rows(
-            first_rows, h, plane_stride, row, block, is_second, height, rank, index, width, PLANES, PARTS
-        )  # fmt: skip
+        own, following = h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, 2, PLANES, PARTS)
+        total += sum_of_rows(first_rows, is_second, own, following)
         for more in range(ROWS, height, ROWS):
             factor = load_rows_of_blocks(b, elements, inside, more + row, height, columns)
-            total += _b_h_of_rows(
-                factor, h, plane_stride, more + row, block, is_second, height, rank, index, width, PLANES, PARTS
+            own, following = h_of_two_blocks(
+                h, plane_stride, more + row, block, height, rank, index, width, 2, PLANES, PARTS
             )  # fmt: skip
+            total += sum_of_rows(factor, is_second, own, following)
     else:
         # Seldom, and must not cost the others registers: a row at a time.
         for j in range(rank):

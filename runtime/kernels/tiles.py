@@ -137,6 +137,9 @@ _PRODUCT_SIZE = 27_000_000
 _LEFT_SIZE = 12_000_000
 """Elements of W above which wide ranks may be left to who reads the product; q, k, v of 8B on two ranks have more."""
 
+_COLUMNS_OF_A_PLANE = 2048
+"""Of A, for each plane of the h of such a product."""
+
 _ELEMENTS_OF_SHRINK = 16384
 """Elements of A that a program holds of a shrink for who reads the product's result: 64 a thread of 8 warps."""
 
@@ -343,14 +346,14 @@ def leaves_lora(in_features: int, out_features: Sequence[int], width: int) -> bo
 
 def shrink_for_reader(in_features: int, width: int) -> Shrink:
     """The launch that makes h of few tokens for the kernel that reads the product's result."""
-    depth = -(-_power_of_two(in_features) // planes_for_reader(in_features))
+    depth = min(_power_of_two(in_features), _COLUMNS_OF_A_PLANE)
     rows = max(1, min(h_width(width), _ELEMENTS_OF_SHRINK // depth))
     return Shrink(rows, depth, max(1, rows * depth // 2048))
 
 
 def planes_for_reader(in_features: int) -> int:
     """Planes of that h, whatever the number of tokens."""
-    return max(1, _power_of_two(in_features) // 2048)
+    return -(-in_features // _COLUMNS_OF_A_PLANE)
 
 
 def launches_for(call: Call) -> TwoLaunches:

@@ -27,6 +27,8 @@ from tests.kernels.test_kernels import DEVICE, NAMES, Case, bank_of
 
 TOLERANCES = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 EPSILON = 1e-5
+FIRST_COUNT = 16 + 8
+"""The word of a mailbox that counts the exchanges of its first row."""
 BEHIND = 1 << 40
 """A number that peers have told which no exchange here waits for."""
 
@@ -202,6 +204,7 @@ def test_the_operator(rows: int, limit: int, dtype: torch.dtype, monkeypatch: py
     found = run(*values, product.weight, *exchange, product.u.view(shape), *product.bank, *lora)
     product.xs = [torch.zeros_like(product.u)]
     assert error(found, [value.view(shape) for value in product.wanted(product.token_slot)]) < 2 * TOLERANCES[dtype]
+    assert int(mailbox[FIRST_COUNT]) == (limit > 0), "by the kernel that exchanges"
     twin = product.wanted(product.token_slot.roll(1))
     assert not error(found, [value.view(shape) for value in twin]) < 8 * TOLERANCES[dtype]
 
@@ -351,5 +354,6 @@ def test_the_operator_with_a_given_h(
     exact = [value.view(shape) for value in product.wanted(product.token_slot, halves)]
     assert error(wanted, exact) < 2 * TOLERANCES[dtype]
     twin = run(on_gpu(all_reduce_add_norm_expand), 2 * product.h)
+    assert int(mailbox[FIRST_COUNT]) == 2 * (limit > 0), "by the kernel that exchanges"
     assert (error(twin, wanted) < 8 * TOLERANCES[dtype]) is not is_few
     assert torch.equal(x, before)
