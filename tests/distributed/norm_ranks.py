@@ -200,25 +200,26 @@ def logits(folder: Path, adapters: dict[str, Path], transport: AllReduce) -> tup
     }
 
 
+BF16 = 0.04
+"""Relative to the largest logit, of three or four layers in bf16 against float32; 1.5e-2 where all paths stay apart."""
+
+
 def check_paths(folder: Path) -> str:
     """Graphs in the form for GPUs, by the operators' plain implementations: activations, norms and rotations do LoRA.
 
-    With few tokens they do, with many they do not. The error against float32 is that of bf16 in the form without them:
-    both round as often, elsewhere. Without the adapter it is many times that.
+    With few tokens they do, with many they do not. Without the adapter the error is many times that.
     """
     texts = []
     for strategy, kind in (("local", "blocks"), ("slora", "plain")):
         for tokens in (5, 40):
             exact, _ = answers(folder, kind, strategy, tokens, torch.float32, for_gpus=False)
-            apart, _ = answers(folder, kind, strategy, tokens, torch.bfloat16, for_gpus=False)
             found, stats = answers(folder, kind, strategy, tokens, torch.bfloat16, for_gpus=True)
             assert stats is not None
             assert (stats.matches, stats.refusals) == (4, []), stats
-            usual, own = ((value - exact)[0].abs().max() / exact.abs().max() for value in (apart, found))
-            twin = (found[1] - exact[0]).abs().max() / exact.abs().max()
-            assert own < 2 * usual, (strategy, tokens, own, usual)
-            assert not twin < 4 * usual, (strategy, tokens, twin, usual)
-            texts.append(f"{strategy}, {2 * tokens} tokens {own:.1e} (apart {usual:.1e}, without {twin:.1e})")
+            own, twin = ((value - exact[0]).abs().max() / exact.abs().max() for value in found)
+            assert own < BF16, (strategy, tokens, own)
+            assert not twin < 2 * BF16, (strategy, tokens, twin)
+            texts.append(f"{strategy}, {2 * tokens} tokens {own:.1e} (without {twin:.1e})")
     return f"paths: {'; '.join(texts)}"
 
 
@@ -247,8 +248,8 @@ def check_kinds(folder: Path) -> str:
     with patched(program, "_rows_before", own_rows):
         wrong, _ = logits_of(torch.bfloat16, for_gpus=True)
     twin = (wrong - exact)[0].abs().max() / exact.abs().max()
-    assert own < 0.04, own
-    assert not twin < 4 * own, (own, twin)
+    assert own < BF16, own
+    assert not twin < 2 * BF16, twin
     return f"kinds of layers: {own:.1e} (with a layer's own rows {twin:.1e})"
 
 
