@@ -14,13 +14,26 @@ from bdlora_compile.collectives import all_reduce
 from bdlora_compile.factors import Layout, LocalFactors, LocalShape
 from bdlora_compile.fused_norm_paths import _reason as reason_to_stay
 from bdlora_compile.fused_paths import fuse_paths
-from bdlora_compile.ir import BankSource, Captured, Layers, RankIndices, fake_tensor, placeholders, record, stage_nodes
+from bdlora_compile.fused_rotary import fuse_rotary
+from bdlora_compile.ir import (
+    BankSource,
+    Captured,
+    Layers,
+    RankIndices,
+    fake_tensor,
+    operator_name,
+    placeholders,
+    record,
+    set_record,
+    stage_nodes,
+)
+from bdlora_compile.lora_nodes import LinearArguments
 from bdlora_compile.lora_paths import Layout as LoraLayout
 from bdlora_compile.lora_paths import Path
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import print_graph
-from bdlora_compile.propagation import propagate
+from bdlora_compile.propagation import find_fake_mode, propagate
 from bdlora_compile.regions import is_boundary, layer_boundary
 from bdlora_compile.report import Refusal
 from bdlora_compile.runtime import norm_op
@@ -31,6 +44,7 @@ from tests.conftest import GoldenCheck
 from tests.passes.graphs import GraphBuilder, plan_of, run
 from tests.passes.test_fuse import count, merged, on_gpu
 from tests.passes.test_fused_norms import TRANSPORT, norm_of_rows
+from tests.passes.test_fused_rotary import Layer as RotaryLayer
 
 LAYER = "model.layers.0"
 OUT = Site(f"{LAYER}.self_attn.o_proj", Role.ROW, 8, 8)
@@ -320,3 +334,49 @@ def test_a_product_with_a_bias_says_so() -> None:
     stats = fuse_paths(captured)
     assert (stats.matches, stats.notes["paths"]) == (0, 1)
     assert "has a bias" in stats.refusals[0].reason
+
+
+def rotation() -> Captured:
+    """Attention's half of a layer behind a product with LoRA, rotations and the cache in one operator."""
+    captured = RotaryLayer().finish()
+    fuse_rotary(captured.graph)
+    graph, bank = captured.graph, AdapterBank(["q", "k", "v"], 1, 16, 6, torch.float64, torch.device("cpu"))
+    (product,) = [node for node in graph.nodes if operator_name(node) == "linear"]
+    inputs = {
+        "pool": bank.pool,
+        "slots": bank.slots,
+        "scales": bank.scales,
+        "token_slot": bank.token_slot,
+        "order": bank.token_slot,
+        "segments": bank.token_slot.new_empty(6, 3),
+        "counters": bank.token_slot.new_empty(1024),
+    }
+    nodes = {}
+    for name, value in inputs.items():
+        with graph.inserting_after(placeholders(graph)[-1]), find_fake_mode(graph):
+            nodes[name] = graph.placeholder(name)
+            nodes[name].meta["example_value"] = torch.empty(value.shape, dtype=value.dtype)
+    with graph.inserting_before(product):
+        x, weight = product.args
+        more = {"x": x, "weight": weight, "sites": (0, 1, 2), "width": 4, "out_features": (32, 16, 16)}
+        path = LinearArguments.taken_from(**nodes, **more).insert(graph)
+    set_record(path, site="q, k and v")
+    product.replace_all_uses_with(path)
+    graph.erase_node(product)
+    propagate(graph, "rotation")
+    return captured
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_the_rotation_adds_what_its_product_leaves(
+    leaves: bool, golden: GoldenCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_paths, "leaves_lora", lambda *_: leaves)
+    captured = rotation()
+    stats = fuse_paths(captured)
+    assert stats.matches == leaves
+    assert count(captured, "bdlora::rotate_and_cache_lora") == count(captured, "bdlora::lora_linear_ahead") == leaves
+    if leaves:
+        golden("fused_paths_rotation", print_graph(captured.graph))
+    else:
+        assert stats.refusals == [Refusal("q, k and v", "LoRA is taken to be faster inside of its product")]
