@@ -17,12 +17,12 @@ from bdlora_compile.ir import (
     Captured,
     Layers,
     Origin,
+    fake_tensor,
+    insert_placeholder,
     operator_name,
-    placeholders,
     record,
     set_record,
 )
-from bdlora_compile.lora_nodes import LinearDeferredArguments
 from bdlora_compile.lora_paths import Layout, Left, LocalPath, Path
 from bdlora_compile.regions import is_boundary, layer_boundary
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm_expand, all_reduce_add_norm_lora
@@ -49,11 +49,7 @@ def fuse_norm(graph: Graph, path: Path, norm: Node) -> None:
 def _make_and_add(graph: Graph, path: LocalPath, norm: Node) -> None:
     known = path.arguments
     lora = (known.x, known.pool, known.slots, known.scales, known.token_slot, known.sites, known.width)
-    with graph.inserting_before(path.y):
-        deferred = LinearDeferredArguments.taken_from(known).insert(graph)
-    deferred.meta = dict(path.y.meta)
-    path.y.replace_all_uses_with(deferred)
-    graph.erase_node(path.y)
+    path.defer(graph)
     _replace(graph, norm, all_reduce_add_norm_lora._opoverload, lora)
 
 
@@ -100,11 +96,8 @@ def _reason(layers: Layers | None, paths: Sequence[Path | None]) -> str:
     if None in paths:
         return "another layer does not end in a product that can leave its LoRA"
     layouts = [path.layout for path in paths if path is not None]
-    return (
-        ""
-        if all(layout == layouts[0] for layout in layouts)
-        else "layers end in products of other shapes, or rows of the tables"
-    )
+    are_alike = all(layout == layouts[0] for layout in layouts)
+    return "" if are_alike else "layers end in products of other shapes, or rows of the tables"
 
 
 def _hand_on(graph: Graph, layers: Layers, norms: Sequence[Node], paths: Sequence[Path]) -> None:
@@ -121,11 +114,7 @@ def _hand_on(graph: Graph, layers: Layers, norms: Sequence[Node], paths: Sequenc
 def _insert_table(graph: Graph, source: BankSource, like: Node) -> Node:
     assert source.layer is not None, "of a layer"
     name = f"bank_{source.field.value}_{'before' if source.is_before else 'of'}_{source.layer.replace('.', '_')}"
-    with graph.inserting_after(placeholders(graph)[-1]):
-        node = graph.placeholder(name)
-    node.meta = dict(like.meta)
-    set_record(node, source=source, stage="emit")
-    return node
+    return insert_placeholder(graph, name, fake_tensor(like), source=source, stage="emit")
 
 
 def _insert_nothing(graph: Graph, norm: Node, layout: Layout) -> Node:

@@ -30,7 +30,7 @@ from bdlora_compile.fused_norm_paths import fuse_norm, fuse_norms_of_next_layers
 from bdlora_compile.ir import Captured
 from bdlora_compile.lora_nodes import RotateArguments, RotateLoraArguments
 from bdlora_compile.lora_paths import Path, paths_of, products_apart
-from bdlora_compile.propagation import propagate
+from bdlora_compile.propagation import Known, propagate
 from bdlora_compile.report import PassStats, Refusal
 
 _NOTHING = "the kernel ahead and the one behind have no part of it"
@@ -50,12 +50,13 @@ def fuse_paths(captured: Captured) -> PassStats:
     reasons = {path.label: _NOTHING if _sees_all_tokens(path) else _CHOSEN for path in paths}
     reasons |= dict.fromkeys(apart, _APART)
     done: set[str] = set()
+    known: Known = {}
     for step in (_into_activations, _into_norms_and_rotations, fuse_norms_of_next_layers) if paths else ():
         found = step(captured, [*filter(_sees_all_tokens, paths_of(graph))])
         reasons |= found
         if fused := {label for label, reason in found.items() if not reason}:
             done |= fused
-            propagate(graph, "paths")
+            propagate(graph, "paths", known)
     graph.lint()
     refusals = [Refusal(label, reason) for label, reason in reasons.items() if reason]
     return PassStats(len(done), refusals, {"paths": len(reasons)})

@@ -166,7 +166,7 @@ def _rotation(result: Node) -> _Rotation | None:
     halves = _turned(turned)
     if straight is None or across is None or turned is None or heads is None or halves is None:
         return None
-    own_cos, own_sin = (_unsqueezed(angles) for angles in (cos, sin))
+    own_cos, own_sin = (_only_operand(angles, "unsqueeze", (1,)) for angles in (cos, sin))
     if own_cos is None or own_sin is None or any(half.args[0] is not heads for half in halves[-2:]):
         return None
     return _Rotation(result, heads, own_cos, own_sin, (*halves, turned, straight, across, result))
@@ -193,13 +193,6 @@ def _is_slice(node: Node, last: slice) -> bool:
     """Whether the node is some columns of its operand's last dim."""
     index = node.args[1] if operator_name(node) == "getitem" else None
     return isinstance(index, (tuple, list)) and [*index] == [Ellipsis, last]
-
-
-def _unsqueezed(node: Node | None) -> Node | None:
-    """x of unsqueeze(x, 1)."""
-    if node is None or operator_name(node) != "unsqueeze" or node.args[1:] != (1,) or node.kwargs:
-        return None
-    return node.args[0] if isinstance(node.args[0], Node) else None
 
 
 def _part(heads: Node) -> _Part | None:
@@ -236,9 +229,9 @@ def _two_operands(node: Node | None, name: str) -> tuple[Node | None, Node | Non
     return (first, second) if isinstance(first, Node) and isinstance(second, Node) else (None, None)
 
 
-def _only_operand(node: Node, name: str, rest: tuple[int, ...]) -> Node | None:
+def _only_operand(node: Node | None, name: str, rest: tuple[int, ...]) -> Node | None:
     """The tensor of an operator with just these other arguments."""
-    if operator_name(node) != name or node.args[1:] != rest or node.kwargs:
+    if node is None or operator_name(node) != name or node.args[1:] != rest or node.kwargs:
         return None
     return node.args[0] if isinstance(node.args[0], Node) else None
 

@@ -305,6 +305,15 @@ def placeholders(graph: Graph) -> Sequence[Node]:
     return graph.find_nodes(op="placeholder")
 
 
+def insert_placeholder(graph: Graph, name: str, value: object, **facts: object) -> Node:
+    """A placeholder behind the others, with its value and the fields of its record."""
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = value
+    set_record(node, **facts)
+    return node
+
+
 def module_path(node: Node) -> str:
     """Path of the innermost module that the node was captured in, for example ``model.layers.3.self_attn``."""
     stack = node.meta.get("nn_module_stack")

@@ -147,8 +147,10 @@ class ApplyArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
-class _ProductArguments(_Arguments):
-    """Of a base product with its LoRA."""
+class LinearArguments(_Arguments):
+    """Of ``bdlora::lora_linear``, a base product with its LoRA."""
+
+    OPERATOR = "lora_linear"
 
     x: Node
     weight: Node
@@ -162,14 +164,6 @@ class _ProductArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearArguments(_ProductArguments):
-    """Of ``bdlora::lora_linear``."""
-
-    OPERATOR = "lora_linear"
-
     h_planes: Node | None = None
 
 

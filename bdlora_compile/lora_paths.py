@@ -22,7 +22,7 @@ from bdlora_compile.lora_nodes import (
     LinearDeferredArguments,
     is_lora_linear,
 )
-from bdlora_compile.runtime.kernels.tiles import h_width, leaves_lora, planes_for_reader
+from bdlora_compile.runtime.kernels.tiles import h_width, leaves_lora, planes_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,27 +146,39 @@ class LocalPath(Path):
         if known.h_planes is not None:
             planes, _, _, width = fake_tensor(known.h_planes).shape
         else:
-            planes, width = planes_for_reader(int(fake_tensor(known.x).shape[-1])), h_width(known.width)
+            planes, width = planes_ahead(int(fake_tensor(known.x).shape[-1]), known.width), h_width(known.width)
         return Layout(int(planes), 1, int(width), _rows_of(known.slots), known.sites, known.out_features)
 
     def leave(self, graph: Graph) -> Left:
         """The product alone, with a launch that makes h ahead of it unless h is there."""
-        known, own = self.arguments, record(self.y)
-        with graph.inserting_before(self.y):
-            if known.h_planes is not None:
-                y, h = LinearDeferredArguments.taken_from(known).insert(graph), known.h_planes
-            else:
-                pair = LinearAheadArguments.taken_from(known).insert(graph)
-                pair.meta = {"nn_module_stack": self.y.meta.get("nn_module_stack")}
-                set_record(pair, placement=own.placement, site=own.site, stage="emit")
-                y, h = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-                h.meta["nn_module_stack"] = self.y.meta.get("nn_module_stack")
-                set_record(h, origin=Origin.LORA, site=own.site, stage="emit")
-        y.meta = dict(self.y.meta)
-        self.y.replace_all_uses_with(y)
-        graph.erase_node(self.y)
+        known = self.arguments
+        y, h = self._make_h(graph) if known.h_planes is None else (self.defer(graph), known.h_planes)
         bank = (known.pool, known.slots, known.scales, known.token_slot)
         return Left(y, h, *bank, known.sites, known.out_features, 1)
+
+    def defer(self, graph: Graph) -> Node:
+        """The product alone: the reader has h, or makes it."""
+        with graph.inserting_before(self.product):
+            y = LinearDeferredArguments.taken_from(self.arguments).insert(graph)
+        return self._replace_by(graph, y)
+
+    def _make_h(self, graph: Graph) -> tuple[Node, Node]:
+        """(the product, h), of one operator."""
+        own, stack = record(self.product), self.product.meta.get("nn_module_stack")
+        with graph.inserting_before(self.product):
+            pair = LinearAheadArguments.taken_from(self.arguments).insert(graph)
+            y, h = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
+        pair.meta = {"nn_module_stack": stack}
+        set_record(pair, placement=own.placement, site=own.site, stage="emit")
+        h.meta["nn_module_stack"] = stack
+        set_record(h, origin=Origin.LORA, site=own.site, stage="emit")
+        return self._replace_by(graph, y), h
+
+    def _replace_by(self, graph: Graph, y: Node) -> Node:
+        y.meta = dict(self.product.meta)
+        self.product.replace_all_uses_with(y)
+        graph.erase_node(self.product)
+        return y
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,14 +129,12 @@ class Report:
             lines.append(f"  traced: {self.tracing}")
         if self.all_reduce:
             lines.append(f"  all-reduce: {self.all_reduce}")
-        for graph, stats in self.norms.items():
-            sums = stats.matches + len(stats.refusals)
-            lines.append(f"  all-reduce, residual and norm in one, {graph}: {stats.matches} of {sums}")
-            lines += _refusal_lines(stats.refusals)
-        for graph, stats in self.rotary.items():
-            writes = stats.matches + len(stats.refusals)
-            lines.append(f"  rotations and write to the cache in one, {graph}: {stats.matches} of {writes}")
-            lines += _refusal_lines(stats.refusals)
+        joined = {"all-reduce, residual and norm": self.norms, "rotations and write to the cache": self.rotary}
+        for what, graphs in joined.items():
+            for graph, stats in graphs.items():
+                places = stats.matches + len(stats.refusals)
+                lines.append(f"  {what} in one, {graph}: {stats.matches} of {places}")
+                lines += _refusal_lines(stats.refusals)
         if self.paths is not None:
             total = self.paths.notes["paths"]
             lines.append(f"  LoRA in part by the kernels beside: {self.paths.matches} of {total} paths")

@@ -16,10 +16,9 @@ from bdlora_compile.ir import (
     Source,
     SymmetricSource,
     fake_tensor,
+    insert_placeholder,
     operator_name,
-    placeholders,
     record,
-    set_record,
     stage_nodes,
 )
 from bdlora_compile.lora_nodes import ShrinkGroupedArguments
@@ -116,11 +115,9 @@ def _with_zeros(graph: Graph, h: Node, parts: int, part: int) -> Node:
 
 def _insert_memory(graph: Graph, name: str, source: Source, memory: Tensor) -> Node:
     """A placeholder for memory of this rank."""
-    with graph.inserting_after(placeholders(graph)[-1]), find_fake_mode(graph):
-        node = graph.placeholder(name)
-        node.meta["example_value"] = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
-    set_record(node, source=source, stage="emit")
-    return node
+    with find_fake_mode(graph):
+        value = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
+    return insert_placeholder(graph, name, value, source=source, stage="emit")
 
 
 def _reduce_through_buffer(graph: Graph, buffer: Node, limits: SymmetricLimits) -> None:

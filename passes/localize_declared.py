@@ -31,7 +31,7 @@ from bdlora_compile.ir import (
     RebuiltSource,
     fake_tensor,
     has_record,
-    placeholders,
+    insert_placeholder,
     record,
     set_record,
 )
@@ -146,12 +146,9 @@ def _rebuilt_factor(graph: Graph, path: RowPath) -> Node:
         value = torch.empty(
             len(path.first_columns), rows * len(path.second_columns), dtype=parameter.dtype, device=parameter.device
         )
-    with graph.inserting_after(placeholders(graph)[-1]):
-        node = graph.placeholder(f"rebuilt_{source.index}")
-    node.meta["example_value"] = value
     rebuilt = RebuiltSource(source.parameter, source.index, path.second_rank_dim, path.second_columns, path.group)
-    set_record(node, source=rebuilt, placement=RankLocal(), stage="localize declared")
-    return node
+    facts = {"source": rebuilt, "placement": RankLocal(), "stage": "localize declared"}
+    return insert_placeholder(graph, f"rebuilt_{source.index}", value, **facts)
 
 
 def _columns(graph: Graph, value: Node, columns: Sequence[int], dim: int, size: int) -> Node:

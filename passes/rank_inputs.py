@@ -13,7 +13,7 @@ from bdlora_compile.ir import (
     RankIndices,
     Source,
     fake_tensor,
-    placeholders,
+    insert_placeholder,
     record,
     set_record,
 )
@@ -63,11 +63,9 @@ class RankInputs:
         return self._nodes[source]
 
     def _insert(self, source: Source, value: torch.Tensor) -> None:
-        with self.graph.inserting_after(placeholders(self.graph)[-1]):
-            node = self.graph.placeholder(_source_name(source))
-        set_record(node, source=source, stage="partition")
-        node.meta["example_value"] = value
-        self._nodes[source] = node
+        self._nodes[source] = insert_placeholder(
+            self.graph, _source_name(source), value, source=source, stage="partition"
+        )
 
 
 def _source_name(source: Source) -> str:

@@ -14,10 +14,9 @@ from bdlora_compile.runtime.kernels.tiles import (
     can_overlap,
     h_width,
     launches_for,
-    planes_for_reader,
+    planes_ahead,
     product_for,
     product_with_h,
-    shrink_for_reader,
 )
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_apply_, lora_shrink
 
@@ -146,34 +145,20 @@ def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 @lora_linear_ahead.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    if not is_served_by_token(x):
-        bank = (pool, slots, scales, token_slot)
-        return _in_two(x, weight, bank, order, segments, sites, width, out_features), _room_for_h(x, len(sites), width)
-    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    pool, slots, _, token_slot, _, _, sites, width, _ = others
+    if is_served_by_token(x):
+        from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    # Ahead of the product, the shrink starts while the kernel that writes x ends.
-    rows, overlap = x.reshape(-1, x.shape[-1]), can_overlap()
-    tiles = shrink_for_reader(rows.shape[1], width)
-    factors = launch.Factors(pool, slots, token_slot, sites)
-    h = launch.shrink(rows, factors, None, h_width(width), tiles, overlap=overlap, early=overlap)
-    return torch.nn.functional.linear(x, weight), h
+        h = launch.make_h_ahead(x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites), width)
+    else:
+        h = _room_for_h(x, len(sites), width)
+    y: Tensor = lora_linear_deferred._init_fn(x, weight, *others)
+    return y, h
 
 
 def _room_for_h(x: Tensor, num_sites: int, width: int) -> Tensor:
-    planes, tokens = planes_for_reader(x.shape[-1]), math.prod(x.shape[:-1])
+    planes, tokens = planes_ahead(x.shape[-1], width), math.prod(x.shape[:-1])
     return x.new_empty(planes, tokens, num_sites, h_width(width), dtype=accumulate_dtype(x.dtype))
 
 

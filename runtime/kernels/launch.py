@@ -149,8 +149,7 @@ def linear(
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     parts = 0
     if h is None and plan.ahead:
-        tiles = shrink_ahead(in_features, width)
-        h = shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
+        h = make_h_ahead(x, factors, width)
     elif h is None:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
         parts = tokens * n_sites * (width // rows) * h.shape[0]
@@ -168,6 +167,15 @@ def linear(
         num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
+
+
+def make_h_ahead(x: Tensor, factors: Factors, width: int) -> Tensor:
+    """h of few tokens ahead of their product, [planes, T, n, `h_width`].
+
+    The launch starts while the kernel that writes x ends.
+    """
+    overlap, width = can_overlap(), h_width(width)
+    return shrink(x, factors, None, width, shrink_ahead(x.shape[1], width), overlap=overlap, early=overlap)
 
 
 def _rows_of_b(width: int, block_t: int, plan: Product) -> int:

@@ -137,12 +137,6 @@ _PRODUCT_SIZE = 27_000_000
 _LEFT_SIZE = 12_000_000
 """Elements of W above which wide ranks may be left to who reads the product; q, k, v of 8B on two ranks have more."""
 
-_COLUMNS_OF_A_PLANE = 2048
-"""Of A, for each plane of the h of such a product."""
-
-_ELEMENTS_OF_SHRINK = 16384
-"""Elements of A that a program holds of a shrink for who reads the product's result: 64 a thread of 8 warps."""
-
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
 
@@ -232,10 +226,18 @@ def _product_of(call: Call, product: Product) -> Product | None:
 
 
 def shrink_ahead(in_features: int, width: int) -> Shrink:
-    """The launch ahead of such a product: 64 elements of A a thread, and few planes of h."""
+    """The launch of h ahead of a product, with LoRA inside or left to who reads its result; ``width``: of h.
+
+    64 elements of A a thread, and few planes of h.
+    """
     rows = min(width, 8)
     depth = min(_power_of_two(in_features), 16384 // rows)
     return Shrink(rows, depth, max(2, rows * depth // 2048))
+
+
+def planes_ahead(in_features: int, width: int) -> int:
+    """Planes of that h, for ranks up to ``width``."""
+    return -(-in_features // shrink_ahead(in_features, h_width(width)).depth)
 
 
 def segment_tokens(tokens: int) -> int:
@@ -342,18 +344,6 @@ def leaves_lora(in_features: int, out_features: Sequence[int], width: int) -> bo
         has_plans = any(key[:3] == (PRODUCT_LIMIT, in_features, tuple(out_features)) for key in _products())
         return size > _LEFT_SIZE and not has_plans
     return size > _PRODUCT_SIZE
-
-
-def shrink_for_reader(in_features: int, width: int) -> Shrink:
-    """The launch that makes h of few tokens for the kernel that reads the product's result."""
-    depth = min(_power_of_two(in_features), _COLUMNS_OF_A_PLANE)
-    rows = max(1, min(h_width(width), _ELEMENTS_OF_SHRINK // depth))
-    return Shrink(rows, depth, max(1, rows * depth // 2048))
-
-
-def planes_for_reader(in_features: int) -> int:
-    """Planes of that h, whatever the number of tokens."""
-    return -(-in_features // _COLUMNS_OF_A_PLANE)
 
 
 def launches_for(call: Call) -> TwoLaunches:

@@ -41,8 +41,8 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
 def test_a_shrink_for_a_reader_is_by_token(width: int) -> None:
     """No stages, tiles that registers hold, and as many planes as readers are told."""
     for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
-        shrink = tiles.shrink_for_reader(in_features, width)
-        assert -(-in_features // shrink.depth) == tiles.planes_for_reader(in_features)
+        shrink = tiles.shrink_ahead(in_features, tiles.h_width(width))
+        assert -(-in_features // shrink.depth) == tiles.planes_ahead(in_features, width)
         assert (shrink.splits, shrink.stages) == (1, 1)
         assert shrink.rows * shrink.depth <= MOST_ELEMENTS * shrink.warps // 4
 
