@@ -79,3 +79,22 @@ def sum_of_rows(factor, is_second, first, second):
     """Rows of B [R, O] times h of each column's block, summed: [O]. ``first`` and ``second``: h of two blocks, [R]."""
     value = tl.where(is_second[None, :], second[:, None], first[:, None])
     return tl.sum(value * factor.to(tl.float32), axis=0)
+
+
+@triton.jit
+def b_h_by_row(
+    b, o, inside, start, columns, height, rank, h, plane_stride, index, width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """B h at columns ``o``, [O], for any sizes and blocks: seldom, and must not cost the others registers.
+
+    A row at a time; h as for `h_of_two_blocks`, and the first column that B writes is ``start``.
+    """
+    total = tl.zeros(o.shape, dtype=tl.float32)
+    one = tl.arange(0, 1)
+    for j in range(rank):
+        within = o - start - j // height * columns
+        factor = tl.load(b + j * columns + within, mask=inside & (within >= 0) & (within < columns), other=0.0)
+        value = load_h(h + h_offset(j + one, rank, index, width, n_sites, PARTS), plane_stride, one == 0, PLANES)
+        total += tl.sum(value, axis=0) * factor.to(tl.float32)
+    return total

@@ -7,7 +7,7 @@ given, by an earlier kernel or a sum over the ranks: then B alone is read, which
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.blocks import b_of_slot
+from bdlora_compile.runtime.kernels.blocks import b_h_by_row, b_of_slot
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
@@ -150,22 +150,6 @@ def _given_h(h, plane_stride, width, row, rank, PLANES: tl.constexpr, PARTS: tl.
 
 
 @triton.jit
-def _b_h_by_rows(
-    factor, h, plane_stride, width, column, inside, OUT: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """B h for any sizes and blocks, a row after the other: seldom, and must not cost registers."""
-    b, _, rank, blocks, start, _ = factor
-    total = tl.zeros(column.shape, dtype=tl.float32)
-    columns, height = OUT // blocks, tl.maximum(rank // blocks, 1)
-    for j in range(rank):
-        own = column - start - j // height * columns
-        row = tl.load(b + j * columns + own, mask=inside & (own >= 0) & (own < columns), other=0.0)
-        value = _given_h(h, plane_stride, width, j + tl.arange(0, 1), rank, PLANES, PARTS)
-        total += tl.sum(value, axis=0) * row.to(tl.float32)
-    return total
-
-
-@triton.jit
 def lora_of_h(
     factor, first_rows, h, plane_stride, width, column, inside,
     OUT: tl.constexpr, ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
@@ -176,7 +160,7 @@ def lora_of_h(
         factor: from `factor_of_slot`. first_rows: from `first_rows_of_factor`.
         h: the token's row, float32 [PARTS, width], in the first of PLANES planes, which are summed.
     """
-    b, scale, rank, _, start, is_plain = factor
+    b, scale, rank, blocks, start, is_plain = factor
     total = tl.zeros(column.shape, dtype=tl.float32)
     if is_plain:
         row = tl.arange(0, ROWS)
@@ -187,5 +171,8 @@ def lora_of_h(
             value = _given_h(h, plane_stride, width, first + row, rank, PLANES, PARTS)
             total += tl.sum(value[:, None] * rows.to(tl.float32), axis=0)
     else:
-        total += _b_h_by_rows(factor, h, plane_stride, width, column, inside, OUT, PLANES, PARTS)
+        columns, height = OUT // blocks, rank // blocks
+        total += b_h_by_row(
+            b, column, inside, start, columns, height, rank, h, plane_stride, 0, width, 1, PLANES, PARTS
+        )  # fmt: skip
     return scale * total

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from bdlora_compile.runtime.kernels.blocks import (
+    b_h_by_row,
     b_of_slot,
     elements_of_blocks,
     first_rows_of_blocks,
@@ -19,9 +20,7 @@ from bdlora_compile.runtime.kernels.blocks import (
 )
 from bdlora_compile.runtime.kernels.fields import (
     choose,
-    h_offset,
     let_next_kernel_start,
-    load_h,
     site_and_tile,
     wait_for_kernel_ahead,
 )
@@ -54,31 +53,6 @@ def _b_h_plain(
         low_total += sum_of_rows(factor, low_is_second, own, following)
         factor = load_rows_of_blocks(b, high_elements, inside, more, height, columns)
         high_total += sum_of_rows(factor, high_is_second, own, following)
-    return low_total, high_total
-
-
-@triton.jit
-def _row_of_b(b, o, inside, start, columns, block):
-    """A row of B at columns ``o``, zero where its block has no such column."""
-    within = o - start - block * columns
-    return tl.load(b + within, mask=inside & (within >= 0) & (within < columns), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _b_h_by_row(
-    b, low, high, inside, start, columns, height, rank, h, plane_stride, index, width,
-    PLANES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The same for any sizes. Seldom, and must not cost the others registers: a row at a time."""
-    low_total = tl.zeros(low.shape, dtype=tl.float32)
-    high_total = tl.zeros(low.shape, dtype=tl.float32)
-    one = tl.arange(0, 1)
-    for j in range(rank):
-        at = h + h_offset(j, rank, index, width, _N_SITES, PARTS)
-        value = tl.sum(load_h(at + one, plane_stride, one == 0, PLANES), axis=0)
-        row = b + j * columns
-        low_total += value * _row_of_b(row, low, inside, start, columns, j // height)
-        high_total += value * _row_of_b(row, high, inside, start, columns, j // height)
     return low_total, high_total
 
 
@@ -160,9 +134,12 @@ def rotate_tokens(
                 ROWS, PLANES, PARTS,
             )  # fmt: skip
         else:
-            added_low, added_high = _b_h_by_row(
-                b, low, high, inside, start, columns, height, rank, h_token, stride, index, width, PLANES, PARTS
-            )
+            added_low = b_h_by_row(
+                b, low, inside, start, columns, height, rank, h_token, stride, index, width, _N_SITES, PLANES, PARTS
+            )  # fmt: skip
+            added_high = b_h_by_row(
+                b, high, inside, start, columns, height, rank, h_token, stride, index, width, _N_SITES, PLANES, PARTS
+            )  # fmt: skip
         x_low = (x_low.to(tl.float32) + scale * added_low).to(x_low.dtype)
         x_high = (x_high.to(tl.float32) + scale * added_high).to(x_high.dtype)
     if index < 2:

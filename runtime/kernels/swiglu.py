@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from bdlora_compile.runtime.kernels.blocks import (
+    b_h_by_row,
     b_of_slot,
     elements_of_blocks,
     first_rows_of_blocks,
@@ -21,9 +22,7 @@ from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
     A_RANK,
-    h_offset,
     let_next_kernel_start,
-    load_h,
     slot_row,
     wait_for_kernel_ahead,
 )
@@ -53,15 +52,9 @@ def _b_h(
             )  # fmt: skip
             total += sum_of_rows(factor, is_second, own, following)
     else:
-        # Seldom, and must not cost the others registers: a row at a time.
-        for j in range(rank):
-            within = o - start - j // height * columns
-            mask = inside & (within >= 0) & (within < columns)
-            factor = tl.load(b + j * columns + within, mask=mask, other=0.0)
-            only = tl.arange(0, 1)
-            at = h + h_offset(j + only, rank, index, width, 2, PARTS)
-            value = load_h(at, plane_stride, only == 0, PLANES)
-            total += tl.sum(value, axis=0) * factor.to(tl.float32)
+        total += b_h_by_row(
+            b, o, inside, start, columns, height, rank, h, plane_stride, index, width, 2, PLANES, PARTS
+        )  # fmt: skip
     return total
 
 
