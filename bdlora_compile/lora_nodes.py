@@ -109,6 +109,29 @@ class ShrinkGroupedArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
+class LinearBridgedArguments(_Arguments):
+    """Of ``bdlora::lora_linear_bridged``: a base product beside the first half of its LoRA and an all-reduce."""
+
+    OPERATOR = "lora_linear_bridged"
+
+    x: Node
+    weight: Node
+    pool: Node
+    slots: Node
+    token_slot: Node
+    order: Node
+    segments: Node
+    sites: Sequence[int]
+    width: int
+    parts: int
+    part: int
+    buffer: Node
+    one_shot: int
+    two_shot: int
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExpandInPlaceArguments(_Arguments):
     """Of ``bdlora::lora_expand_``, which adds to ``y`` in place."""
 

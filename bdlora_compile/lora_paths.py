@@ -19,6 +19,7 @@ from bdlora_compile.lora_nodes import (
     ExpandInPlaceArguments,
     LinearAheadArguments,
     LinearArguments,
+    LinearBridgedArguments,
     LinearDeferredArguments,
     is_lora_linear,
 )
@@ -236,9 +237,14 @@ def paths_of(graph: Graph) -> list[Path]:
     for node in graph.nodes:
         if is_lora_linear(node):
             found.append(local_path(node))
-        elif ExpandInPlaceArguments.is_of(node) and operator_name(ExpandInPlaceArguments.of(node).y) == "linear":
+        elif ExpandInPlaceArguments.is_of(node) and _is_product(ExpandInPlaceArguments.of(node).y):
             found.append(BridgedPath(node, _label(node)))
     return found
+
+
+def _is_product(y: Node) -> bool:
+    """Whether it comes from a linear layer, alone or beside an exchange."""
+    return operator_name(y) == "linear" or LinearBridgedArguments.is_of(y.all_input_nodes[0])
 
 
 def local_path(product: Node) -> LocalPath:

@@ -22,6 +22,7 @@ _LORA_OPERATORS: Mapping[str, Kind] = {
     "bdlora::lora_linear": "lora",
     "bdlora::lora_linear_deferred": "lora",
     "bdlora::lora_linear_ahead": "lora",
+    "bdlora::lora_linear_bridged": "lora",
     "bdlora::lora_expand_deferred_": "lora-b",
     "bdlora::lora_swiglu": "lora",
     "bdlora::lora_nothing": "lora",
@@ -51,7 +52,9 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_linear": "Triton: runtime/kernels/linear.py for few tokens, else a product by the BLAS library and "
     f"runtime/kernels/apply.py {_ELSEWHERE}",
     "bdlora::lora_linear_deferred": "a product by the BLAS library; its LoRA for few tokens: runtime/kernels/norm.py",
-    "bdlora::lora_linear_ahead": "runtime/kernels/shrink.py for few tokens, and a product by the BLAS library",
+    "bdlora::lora_linear_ahead": "a product by the BLAS library; for few tokens beside runtime/kernels/shrink.py",
+    "bdlora::lora_linear_bridged": "a product by the BLAS library; for few tokens beside runtime/kernels/shrink.py and "
+    "an all-reduce through symmetric memory",
     "bdlora::lora_expand_deferred_": f"nothing for few tokens, else {_EXPAND}",
     "bdlora::lora_swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
     "bdlora::lora_nothing": "torch: memory that nobody reads",

@@ -1,6 +1,7 @@
 """The two halves of a LoRA path with a collective between them, as a compiled forward on a GPU runs them.
 
-For few tokens the second may be left to the kernel that reads y.
+For few tokens the first and the collective run beside the base product, and the second may be left to the kernel that
+reads y.
 
 They differ from `ops.lora_shrink` and `ops.lora_expand`: tokens are grouped once a forward for all of them, h holds
 anything where no slot writes (no expand reads that), and y is added to in place.
@@ -8,13 +9,19 @@ anything where no slot writes (no expand reads that), and y is added to in place
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.tiles import one_plane_shrink
+from bdlora_compile.runtime.all_reduce import all_reduce
+from bdlora_compile.runtime.beside import product_beside
+from bdlora_compile.runtime.kernels.tiles import can_overlap, one_plane_shrink
 from bdlora_compile.runtime.linear_op import is_served_by_token
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
+
+if TYPE_CHECKING:
+    from bdlora_compile.runtime.kernels import launch
 
 
 @torch.library.custom_op("bdlora::lora_shrink_grouped", mutates_args=())
@@ -82,15 +89,87 @@ def shrink_by_kernels(
     work = launch.work_for(rows.shape[0], order, segments)
     factors = launch.Factors(pool, slots, token_slot, sites)
     if work is None:
-        tiles = one_plane_shrink(rows.shape[1], width)
-        return launch.shrink(rows, factors, None, width, tiles, parts=parts, part=part)[0].flatten(1)
+        return _shrink_by_token(rows, factors, width, parts, part, overlap=False)
     planes = launch.shrink(rows, factors, work, width)
     return _among_parts((planes[0] if planes.shape[0] == 1 else planes.sum(0)).flatten(1), parts, part)
+
+
+def _shrink_by_token(
+    rows: Tensor, factors: "launch.Factors", width: int, parts: int, part: int, *, overlap: bool
+) -> Tensor:
+    """In one launch. ``overlap`` lets it start while the kernel that writes the rows ends."""
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    tiles = one_plane_shrink(rows.shape[1], width)
+    h = launch.shrink(rows, factors, None, width, tiles, overlap=overlap, early=overlap, parts=parts, part=part)
+    return h[0].flatten(1)
 
 
 def _among_parts(h: Tensor, parts: int, part: int) -> Tensor:
     """h [T, any], with zeros where other parts are."""
     return torch.nn.functional.pad(h, (part * h.shape[1], (parts - 1 - part) * h.shape[1])) if parts > 1 else h
+
+
+@torch.library.custom_op("bdlora::lora_linear_bridged", mutates_args=())
+def lora_linear_bridged(
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    parts: int,
+    part: int,
+    buffer: Tensor,
+    one_shot: int,
+    two_shot: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """A base product, and beside it the first half of its LoRA with the collective behind that.
+
+    Args:
+        x: [..., D]. weight: W [O, D].
+        pool, slots, token_slot, order, segments, sites, width, parts, part: as for `lora_shrink_grouped`; the kernel
+            ahead in the stream may write x, but not these.
+        buffer, one_shot, two_shot, group: as for `all_reduce.all_reduce`.
+
+    Returns:
+        y: [..., O], x W^T. h: the sum over the ranks of what `lora_shrink_grouped` gives.
+    """
+    h = lora_shrink_grouped._init_fn(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
+    return torch.nn.functional.linear(x, weight), all_reduce(h, buffer, one_shot, two_shot, group)
+
+
+@lora_linear_bridged.register_fake
+def _(
+    x: Tensor, weight: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, order: Tensor, segments: Tensor,
+    sites: Sequence[int], width: int, parts: int, *_: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    h = x.new_empty(math.prod(x.shape[:-1]), parts * len(sites) * width, dtype=accumulate_dtype(x.dtype))
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
+
+
+@lora_linear_bridged.register_kernel("cuda")
+def _(
+    x: Tensor, weight: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, order: Tensor, segments: Tensor,
+    sites: Sequence[int], width: int, parts: int, part: int, *transport: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not is_served_by_token(x):
+        h = shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
+        return torch.nn.functional.linear(x, weight), all_reduce._init_fn(h, *transport)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
+
+    def exchanged() -> Tensor:
+        h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
+        total: Tensor = all_reduce._init_fn(h, *transport)
+        return total
+
+    return product_beside(x, weight, exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

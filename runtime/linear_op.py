@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlora_compile.runtime.beside import product_beside
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
     Call,
@@ -147,14 +148,13 @@ def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 @lora_linear_ahead.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     pool, slots, _, token_slot, _, _, sites, width, _ = others
-    if is_served_by_token(x):
-        from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+    if not is_served_by_token(x):
+        y: Tensor = lora_linear_deferred._init_fn(x, weight, *others)
+        return y, _room_for_h(x, len(sites), width)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-        h = launch.make_h_ahead(x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites), width)
-    else:
-        h = _room_for_h(x, len(sites), width)
-    y: Tensor = lora_linear_deferred._init_fn(x, weight, *others)
-    return y, h
+    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
+    return product_beside(x, weight, lambda: launch.make_h_ahead(rows, factors, width))
 
 
 def _room_for_h(x: Tensor, num_sites: int, width: int) -> Tensor:

@@ -11,7 +11,9 @@ from bdlora_compile.runtime.kernels.fields import (
     B_BLOCKS,
     B_OFFSET,
     B_RANK,
+    LINE,
     OUT_START,
+    ask_for,
     h_offset,
     known_multiple_of_8,
     load_h,
@@ -60,6 +62,25 @@ def first_rows_of_blocks(factor, o, inside, first, size, rank, blocks, is_plain,
     columns, height = size // blocks, rank // blocks
     _, elements = elements_of_blocks(o, first // columns, columns, height)
     return load_rows_of_blocks(factor, elements, inside, tl.arange(0, ROWS), tl.where(is_plain, height, 0), columns)
+
+
+@triton.jit
+def ask_for_more_rows(
+    factor, first, last, size, rank, blocks, is_plain, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Let the cache fetch what `first_rows_of_blocks` has left of columns first..last, in a tile of BLOCK.
+
+    Where kernels overlap: it is fetched while the one ahead is waited for.
+    """
+    if OVERLAP:
+        columns, height = size // blocks, rank // blocks
+        o = first + LINE * tl.arange(0, triton.cdiv(BLOCK, LINE))
+        _, elements = elements_of_blocks(o, first // columns, columns, height)
+        rows = tl.where(is_plain, height, 0)
+        for start in range(ROWS, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            at = factor + row[:, None] * known_multiple_of_8(columns) + elements[None, :]
+            ask_for(at, (row < rows)[:, None] & (o <= last)[None, :])
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
 from bdlora_compile.runtime.kernels.norm_lora import (
+    ask_for_more_of_product,
     factor_of_slot,
     first_rows_of_factor,
     first_rows_of_product,
@@ -131,6 +132,7 @@ def all_reduce_add_norm_rows(
     elif IN > 0:
         product = product_of_slot(pool, slots, scales, site, tl.load(token_slot + row), num_slots, IN, COLUMNS)
         first_rows = first_rows_of_product(product, column, inside, COLUMNS, ROWS, BLOCK_K)
+        ask_for_more_of_product(product, COLUMNS, ROWS, BLOCK, BLOCK_K, OVERLAP)
     wait_for_kernel_ahead(OVERLAP)
     exchange = tl.load(mailbox + (row + 1) * _LINE + _EXCHANGES)
     own = tl.load(x + at, mask=inside, other=0.0)

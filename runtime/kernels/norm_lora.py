@@ -11,6 +11,8 @@ from bdlora_compile.runtime.kernels.blocks import b_h_by_row, b_of_slot
 from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
+    LINE,
+    ask_for,
     h_offset,
     known_multiple_of_8,
     load_b,
@@ -48,6 +50,29 @@ def first_rows_of_product(product, column, inside, COLUMNS: tl.constexpr, ROWS: 
     columns = known_multiple_of_8(columns)
     a_rows = load_b(a, row, row < end, k, k < columns, 1, columns, False)
     return a_rows, load_b(b, row, row < end, column, inside, 1, COLUMNS, False)
+
+
+@triton.jit
+def ask_for_more_of_product(
+    product, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Let the cache fetch what `first_rows_of_product` has left of a plain product, of B in all BLOCK columns.
+
+    Where kernels overlap: it is fetched while the one ahead is waited for.
+    """
+    if OVERLAP:
+        a, b, _, rank, _, columns, _, _, is_plain = product
+        row, end = tl.arange(0, ROWS), tl.where(is_plain, rank, 0)
+        k, column = LINE * tl.arange(0, triton.cdiv(BLOCK_K, LINE)), LINE * tl.arange(0, triton.cdiv(BLOCK, LINE))
+        for first in range(0, end, ROWS):
+            own = first + row
+            for start in range(tl.where(first == 0, BLOCK_K, 0), columns, BLOCK_K):
+                at = a + own[:, None] * columns + (start + k)[None, :]
+                ask_for(at, (own < end)[:, None] & (start + k < columns)[None, :])
+            if first > 0:
+                at = b + own[:, None] * COLUMNS + column[None, :]
+                ask_for(at, (own < end)[:, None] & (column < COLUMNS)[None, :])
 
 
 @triton.jit

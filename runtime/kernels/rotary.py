@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from bdlora_compile.runtime.kernels.blocks import (
+    ask_for_more_rows,
     b_h_by_row,
     b_of_slot,
     elements_of_blocks,
@@ -117,6 +118,7 @@ def rotate_tokens(
         is_plain = meets_two_blocks(first, last, size // blocks, start)
         low_rows = first_rows_of_blocks(b, low, inside, first, size, rank, blocks, is_plain, ROWS)
         high_rows = first_rows_of_blocks(b, high, inside, first, size, rank, blocks, is_plain, ROWS)
+        ask_for_more_rows(b, first, last, size, rank, blocks, is_plain, ROWS, BLOCK_H * HALF * 2, OVERLAP)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     at = y + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM) + choose(index, 0, HEADS, HEADS + KV_HEADS) * DIM

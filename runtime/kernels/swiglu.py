@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from bdlora_compile.runtime.kernels.blocks import (
+    ask_for_more_rows,
     b_h_by_row,
     b_of_slot,
     elements_of_blocks,
@@ -120,6 +121,8 @@ def swiglu_tokens(
         u_is_plain = meets_two_blocks(first, last, FEATURES // u_blocks, u_start)
         g_rows = first_rows_of_blocks(gate_b, o, inside, first, FEATURES, g_rank, g_blocks, g_is_plain, ROWS)
         u_rows = first_rows_of_blocks(up_b, o, inside, first, FEATURES, u_rank, u_blocks, u_is_plain, ROWS)
+        ask_for_more_rows(gate_b, first, last, FEATURES, g_rank, g_blocks, g_is_plain, ROWS, BLOCK, OVERLAP)
+        ask_for_more_rows(up_b, first, last, FEATURES, u_rank, u_blocks, u_is_plain, ROWS, BLOCK, OVERLAP)
     if SHRINK:
         fields = slot_row(slots, down_site, slot, num_slots)
         a_rank = tl.where(chosen < 0, 0, tl.load(fields + A_RANK).to(tl.int32))
@@ -127,6 +130,7 @@ def swiglu_tokens(
         a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
         a_is_plain = meets_two_blocks(first, last, FEATURES // a_blocks, 0)
         a_rows = first_rows_of_blocks(a, o, inside, first, FEATURES, a_rank, a_blocks, a_is_plain, ROWS)
+        ask_for_more_rows(a, first, last, FEATURES, a_rank, a_blocks, a_is_plain, ROWS, BLOCK, OVERLAP)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
     row = gate_up + token.to(tl.int64) * (2 * FEATURES)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bdlora_compile.factors import LocalFactors, LocalShape
-from bdlora_compile.runtime import linear_op
+from bdlora_compile.runtime import bridged_ops, linear_op
 from bdlora_compile.runtime.bank import AdapterBank
-from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_expand_deferred_
+from bdlora_compile.runtime.beside import product_beside
+from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_expand_deferred_, lora_linear_bridged
 from bdlora_compile.runtime.bridged_ops import lora_shrink_grouped as grouped
 from bdlora_compile.runtime.cache_ops import cache_write_
 from bdlora_compile.runtime.kernels.tiles import Product
@@ -134,6 +135,54 @@ def test_a_product_that_leaves_its_lora(call: Call) -> None:
         total, wanted_total = h.sum(0), wanted_h.sum(0)
         assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
         assert not error(2 * total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
+
+
+class TwiceOverRanks:
+    """Stands in for a sum over two ranks that have the same."""
+
+    def __call__(self, x: Tensor, *_: object) -> Tensor:
+        return 2 * x
+
+    _init_fn = __call__
+
+
+@pytest.mark.parametrize("part", [0, 2])
+def test_a_product_beside_an_exchange(call: Call, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y is the product alone, and h the sum over the ranks of this one's share among zeros."""
+    monkeypatch.setattr(bridged_ops, "all_reduce", TwiceOverRanks())
+    transport = (torch.zeros(64, dtype=torch.uint8, device=DEVICE), 0, 0, "group")
+    arguments = (call.x, call.weight, *call.factors, *call.work(), SITES, 8, 3, part, *transport)
+    run = lora_linear_bridged._backend_fns["cuda"]
+    (y, h), (wanted, wanted_h) = run(*arguments), plain(lora_linear_bridged)(*arguments)
+    with FakeTensorMode() as mode:
+        told = lora_linear_bridged(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    for values in ((y, h), (wanted, wanted_h)):
+        assert [(value.shape, value.dtype) for value in values] == [(value.shape, value.dtype) for value in told]
+    assert error(y, wanted.double()) < TOLERANCE
+    is_written = wanted_h != 0
+    assert error(h[is_written], wanted_h[is_written].double()) < TOLERANCE
+    assert not error(h[is_written] / 2, wanted_h[is_written].double()) < TOLERANCE, "the twin"
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are a GPU's")
+def test_a_product_beside_others_is_there_behind_them() -> None:
+    """Also recorded, and replayed with other operands: what is launched next reads this replay's product."""
+    x, weight = (torch.randn(size, 4096, device=DEVICE).half() for size in (16, 8192))
+
+    def run() -> Tensor:
+        y, doubled = product_beside(x.sin(), weight, lambda: 2 * x)
+        return y + doubled[:, :1]
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for _ in range(20):
+        x.normal_()
+        graph.replay()
+        wanted = x.sin().double() @ weight.double().t() + 2 * x[:, :1].double()
+        assert error(found, wanted) < TOLERANCE
+        assert not error(found, wanted + 1) < TOLERANCE
 
 
 @pytest.mark.parametrize("in_features", [96, 2048, 5120])

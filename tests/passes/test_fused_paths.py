@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from bdlora_compile import lora_paths
 from bdlora_compile.collectives import all_reduce
+from bdlora_compile.exchanges_beside import put_exchanges_beside
 from bdlora_compile.factors import Layout, LocalFactors, LocalShape
 from bdlora_compile.fused_norm_paths import _reason as reason_to_stay
 from bdlora_compile.fused_paths import fuse_paths
@@ -36,7 +37,7 @@ from bdlora_compile.printer import print_graph
 from bdlora_compile.propagation import find_fake_mode, propagate
 from bdlora_compile.regions import is_boundary, layer_boundary
 from bdlora_compile.report import Refusal
-from bdlora_compile.runtime import norm_op
+from bdlora_compile.runtime import bridged_ops, norm_op
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.sites import Role, Site
 from bdlora_compile.transport import through_symmetric_memory
@@ -121,6 +122,7 @@ def compiled(captured: Captured, ranks: int, dtype: torch.dtype, layout: Layout)
         boundary.replace_input_with(boundary.all_input_nodes[0], summed)
     propagate(captured.graph, "sum")
     through_symmetric_memory(captured, TRANSPORT, mesh, 0)
+    put_exchanges_beside(captured.graph)
     propagate(captured.graph, "emit")
     return captured
 
@@ -306,7 +308,8 @@ def test_the_graph_computes_the_same(
 
     The same sums in the same order: equal but for where they are rounded, once or twice a value.
     """
-    monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
+    for module in (norm_op, bridged_ops):
+        monkeypatch.setattr(module, "all_reduce", lambda x, *_: x)
     monkeypatch.setattr(lora_paths, "leaves_lora", lambda *_: make is a_layer)
     # Between o and the last norm of a whole layer are some roundings more.
     tolerance = (4 if make is last_site else 8) * torch.finfo(dtype).eps

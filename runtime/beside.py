@@ -1,0 +1,43 @@
+"""A base product on a stream beside the current one, while what needs its operand alone is launched on that one."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def product_beside(x: Tensor, weight: Tensor, others: Callable[[], T]) -> tuple[Tensor, T]:
+    """(x W^T, what ``others`` returns): on a GPU at the same time, elsewhere one after the other.
+
+    A product waits for memory, and what is beside it for the latency of a launch or of other ranks: neither slows the
+    other. Both may be recorded in a CUDA graph.
+
+    Args:
+        x: [..., D]. weight: W [O, D].
+        others: launches on the current stream what reads neither the product nor what it writes.
+
+    Returns:
+        [..., O] like x, and the other result; what the current stream runs next finds both there.
+    """
+    if not x.is_cuda:
+        return torch.nn.functional.linear(x, weight), others()
+    rows = x.reshape(-1, x.shape[-1])
+    # Of the current stream's memory, since that stream is where it is read and given back.
+    y = x.new_empty(rows.shape[0], weight.shape[0])
+    current, beside = torch.cuda.current_stream(x.device), _stream_of(x.device)
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        torch.mm(rows, weight.t(), out=y)
+    result = others()
+    current.wait_stream(beside)
+    return y.view(*x.shape[:-1], weight.shape[0]), result
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for a device: cuBLAS keeps a workspace for each stream that it sees."""
+    return torch.cuda.Stream(device)
