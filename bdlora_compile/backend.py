@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 from bdlora_compile.attention import attention_text
 from bdlora_compile.collectives import ordered_list
 from bdlora_compile.errors import ConfigError, HollowError
-from bdlora_compile.exchanges_beside import put_exchanges_beside
 from bdlora_compile.foreign.capture import example_of, is_foreign
 from bdlora_compile.foreign.compile import compile_foreign
 from bdlora_compile.fused_paths import fuse_paths
@@ -229,8 +228,6 @@ def _emit(
             if rotary.matches or rotary.refusals:
                 report.rotary[name] = rotary
     if deployment.plan.is_for_gpus:
-        if first.all_reduce.buffer is not None:
-            report.exchanges = put_exchanges_beside(captured.graph)
         paths = fuse_paths(captured)
         report.paths = paths if paths.notes["paths"] else None
     variants = [split(variant) for variant in (captured, base_only)]

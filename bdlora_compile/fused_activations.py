@@ -1,27 +1,24 @@
-"""silu(gate) * up behind a product of both with LoRA: one operator, which does LoRA on both sides of it.
+"""silu(gate) * up behind a product of both with LoRA: one operator, which adds what lies beside the product.
 
-Before:  m = mul(silu(narrow(y, gate)), narrow(y, up));  z = lora_linear(m, down)
-After:   m, h = lora_swiglu(y, ..., down);               z = lora_linear(m, down, h)
+Before:  m = mul(silu(narrow(y, gate)), narrow(y, up))
+After:   m = swiglu(y, delta)
 """
 
-import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from bdlora_compile.ir import Origin, fake_tensor, operator_name, record, set_record
-from bdlora_compile.lora_nodes import LinearArguments, SwigluArguments, is_lora_linear
-from bdlora_compile.lora_paths import LocalPath, Path, local_path
+from bdlora_compile.ir import fake_tensor, operator_name, record, set_record
+from bdlora_compile.lora_paths import Path
 from bdlora_compile.pass_manager import erase_with_operands
-from bdlora_compile.runtime import swiglu_op  # noqa: F401 - registers its operator
+from bdlora_compile.runtime.swiglu_op import swiglu
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """``product`` = silu(gate) * up, the halves of a path's result; ``down`` reads it, if that is a local path too."""
+    """``product`` = silu(gate) * up, the halves of a path's result."""
 
     product: Node
-    down: LocalPath | None
 
 
 def activation_behind(path: Path) -> Activation | str:
@@ -37,7 +34,7 @@ def activation_behind(path: Path) -> Activation | str:
     is_activation = operator_name(silu) == "silu" and {*silu.users} == {product} and operator_name(product) == "mul"
     if not is_activation or {*product.args} != {silu, up} or product.kwargs:
         return "its halves are no gate and up of an activation"
-    return Activation(product, _down_of(product, path.token_slot))
+    return Activation(product)
 
 
 def _start(part: Node) -> int:
@@ -54,45 +51,12 @@ def _is_half(part: Node, index: int) -> bool:
     return (dim, start) == (-1, index * length) and int(fake_tensor(whole).shape[-1]) == 2 * length
 
 
-def _down_of(product: Node, token_slot: Node) -> LocalPath | None:
-    """The one reader of an activation, if it is a product with LoRA of one site and of the same tokens."""
-    (reader, *others) = product.users
-    if others or not is_lora_linear(reader):
-        return None
-    known = LinearArguments.of(reader)
-    fits = known.x is product and len(known.sites) == 1 and known.token_slot is token_slot
-    return local_path(reader) if fits else None
-
-
 def fuse_activation(graph: Graph, path: Path, activation: Activation) -> None:
-    """Rewrite it, and the product behind if that has its h from the activation."""
-    product, down = activation.product, activation.down
-    inserted = _insert(graph, path, activation)
+    """Put a path beside its product, and let the activation add it."""
+    product, (y, delta) = activation.product, path.put_beside(graph)
     with graph.inserting_before(product):
-        m, h = (graph.call_function(operator.getitem, (inserted, index)) for index in (0, 1))
+        m = graph.call_function(swiglu._opoverload, (y, delta))
     m.meta = dict(product.meta)
-    set_record(m, stage="emit")
+    set_record(m, placement=record(product).placement, stage="emit")
     product.replace_all_uses_with(m)
     erase_with_operands(graph, product)
-    if down is None:
-        graph.erase_node(h)
-        return
-    h.meta["nn_module_stack"] = down.y.meta.get("nn_module_stack")
-    set_record(h, origin=Origin.LORA, site=down.label, stage="emit")
-    # Read again: its input is m now.
-    replace(down.arguments, h_planes=h).write_to(down.y)
-
-
-def _insert(graph: Graph, path: Path, activation: Activation) -> Node:
-    product, down = activation.product, activation.down
-    behind: dict[str, object] = {"down": (), "down_width": 1}
-    if down is not None:
-        behind = {"down": tuple(down.arguments.sites), "down_width": down.arguments.width}
-    left = path.leave(graph) if path.pays_to_leave else None
-    before = left or LinearArguments.of(path.y)
-    y, h, parts = (path.y, None, 1) if left is None else (left.y, left.h, left.parts)
-    with graph.inserting_before(product):
-        inserted = SwigluArguments.taken_from(before, y=y, h=h, parts=parts, **behind).insert(graph)
-    inserted.meta = {"nn_module_stack": product.meta.get("nn_module_stack")}
-    set_record(inserted, placement=record(product).placement, site=record(y).site, stage="emit")
-    return inserted

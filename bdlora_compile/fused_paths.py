@@ -1,24 +1,16 @@
-"""LoRA paths of a finished graph, parts of which the kernels beside their product do: that costs no launch.
+"""LoRA paths of a finished graph, put beside their base products: for few tokens they cost what does not fit there.
 
-    Before:  y = lora_linear(x, gate and up);  m = mul(silu(narrow(y, gate)), narrow(y, up));  z = lora_linear(m, down)
-    After:   y, h = lora_linear_ahead(x, gate and up);  m, i = lora_swiglu(y, h, down);     z = lora_linear(m, down, i)
-The activation adds B h of gate and up where that is faster, and makes A m of down.
+    Before:  y = lora_linear(x, W, adapters);                 z = reader(y)
+    After:   y, delta = lora_linear_beside(x, W, adapters);   z = reader(y, delta)
+The product and scale * (B (A x)) are made at the same time, on two streams. The kernel that reads the product adds
+delta: the rotation of q, k and v; the activation of gate and up; the norm behind the sum over the ranks of o, and of
+down, whose norm lies in the next layer.
 
-    Before:  z = lora_linear(u, o);           s, x = all_reduce_add_norm(z, ...)
-    After:   z = lora_linear_deferred(u, o);  s, x = all_reduce_add_norm_lora(z, ..., u, o)
-The norm adds B (A u), before it sums over the ranks.
+In S-LoRA a collective lies between a path's factors, and beside the product, too:
+    Before:  y = linear(x, W);  h = lora_shrink_grouped(x, ...);  r = all_reduce(h, ...);  lora_expand_(y, r, ...)
+    After:   y, delta = lora_linear_bridged(x, W, adapters, ...)
 
-    Before:  z = lora_linear(m, down, i);           b = layer_boundary(z);  s, x = all_reduce_add_norm(b, ...)
-    After:   z = lora_linear_deferred(m, down, i);  b, c = layer_boundary(z), layer_boundary(i)
-             s, x = all_reduce_add_norm_expand(b, ..., c, down of the layer before)
-The norm behind down lies in the next layer.
-
-    Before:  y = lora_linear(x, q, k and v);           q = rotate_and_cache(y, ...)
-    After:   y, h = lora_linear_ahead(x, q, k and v);  q = rotate_and_cache_lora(y, ..., h)
-The rotation of q and k adds B h of all three, where that is faster.
-
-In S-LoRA a collective lies between a path's factors, and what reads its product adds B h in the same ways. For graphs
-of GPUs. With many tokens each path does what it did before.
+For graphs of GPUs. With many tokens the product has its LoRA, and nobody reads delta.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +20,13 @@ from torch.fx import Graph, Node
 from bdlora_compile.fused_activations import Activation, activation_behind, fuse_activation
 from bdlora_compile.fused_norm_paths import fuse_norm, fuse_norms_of_next_layers, norm_behind
 from bdlora_compile.ir import Captured
-from bdlora_compile.lora_nodes import RotateArguments, RotateLoraArguments
-from bdlora_compile.lora_paths import Path, paths_of, products_apart
+from bdlora_compile.lora_nodes import RotateArguments
+from bdlora_compile.lora_paths import Path, paths_of
 from bdlora_compile.propagation import Known, propagate
 from bdlora_compile.report import PassStats, Refusal
 
-_NOTHING = "the kernel ahead and the one behind have no part of it"
+_NOBODY = "the kernel behind does not add what lies beside its product"
 _FASTER_INSIDE = "LoRA is taken to be faster inside of its product"
-_APART = "its product, which has a bias, and LoRA are two operators"
 _CHOSEN = "its tokens are chosen in the graph"
 
 
@@ -43,58 +34,46 @@ def fuse_paths(captured: Captured) -> PassStats:
     """Rewrite all paths of a graph for which it can be done; the others say why not.
 
     Returns:
-        Paths of which something was done, reasons for what was not, and as a note how many paths there are.
+        Paths that lie beside their product, reasons for others, and as a note how many paths there are.
     """
     graph = captured.graph
-    paths, apart = paths_of(graph), products_apart(graph)
-    reasons = {path.label: _NOTHING if _sees_all_tokens(path) else _CHOSEN for path in paths}
-    reasons |= dict.fromkeys(apart, _APART)
-    done: set[str] = set()
+    paths, reasons = paths_of(graph)
+    reasons |= {path.label: _NOBODY if _sees_all_tokens(path) else _CHOSEN for path in paths}
     known: Known = {}
-    for step in (_into_activations, _into_norms_and_rotations, fuse_norms_of_next_layers) if paths else ():
-        found = step(captured, [*filter(_sees_all_tokens, paths_of(graph))])
+    for step in (_into_layers, fuse_norms_of_next_layers) if paths else ():
+        found = step(captured, [*filter(_sees_all_tokens, paths_of(graph)[0])])
         reasons |= found
-        if fused := {label for label, reason in found.items() if not reason}:
-            done |= fused
+        if not all(found.values()):
             propagate(graph, "paths", known)
     graph.lint()
     refusals = [Refusal(label, reason) for label, reason in reasons.items() if reason]
-    return PassStats(len(done), refusals, {"paths": len(reasons)})
+    return PassStats(len(reasons) - len(refusals), refusals, {"paths": len(reasons)})
 
 
 def _sees_all_tokens(path: Path) -> bool:
     return path.token_slot.op == "placeholder"
 
 
-def _into_activations(captured: Captured, paths: Sequence[Path]) -> Mapping[str, str]:
-    """What became of paths that an activation has to do with, by label; empty where it does part of their LoRA."""
-    found: dict[str, str] = {}
-    for path in paths:
-        label, activation = path.label, activation_behind(path)
-        if isinstance(activation, Activation):
-            fuse_activation(captured.graph, path, activation)
-            found[label] = ""
-            if activation.down is not None:
-                found[activation.down.label] = ""
-        elif activation:
-            found[label] = activation
-    return found
+def _into_layers(captured: Captured, paths: Sequence[Path]) -> Mapping[str, str]:
+    """What became of paths whose reader lies in the same layer, by label; empty where it adds their LoRA."""
+    return {path.label: reason for path in paths if (reason := _fuse(captured.graph, path)) is not None}
 
 
-def _into_norms_and_rotations(captured: Captured, paths: Sequence[Path]) -> Mapping[str, str]:
-    """The same for norms and rotations of a path's own layer."""
-    found: dict[str, str] = {}
-    for path in paths:
-        label, norm, rotation = path.label, norm_behind(path), _rotation_behind(path)
-        if norm is not None:
-            fuse_norm(captured.graph, path, norm)
-            found[label] = ""
-        elif rotation is not None and path.pays_to_leave:
-            _fuse_rotation(captured.graph, path, rotation)
-            found[label] = ""
-        elif rotation is not None:
-            found[label] = _FASTER_INSIDE
-    return found
+def _fuse(graph: Graph, path: Path) -> str | None:
+    """Why a path stays, empty if it does not, None where what reads it is not known."""
+    activation, norm, rotation = activation_behind(path), norm_behind(path), _rotation_behind(path)
+    if norm is not None:
+        fuse_norm(graph, path, norm)
+        return ""
+    if rotation is None and not isinstance(activation, Activation):
+        return activation or None
+    if not path.is_faster_beside:
+        return _FASTER_INSIDE
+    if isinstance(activation, Activation):
+        fuse_activation(graph, path, activation)
+    elif rotation is not None:
+        _fuse_rotation(graph, path, rotation)
+    return ""
 
 
 def _rotation_behind(path: Path) -> Node | None:
@@ -104,9 +83,5 @@ def _rotation_behind(path: Path) -> Node | None:
 
 
 def _fuse_rotation(graph: Graph, path: Path, rotation: Node) -> None:
-    left, known = path.leave(graph), RotateArguments.of(rotation)
-    with graph.inserting_before(rotation):
-        fused = RotateLoraArguments.taken_from(known, left).insert(graph)
-    fused.meta = dict(rotation.meta)
-    rotation.replace_all_uses_with(fused)
-    graph.erase_node(rotation)
+    _, delta = path.put_beside(graph)
+    rotation.args = (*rotation.args, delta)

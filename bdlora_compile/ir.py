@@ -97,12 +97,10 @@ class BankSource:
     """The value is a tensor of this rank's adapter bank.
 
     ``layer``: only the rows of the sites of that layer (a module path), for slots and scales; None is all rows.
-    ``is_before``: those of the layer before it; as many rows of zeros before the first layer, no slot has an adapter.
     """
 
     field: BankField
     layer: str | None = None
-    is_before: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,29 +109,6 @@ class ShrinkGroupedArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearBridgedArguments(_Arguments):
-    """Of ``bdlora::lora_linear_bridged``: a base product beside the first half of its LoRA and an all-reduce."""
-
-    OPERATOR = "lora_linear_bridged"
-
-    x: Node
-    weight: Node
-    pool: Node
-    slots: Node
-    token_slot: Node
-    order: Node
-    segments: Node
-    sites: Sequence[int]
-    width: int
-    parts: int
-    part: int
-    buffer: Node
-    one_shot: int
-    two_shot: int
-    group: str
-
-
-@dataclass(frozen=True, slots=True)
 class ExpandInPlaceArguments(_Arguments):
     """Of ``bdlora::lora_expand_``, which adds to ``y`` in place."""
 
@@ -187,12 +164,13 @@ class LinearArguments(_Arguments):
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]
-    h_planes: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _DeferredArguments(_Arguments):
-    """Of a base product that leaves LoRA of few tokens to who reads its result."""
+class LinearBesideArguments(_Arguments):
+    """Of ``bdlora::lora_linear_beside``, which makes LoRA of few tokens beside the base product."""
+
+    OPERATOR = "lora_linear_beside"
 
     x: Node
     weight: Node
@@ -208,42 +186,17 @@ class _DeferredArguments(_Arguments):
 
 
 @dataclass(frozen=True, slots=True)
-class LinearDeferredArguments(_DeferredArguments):
-    """Of ``bdlora::lora_linear_deferred``."""
+class LinearBridgedArguments(LinearBesideArguments):
+    """Of ``bdlora::lora_linear_bridged``: the same where an all-reduce lies between the factors."""
 
-    OPERATOR = "lora_linear_deferred"
+    OPERATOR = "lora_linear_bridged"
 
-
-@dataclass(frozen=True, slots=True)
-class LinearAheadArguments(_DeferredArguments):
-    """Of ``bdlora::lora_linear_ahead``, which makes h."""
-
-    OPERATOR = "lora_linear_ahead"
-
-
-@dataclass(frozen=True, slots=True)
-class ExpandDeferredArguments(ExpandInPlaceArguments):
-    """Of ``bdlora::lora_expand_deferred_``."""
-
-    OPERATOR = "lora_expand_deferred_"
-
-
-@dataclass(frozen=True, slots=True)
-class SwigluArguments(_Arguments):
-    """Of ``bdlora::lora_swiglu``; ``y`` and ``h`` are those of gate and up."""
-
-    OPERATOR = "lora_swiglu"
-
-    y: Node
-    h: Node | None
-    pool: Node
-    slots: Node
-    scales: Node
-    token_slot: Node
-    sites: Sequence[int]
     parts: int
-    down: Sequence[int]
-    down_width: int
+    part: int
+    buffer: Node
+    one_shot: int
+    two_shot: int
+    group: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +214,7 @@ class CacheWriteArguments(_Arguments):
 
 @dataclass(frozen=True, slots=True)
 class RotateArguments(_Arguments):
-    """Of ``bdlora::rotate_and_cache``, which has no LoRA; see `runtime/rotary_op.py`."""
+    """Of ``bdlora::rotate_and_cache``; see `runtime/rotary_op.py`."""
 
     OPERATOR = "rotate_and_cache"
 
@@ -273,22 +226,7 @@ class RotateArguments(_Arguments):
     lengths: Node
     heads: int
     kv_heads: int
-
-
-@dataclass(frozen=True, slots=True)
-class RotateLoraArguments(RotateArguments):
-    """Of ``bdlora::rotate_and_cache_lora``, which for few tokens adds the LoRA of q, k and v that ``y`` lacks."""
-
-    OPERATOR = "rotate_and_cache_lora"
-
-    h: Node
-    pool: Node
-    slots: Node
-    scales: Node
-    token_slot: Node
-    sites: Sequence[int]
-    out_features: Sequence[int]
-    parts: int
+    delta: Node | None = None
 
 
 def is_shrink(node: Node) -> bool:

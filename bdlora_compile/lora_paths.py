@@ -1,69 +1,33 @@
-"""LoRA paths of a finished graph of GPUs, and how each leaves its second half to the kernel that reads its product.
+"""LoRA paths of a finished graph of GPUs, and how each is put beside its base product.
 
-For few tokens alone: that is known when the graph runs, so who is left with it and who leaves it ask the same question
+For few tokens alone: that is known when the graph runs, so who makes a delta and who adds it ask the same question
 (`linear_op.is_served_by_token`).
 """
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import Origin, fake_tensor, operator_name, record, set_record
 from bdlora_compile.lora_nodes import (
     ApplyArguments,
-    ExpandDeferredArguments,
     ExpandInPlaceArguments,
-    LinearAheadArguments,
     LinearArguments,
+    LinearBesideArguments,
     LinearBridgedArguments,
-    LinearDeferredArguments,
+    ShrinkGroupedArguments,
     is_lora_linear,
 )
-from bdlora_compile.runtime.kernels.tiles import h_width, leaves_lora, planes_ahead
+from bdlora_compile.pass_manager import erase_with_operands
+from bdlora_compile.runtime.kernels.tiles import is_beside
 
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What a path has left to who reads its product.
-
-    Attributes:
-        y: the product, which lacks B h.
-        h: float32 [planes, T, parts * n, width].
-        pool, slots, scales, token_slot, sites, out_features, parts: as for `ops.lora_expand`.
-    """
-
-    y: Node
-    h: Node
-    pool: Node
-    slots: Node
-    scales: Node
-    token_slot: Node
-    sites: Sequence[int]
-    out_features: Sequence[int]
-    parts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What a reader that is left B h needs to know beside values: h is [planes, T, parts * n, width].
-
-    Attributes:
-        planes, parts, width: of h.
-        rows: of the slot table.
-        sites: n of them.
-        out_features: columns that B writes, for each site.
-    """
-
-    planes: int
-    parts: int
-    width: int
-    rows: int
-    sites: Sequence[int]
-    out_features: Sequence[int]
+_REDUCE = "bdlora::all_reduce"
+_APART = "its product, which has a bias, and LoRA are two operators"
+_OTHER_BRIDGE = "what lies between its factors is not one all-reduce through symmetric memory"
+_OTHER_PRODUCT = "its product has a bias, or reads another operand"
+_OTHER_COLUMNS = "its sites do not write all columns of their product"
 
 
 class Path(ABC):
@@ -74,7 +38,7 @@ class Path(ABC):
     @property
     @abstractmethod
     def arguments(self) -> LinearArguments | ExpandInPlaceArguments:
-        """Of the operator that adds B h; read again each time, since another rewrite may have changed them."""
+        """Of the operator that adds LoRA."""
 
     @property
     @abstractmethod
@@ -88,17 +52,15 @@ class Path(ABC):
 
     @property
     @abstractmethod
-    def pays_to_leave(self) -> bool:
-        """Whether it is faster to leave B h to a reader that has other work anyway."""
-
-    @property
-    @abstractmethod
-    def layout(self) -> Layout:
-        """Of the h that it would leave."""
+    def is_faster_beside(self) -> bool:
+        """Whether LoRA beside the product is faster than inside of it."""
 
     @abstractmethod
-    def leave(self, graph: Graph) -> Left:
-        """Rewrite the path so that it leaves B h; the reader must be rewritten next."""
+    def put_beside(self, graph: Graph) -> tuple[Node, Node]:
+        """Rewrite the path: (the product, which for few tokens lacks LoRA; what it lacks).
+
+        Whoever reads the product must be rewritten next.
+        """
 
     @property
     def num_sites(self) -> int:
@@ -134,57 +96,24 @@ class LocalPath(Path):
         return [*self.y.users]
 
     @property
-    def pays_to_leave(self) -> bool:
-        """Where h is there anyway, or the product is large."""
+    def is_faster_beside(self) -> bool:
+        """Where the product is large, or ranks are wide."""
         known = self.arguments
-        in_features = int(fake_tensor(known.x).shape[-1])
-        return known.h_planes is not None or leaves_lora(in_features, known.out_features, known.width)
+        return is_beside(int(fake_tensor(known.x).shape[-1]), known.out_features, known.width)
 
-    @property
-    def layout(self) -> Layout:
-        """Of the h that is there, or that would be made."""
-        known = self.arguments
-        if known.h_planes is not None:
-            planes, _, _, width = fake_tensor(known.h_planes).shape
-        else:
-            planes, width = planes_ahead(int(fake_tensor(known.x).shape[-1]), known.width), h_width(known.width)
-        return Layout(int(planes), 1, int(width), _rows_of(known.slots), known.sites, known.out_features)
-
-    def leave(self, graph: Graph) -> Left:
-        """The product alone, with a launch that makes h ahead of it unless h is there."""
-        known = self.arguments
-        y, h = self._make_h(graph) if known.h_planes is None else (self.defer(graph), known.h_planes)
-        bank = (known.pool, known.slots, known.scales, known.token_slot)
-        return Left(y, h, *bank, known.sites, known.out_features, 1)
-
-    def defer(self, graph: Graph) -> Node:
-        """The product alone: the reader has h, or makes it."""
+    def put_beside(self, graph: Graph) -> tuple[Node, Node]:
+        """By `lora_linear_beside`."""
         with graph.inserting_before(self.product):
-            y = LinearDeferredArguments.taken_from(self.arguments).insert(graph)
-        return self._replace_by(graph, y)
-
-    def _make_h(self, graph: Graph) -> tuple[Node, Node]:
-        """(the product, h), of one operator."""
-        own, stack = record(self.product), self.product.meta.get("nn_module_stack")
-        with graph.inserting_before(self.product):
-            pair = LinearAheadArguments.taken_from(self.arguments).insert(graph)
-            y, h = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-        pair.meta = {"nn_module_stack": stack}
-        set_record(pair, placement=own.placement, site=own.site, stage="emit")
-        h.meta["nn_module_stack"] = stack
-        set_record(h, origin=Origin.LORA, site=own.site, stage="emit")
-        return self._replace_by(graph, y), h
-
-    def _replace_by(self, graph: Graph, y: Node) -> Node:
-        y.meta = dict(self.product.meta)
+            pair = LinearBesideArguments.taken_from(self.arguments).insert(graph)
+        y, delta = _results(graph, pair, self.product, self.label)
         self.product.replace_all_uses_with(y)
         graph.erase_node(self.product)
-        return y
+        return y, delta
 
 
 @dataclass(frozen=True, slots=True)
 class BridgedPath(Path):
-    """A product, and LoRA added in place behind a collective (S-LoRA)."""
+    """A product, and LoRA with an all-reduce between its factors, added in place (S-LoRA)."""
 
     expand: Node
     label: str
@@ -205,61 +134,79 @@ class BridgedPath(Path):
         return [node for node in self.y.users if node is not self.expand]
 
     @property
-    def pays_to_leave(self) -> bool:
-        """Always: it saves a launch."""
+    def is_faster_beside(self) -> bool:
+        """Always: the exchange between the ranks takes as long as some products."""
         return True
 
-    @property
-    def layout(self) -> Layout:
-        """Of the h that the ranks have exchanged."""
-        known = self.arguments
-        width = int(fake_tensor(known.h).shape[1]) // (known.parts * len(known.sites))
-        return Layout(1, known.parts, width, _rows_of(known.slots), known.sites, known.out_features)
-
-    def leave(self, graph: Graph) -> Left:
-        """For few tokens nothing is added to the product."""
-        known, layout = self.arguments, self.layout
-        shape = (layout.planes, -1, layout.parts * len(layout.sites), layout.width)
+    def put_beside(self, graph: Graph) -> tuple[Node, Node]:
+        """By `lora_linear_bridged`."""
+        known, product = self.arguments, self.y
+        first, (_, buffer, one_shot, two_shot, group) = _shrink_of(known), known.h.args
+        more = {"weight": product.args[1], "parts": known.parts, "part": first.part or 0}
+        more |= {"buffer": buffer, "one_shot": one_shot, "two_shot": two_shot, "group": group}
+        # Nobody reads the product before LoRA is added to it.
         with graph.inserting_before(self.expand):
-            deferred = ExpandDeferredArguments.taken_from(known).insert(graph)
-            h = graph.call_function(torch.reshape, (known.h, shape))
-        deferred.meta = dict(self.expand.meta)
-        h.meta["nn_module_stack"] = self.expand.meta.get("nn_module_stack")
-        set_record(h, origin=Origin.LORA, site=record(self.expand).site, stage="emit")
+            pair = LinearBridgedArguments.taken_from(known, first, **more).insert(graph)
+        y, delta = _results(graph, pair, product, self.label)
         graph.erase_node(self.expand)
-        bank = (known.pool, known.slots, known.scales, known.token_slot)
-        return Left(known.y, h, *bank, known.sites, known.out_features, known.parts)
+        product.replace_all_uses_with(y)
+        for node in (product, known.h):
+            erase_with_operands(graph, node)
+        return y, delta
 
 
-def paths_of(graph: Graph) -> list[Path]:
-    """All paths of a graph that leave what they may, in its order."""
+def _shrink_of(known: ExpandInPlaceArguments) -> ShrinkGroupedArguments:
+    return ShrinkGroupedArguments.of(known.h.all_input_nodes[0])
+
+
+def _results(graph: Graph, pair: Node, product: Node, label: str) -> tuple[Node, Node]:
+    """(y, delta) of an operator that takes a product's place."""
+    with graph.inserting_after(pair):
+        delta = graph.call_function(operator.getitem, (pair, 1))
+        y = graph.call_function(operator.getitem, (pair, 0))
+    stack = product.meta.get("nn_module_stack")
+    pair.meta, delta.meta["nn_module_stack"], y.meta = {"nn_module_stack": stack}, stack, dict(product.meta)
+    set_record(pair, placement=record(product).placement, site=label, stage="emit")
+    set_record(delta, origin=Origin.LORA, site=label, stage="emit")
+    return y, delta
+
+
+def paths_of(graph: Graph) -> tuple[list[Path], dict[str, str]]:
+    """(paths that can be put beside, in their order; the labels of others, and why they cannot)."""
     found: list[Path] = []
+    others: dict[str, str] = {}
     for node in graph.nodes:
-        if is_lora_linear(node):
-            found.append(local_path(node))
-        elif ExpandInPlaceArguments.is_of(node) and _is_product(ExpandInPlaceArguments.of(node).y):
-            found.append(BridgedPath(node, _label(node)))
-    return found
+        if ApplyArguments.is_of(node):
+            others[_label(node)] = _APART
+        path = _path(node)
+        if path is not None and (reason := _obstacle(path)):
+            others[path.label] = reason
+        elif path is not None:
+            found.append(path)
+    return found, others
 
 
-def _is_product(y: Node) -> bool:
-    """Whether it comes from a linear layer, alone or beside an exchange."""
-    return operator_name(y) == "linear" or LinearBridgedArguments.is_of(y.all_input_nodes[0])
+def _path(node: Node) -> Path | None:
+    """The path whose LoRA a node adds, by itself or as one operator with the product."""
+    if is_lora_linear(node):
+        return LocalPath(node, _label(node))
+    return BridgedPath(node, _label(node)) if ExpandInPlaceArguments.is_of(node) else None
 
 
-def local_path(product: Node) -> LocalPath:
-    """The path of a `lora_linear`."""
-    return LocalPath(product, _label(product))
+def _obstacle(path: Path) -> str:
+    """Why a path cannot be put beside its product; empty if it can."""
+    known = path.arguments
+    if path.num_sites > 1 and sum(known.out_features) != int(fake_tensor(path.y).shape[-1]):
+        return _OTHER_COLUMNS
+    if isinstance(known, LinearArguments):
+        return ""
+    if operator_name(known.h) != _REDUCE or not ShrinkGroupedArguments.is_of(known.h.all_input_nodes[0]):
+        return _OTHER_BRIDGE
+    first = _shrink_of(known)
+    operands = [operand for operand in (*known.y.args, *known.y.kwargs.values()) if operand is not None]
+    is_product = operator_name(known.y) == "linear" and operands[0] is first.x and len(operands) == 2
+    return "" if is_product and (first.parts or 1) == known.parts else _OTHER_PRODUCT
 
 
 def _label(node: Node) -> str:
     return record(node).site or node.name
-
-
-def _rows_of(slots: Node) -> int:
-    return int(fake_tensor(slots).shape[0])
-
-
-def products_apart(graph: Graph) -> list[str]:
-    """What reports call the paths whose product and LoRA are two operators, without a collective between factors."""
-    return [_label(node) for node in graph.nodes if ApplyArguments.is_of(node)]

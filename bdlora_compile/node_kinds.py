@@ -20,13 +20,9 @@ _LORA_OPERATORS: Mapping[str, Kind] = {
     "bdlora::lora_apply": "lora",
     "bdlora::lora_apply_": "lora",
     "bdlora::lora_linear": "lora",
-    "bdlora::lora_linear_deferred": "lora",
-    "bdlora::lora_linear_ahead": "lora",
+    "bdlora::lora_linear_beside": "lora",
     "bdlora::lora_linear_bridged": "lora",
-    "bdlora::lora_expand_deferred_": "lora-b",
-    "bdlora::lora_swiglu": "lora",
-    "bdlora::lora_nothing": "lora",
-    "bdlora::rotate_and_cache_lora": "lora-b",
+    "bdlora::lora_no_delta": "lora",
 }
 _PRODUCTS = frozenset({"linear", "mm", "matmul", "addmm", "bmm", "baddbmm", "embedding"})
 _MOVES = frozenset({
@@ -41,6 +37,7 @@ _SHRINK = f"Triton: runtime/kernels/shrink.py {_ELSEWHERE}"
 _EXPAND = f"Triton: runtime/kernels/expand.py {_ELSEWHERE}"
 _APPLY = f"Triton: runtime/kernels/apply.py, one launch for few tokens {_ELSEWHERE}"
 _ROTARY = "Triton: runtime/kernels/rotary.py (bf16, f16 on CUDA), else torch: runtime/rotary_op.py"
+_BESIDE = "runtime/kernels/shrink.py and delta.py"
 _KERNELS: Mapping[str, str] = {
     "bdlora::lora_shrink": _SHRINK,
     "bdlora::lora_shrink_grouped": _SHRINK,
@@ -51,15 +48,12 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_apply_": _APPLY,
     "bdlora::lora_linear": "Triton: runtime/kernels/linear.py for few tokens, else a product by the BLAS library and "
     f"runtime/kernels/apply.py {_ELSEWHERE}",
-    "bdlora::lora_linear_deferred": "a product by the BLAS library; its LoRA for few tokens: runtime/kernels/norm.py",
-    "bdlora::lora_linear_ahead": "a product by the BLAS library; for few tokens beside runtime/kernels/shrink.py",
-    "bdlora::lora_linear_bridged": "a product by the BLAS library; for few tokens beside runtime/kernels/shrink.py and "
-    "an all-reduce through symmetric memory",
-    "bdlora::lora_expand_deferred_": f"nothing for few tokens, else {_EXPAND}",
-    "bdlora::lora_swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
-    "bdlora::lora_nothing": "torch: memory that nobody reads",
+    "bdlora::lora_linear_beside": f"a product by the BLAS library, for few tokens beside {_BESIDE}",
+    "bdlora::lora_linear_bridged": "a product by the BLAS library, for few tokens beside an all-reduce through "
+    f"symmetric memory between {_BESIDE}",
+    "bdlora::lora_no_delta": "torch: zeros",
+    "bdlora::swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
     "bdlora::rotate_and_cache": _ROTARY,
-    "bdlora::rotate_and_cache_lora": f"{_ROTARY}; for few tokens with LoRA of the product before",
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",
     "bdlora::lora_counters": "torch: zeros, by which programs of one launch count each other",
     "bdlora::token_grid": "torch: runtime/embedding_ops.py",

@@ -91,9 +91,8 @@ def source_text(source: Source | None, node: Node) -> str:
             return f"weight {parameter}"
         case MergedSource(parts):
             return f"weights {' + '.join(name for name, _ in parts)}"
-        case BankSource(field, layer, is_before):
-            where = "the layer before " if is_before else ""
-            return f"bank {field.value}" + (f" of {where}{layer}" if layer else "")
+        case BankSource(field, layer):
+            return f"bank {field.value}" + (f" of {layer}" if layer else "")
         case ArgumentWeight(index, parameter, declared):
             return f"weight {parameter} in input {index}" + (f", {declared}" if declared else "")
         case RebuiltSource(parameter, index):

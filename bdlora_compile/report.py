@@ -75,9 +75,7 @@ class Report:
             count once.
         rotary: where in each graph rotations and the write to the cache are one operator, on GPUs; alike layers count
             once.
-        exchanges: of which LoRA paths the exchange between ranks runs beside the base product, and why not of others;
-            None where nothing goes through symmetric memory.
-        paths: of which LoRA paths the kernels beside do a part, and why not of others; None where no kernels run.
+        paths: which LoRA paths lie beside their base product, and why others do not; None where no kernels run.
         attention: which attention the layers have, and why.
         rebuilt: bytes of the factors that ranks exchange at load by one all-to-all, by name; beside the forward.
         emit_seconds: time to read and bind this rank's values and to compile the regions.
@@ -95,7 +93,6 @@ class Report:
     all_reduce: str = ""
     norms: dict[str, PassStats] = field(default_factory=dict)
     rotary: dict[str, PassStats] = field(default_factory=dict)
-    exchanges: PassStats | None = None
     paths: PassStats | None = None
     attention: str = ""
     rebuilt: Mapping[str, int] = field(default_factory=dict)
@@ -138,12 +135,9 @@ class Report:
                 places = stats.matches + len(stats.refusals)
                 lines.append(f"  {what} in one, {graph}: {stats.matches} of {places}")
                 lines += _refusal_lines(stats.refusals)
-        if self.exchanges is not None and (places := self.exchanges.matches + len(self.exchanges.refusals)):
-            lines.append(f"  exchanges of LoRA beside the base product: {self.exchanges.matches} of {places}")
-            lines += _refusal_lines(self.exchanges.refusals)
         if self.paths is not None:
             total = self.paths.notes["paths"]
-            lines.append(f"  LoRA in part by the kernels beside: {self.paths.matches} of {total} paths")
+            lines.append(f"  LoRA beside the base product: {self.paths.matches} of {total} paths")
             lines += _refusal_lines(self.paths.refusals)
         if self.attention:
             lines.append(f"  attention: {self.attention}")

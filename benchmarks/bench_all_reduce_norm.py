@@ -2,11 +2,11 @@
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.bench_all_reduce_norm --json FILE
 
-First the operators that served graphs call are replayed a thousand times with data that change, with rows that come
-and go, with the LoRA of the product ahead in both forms where there are few of them, ordinary all-reduces of all kinds
-between the calls, and ranks that are late in turn. Every sum must be right to the bit, every norm within rounding, and
-all ranks must have the same bits. Then microseconds of one call in a chain (median of groups, the slowest rank). A part
-that takes longer than `LIMIT` seconds ends the process: a rank that waits for another waits for ever.
+First the operator that served graphs call is replayed a thousand times with data that change, with rows that come and
+go, without and with a delta, ordinary all-reduces of all kinds between the calls, and ranks that are late in turn.
+Every sum must be right to the bit, every norm within rounding, and all ranks must have the same bits. Then microseconds
+of one call in a chain (median of groups, the slowest rank). A part that takes longer than `LIMIT` seconds ends the
+process: a rank that waits for another waits for ever.
 """
 
 import json
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm, all_reduce_add_norm_expand, all_reduce_add_norm_lora
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
 
@@ -68,40 +68,6 @@ def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, T
     return total, weight * scaled.to(x.dtype)
 
 
-class Lora:
-    """LoRA of integers at a product of 2,048 features, for tokens of two adapters (one block, four blocks) and none.
-
-    A picks four features and B has -1, 0 and 1, so that sums are exact.
-    """
-
-    FEATURES = 2048
-
-    def __init__(self) -> None:
-        index = torch.arange(4, device="cuda")
-        picked, blocks = torch.zeros(4, self.FEATURES, device="cuda"), torch.zeros(4, self.FEATURES // 4, device="cuda")
-        picked[index, 37 * index + 5], blocks[index, 11 * index + 3] = 1, 1
-        columns = torch.arange(COLUMNS, device="cuda")
-        b = [((columns[None] * 3 + index[:, None] * 5 + slot) % 3 - 1).float() for slot in range(2)]
-        parts = [picked, b[0], blocks, b[1]]
-        self.pool = torch.cat([part.flatten() for part in parts]).to(torch.bfloat16)
-        ends = torch.tensor([part.numel() for part in parts]).cumsum(0).tolist()
-        rows = [[0, ends[0], 4, 4, 1, 1, 0], [ends[1], ends[2], 4, 4, 4, 1, 0]]
-        self.slots, self.scales = torch.tensor([rows], device="cuda"), torch.ones(1, 2, device="cuda")
-        self.token_slot = (torch.arange(BY_TOKEN_LIMIT, device="cuda") % 3 - 1).to(torch.int32)
-        self._a, self._b = torch.stack([picked, torch.block_diag(*blocks.split(1))]), torch.stack(b)
-
-    def h(self, u: Tensor) -> Tensor:
-        """A u of each row, float32 [1, rows, 1, 4]."""
-        slots = self.token_slot[: u.shape[0]].long().clamp(0)
-        return torch.einsum("tjf,tf->tj", self._a[slots], u.float())[None, :, None]
-
-    def added(self, u: Tensor) -> Tensor:
-        """B (A u) of each row, float32."""
-        slots = self.token_slot[: u.shape[0]].long()
-        products = torch.einsum("tjc,tj->tc", self._b[slots.clamp(0)], self.h(u)[0, :, 0])
-        return torch.where(slots[:, None] >= 0, products, 0.0)
-
-
 class Ranks:
     """This rank's memory, and the ways to call."""
 
@@ -111,22 +77,10 @@ class Ranks:
         dist.barrier()
         self._compiled = torch.compile(add_and_norm, dynamic=True)
 
-    def fused(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """By one operator."""
-        memory = (self.buffer, self.mailbox)
-        return all_reduce_add_norm(x, residual, weight, *memory, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
-
-    def with_lora(self, x: Tensor, residual: Tensor, weight: Tensor, u: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:
-        """By the operator that adds to x the LoRA of the product of u."""
+    def fused(self, x: Tensor, residual: Tensor, weight: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """By one operator; with a delta it adds to x what that lacks."""
         exchange = (self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
-        bank = (lora.pool, lora.slots, lora.scales, lora.token_slot)
-        return all_reduce_add_norm_lora(x, residual, weight, *exchange, u, *bank, [0], 4)
-
-    def with_h(self, x: Tensor, residual: Tensor, weight: Tensor, u: Tensor, lora: Lora) -> tuple[Tensor, Tensor]:
-        """By the operator that gets A u."""
-        exchange = (self.buffer, self.mailbox, EPSILON, ONE_SHOT, TWO_SHOT, self.group)
-        bank = (lora.pool, lora.slots, lora.scales, lora.token_slot)
-        return all_reduce_add_norm_expand(x, residual, weight, *exchange, lora.h(u), *bank, [0], [COLUMNS], 1)
+        return all_reduce_add_norm(x, residual, weight, *exchange, delta)
 
     def apart(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """By an all-reduce and what Inductor makes of the rest."""
@@ -139,7 +93,7 @@ def check(ranks: Ranks) -> dict[str, int]:
     """Elements that were wrong in a thousand replays, on any rank; and ranks whose bits differ."""
     rank, size = dist.get_rank(), dist.get_world_size()
     step, sums, norms, digest = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(4))
-    ways, lora = [(ONE_SHOT, TWO_SHOT), (0, TWO_SHOT), (0, 0)], Lora()
+    ways = [(ONE_SHOT, TWO_SHOT), (0, TWO_SHOT), (0, 0)]
 
     def values(rows: int, columns: int, turn: int, of: int) -> Tensor:
         return summand(2 * rows * columns, of, step + turn).view(rows, columns)
@@ -148,15 +102,23 @@ def check(ranks: Ranks) -> dict[str, int]:
         """Integers of at most 15 times the ranks: exact in bf16."""
         return sum((values(rows, columns, turn, of).float() for of in range(size)), torch.zeros((), device="cuda"))
 
-    def expected(rows: int, columns: int, turn: int) -> Tensor:
-        """With LoRA each rank's are integers of at most 75, exact in bf16; their sum is, in float32."""
-        total = summed(rows, columns, turn)
-        if has_lora(rows, columns):
-            total += sum(lora.added(values(rows, Lora.FEATURES, turn, size + 1 + of)) for of in range(size))
-        return total
+    def missing(rows: int, columns: int, turn: int, of: int) -> Tensor:
+        """With it a rank's x are integers of at most 30: their sum over eight ranks is exact in bf16, too."""
+        return values(rows, columns, turn, size + 1 + of)
 
-    def has_lora(rows: int, columns: int) -> bool:
-        return rows <= BY_TOKEN_LIMIT and columns == COLUMNS
+    def delta_of(rows: int, columns: int, turn: int) -> Tensor:
+        """This rank's, NaN behind the rows; all of it is NaN for more than few tokens, as nobody reads it."""
+        delta = torch.full((DELTA_LIMIT, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
+        if rows <= DELTA_LIMIT:
+            delta[:rows] = missing(rows, columns, turn, rank)
+        return delta
+
+    def completed(rows: int, columns: int, turn: int) -> Tensor:
+        """The sum with what the ranks' x lack."""
+        total = summed(rows, columns, turn)
+        if rows <= DELTA_LIMIT:
+            total += sum(missing(rows, columns, turn, of).float() for of in range(size))
+        return total
 
     def run() -> None:
         for turn, (rows, columns) in enumerate(CALLS):
@@ -165,17 +127,13 @@ def check(ranks: Ranks) -> dict[str, int]:
             residual = values(rows, columns, turn, size)
             weight = torch.linspace(0.5, 2, columns, device="cuda").to(torch.bfloat16)
             own = values(rows, columns, turn, rank)
-            if has_lora(rows, columns):
-                u = values(rows, Lora.FEATURES, turn, size + 1 + rank)
-                pairs = [by(own, residual, weight, u, lora) for by in (ranks.with_lora, ranks.with_h)]
-            else:
-                pairs = [ranks.fused(own, residual, weight)]
-            reduced = expected(rows, columns, turn)
-            right, right_norm = add_and_norm(reduced.to(torch.bfloat16), residual, weight)
-            for total, normed in pairs:
+            for delta, sum_of in ((None, summed), (delta_of(rows, columns, turn), completed)):
+                total, normed = ranks.fused(own, residual, weight, delta)
+                reduced = sum_of(rows, columns, turn).to(torch.bfloat16)
+                right, right_norm = add_and_norm(reduced, residual, weight)
                 sums.add_((total != right).sum())
-                # One rounding to bf16 more or less, before the weight and after it.
-                norms.add_(((normed - right_norm).abs() > 2.0**-6 * right_norm.abs()).sum())
+                # One rounding to bf16 more or less, before the weight and after it; NaN is wrong, too.
+                norms.add_((~((normed - right_norm).abs() <= 2.0**-6 * right_norm.abs())).sum())
                 digest.mul_(31).add_(normed.view(torch.int16).to(torch.int64).sum())
             if turn % 2:
                 found = all_reduce(own, ranks.buffer, *ways[turn % 3], ranks.group)
@@ -188,10 +146,17 @@ def check(ranks: Ranks) -> dict[str, int]:
     for _ in range(REPLAYS):
         replay()
     torch.cuda.synchronize()
-    weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
-    twin, _ = ranks.fused(values(128, 4096, 0, rank), values(128, 4096, 0, size), weight)
-    right = expected(128, 4096, 1).to(torch.bfloat16) + values(128, 4096, 1, size)
-    assert bool((twin != right).any()), "the twin of another turn must differ"
+    weight = torch.ones(COLUMNS, device="cuda", dtype=torch.bfloat16)
+    few = delta_of(DELTA_LIMIT, COLUMNS, 0)
+    twins = (
+        (128, None, summed(128, COLUMNS, 1)),
+        (DELTA_LIMIT, few, completed(DELTA_LIMIT, COLUMNS, 1)),
+        (DELTA_LIMIT, few, summed(DELTA_LIMIT, COLUMNS, 0)),
+    )
+    for rows, delta, twin in twins:
+        residual = values(rows, COLUMNS, 0, size)
+        total, _ = ranks.fused(values(rows, COLUMNS, 0, rank), residual, weight, delta)
+        assert bool((total != twin.to(torch.bfloat16) + residual).any()), "of another turn, or without delta"
     least = digest.clone()
     dist.all_reduce(digest, op=dist.ReduceOp.MAX)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

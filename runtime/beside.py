@@ -1,5 +1,6 @@
 """A base product on a stream beside the current one, while what needs its operand alone is launched on that one."""
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
@@ -13,8 +14,8 @@ T = TypeVar("T")
 def product_beside(x: Tensor, weight: Tensor, others: Callable[[], T]) -> tuple[Tensor, T]:
     """(x W^T, what ``others`` returns): on a GPU at the same time, elsewhere one after the other.
 
-    A product waits for memory, and what is beside it for the latency of a launch or of other ranks: neither slows the
-    other. Both may be recorded in a CUDA graph.
+    A product of few rows waits for memory, what is beside it for latencies, of launches or of other ranks. Both may be
+    recorded in a CUDA graph.
 
     Args:
         x: [..., D]. weight: W [O, D].
@@ -28,7 +29,7 @@ def product_beside(x: Tensor, weight: Tensor, others: Callable[[], T]) -> tuple[
     rows = x.reshape(-1, x.shape[-1])
     # Of the current stream's memory, since that stream is where it is read and given back.
     y = x.new_empty(rows.shape[0], weight.shape[0])
-    current, beside = torch.cuda.current_stream(x.device), _stream_of(x.device)
+    current, beside = torch.cuda.current_stream(x.device), _stream_of(x.device, threading.get_ident())
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
         torch.mm(rows, weight.t(), out=y)
@@ -38,6 +39,6 @@ def product_beside(x: Tensor, weight: Tensor, others: Callable[[], T]) -> tuple[
 
 
 @cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One for a device: cuBLAS keeps a workspace for each stream that it sees."""
+def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for a device, since cuBLAS keeps a workspace for each; one for a thread, since others' may be recorded."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,6 @@
 """The two halves of a LoRA path with a collective between them, as a compiled forward on a GPU runs them.
 
-For few tokens the first and the collective run beside the base product, and the second may be left to the kernel that
-reads y.
+For few tokens all of it may run beside the base product.
 
 They differ from `ops.lora_shrink` and `ops.lora_expand`: tokens are grouped once a forward for all of them, h holds
 anything where no slot writes (no expand reads that), and y is added to in place.
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce
-from bdlora_compile.runtime.beside import product_beside
 from bdlora_compile.runtime.kernels.tiles import can_overlap, one_plane_shrink
-from bdlora_compile.runtime.linear_op import is_served_by_token
+from bdlora_compile.runtime.linear_op import as_delta, has_delta, is_served_by_token, product_and_lora, room_for_delta
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
 if TYPE_CHECKING:
@@ -116,11 +114,13 @@ def lora_linear_bridged(
     weight: Tensor,
     pool: Tensor,
     slots: Tensor,
+    scales: Tensor,
     token_slot: Tensor,
     order: Tensor,
     segments: Tensor,
     sites: Sequence[int],
     width: int,
+    out_features: Sequence[int],
     parts: int,
     part: int,
     buffer: Tensor,
@@ -128,38 +128,54 @@ def lora_linear_bridged(
     two_shot: int,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """A base product, and beside it the first half of its LoRA with the collective behind that.
+    """A base product with a LoRA path that has an all-reduce between its factors: beside it for few tokens.
 
     Args:
         x: [..., D]. weight: W [O, D].
-        pool, slots, token_slot, order, segments, sites, width, parts, part: as for `lora_shrink_grouped`; the kernel
-            ahead in the stream may write x, but not these.
+        pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `linear_op.lora_linear`;
+            one site may write fewer columns than W has rows.
+        parts, part: as for `lora_shrink_grouped`, whose result is summed over the ranks, and for `ops.lora_expand`.
         buffer, one_shot, two_shot, group: as for `all_reduce.all_reduce`.
 
     Returns:
-        y: [..., O], x W^T. h: the sum over the ranks of what `lora_shrink_grouped` gives.
+        (y, delta) as `linear_op.lora_linear_beside`.
     """
     h = lora_shrink_grouped._init_fn(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
-    return torch.nn.functional.linear(x, weight), all_reduce(h, buffer, one_shot, two_shot, group)
+    h = all_reduce(h, buffer, one_shot, two_shot, group)
+    y, bank = torch.nn.functional.linear(x, weight), (pool, slots, scales, token_slot)
+    if not has_delta(x):
+        return lora_expand(y, h, *bank, sites, out_features, parts), room_for_delta(x, weight)
+    return y, as_delta(lora_expand(torch.zeros_like(y), h, *bank, sites, out_features, parts))
 
 
 @lora_linear_bridged.register_fake
-def _(
-    x: Tensor, weight: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, order: Tensor, segments: Tensor,
-    sites: Sequence[int], width: int, parts: int, *_: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    h = x.new_empty(math.prod(x.shape[:-1]), parts * len(sites) * width, dtype=accumulate_dtype(x.dtype))
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), h
+def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), room_for_delta(x, weight)
 
 
 @lora_linear_bridged.register_kernel("cuda")
 def _(
-    x: Tensor, weight: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, order: Tensor, segments: Tensor,
-    sites: Sequence[int], width: int, parts: int, part: int, *transport: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    scales: Tensor,
+    token_slot: Tensor,
+    order: Tensor,
+    segments: Tensor,
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+    parts: int,
+    part: int,
+    *transport: Any,
+) -> tuple[Tensor, Tensor]:
     if not is_served_by_token(x):
         h = shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
-        return torch.nn.functional.linear(x, weight), all_reduce._init_fn(h, *transport)
+        h, y = all_reduce._init_fn(h, *transport), torch.nn.functional.linear(x, weight)
+        bank = (pool, slots, scales, token_slot)
+        expand_by_kernels(y, h, *bank, order, segments, sites, out_features, parts)
+        return y, room_for_delta(x, weight)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
@@ -167,9 +183,9 @@ def _(
     def exchanged() -> Tensor:
         h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
         total: Tensor = all_reduce._init_fn(h, *transport)
-        return total
+        return total.view(1, rows.shape[0], parts * len(sites), width)
 
-    return product_beside(x, weight, exchanged)
+    return product_and_lora(x, weight, launch.Beside(factors, scales, out_features, parts), exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))
@@ -222,29 +238,6 @@ def expand_by_kernels(
 
     rows = y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
-    planes = h.contiguous().view(1, rows.shape[0], parts * len(sites), -1)
+    sites_of_h = parts * len(sites)
+    planes = h.contiguous().view(1, rows.shape[0], sites_of_h, h.shape[-1] // sites_of_h)
     launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
-
-
-@torch.library.custom_op("bdlora::lora_expand_deferred_", mutates_args=("y",))
-def lora_expand_deferred_(
-    y: Tensor,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> None:
-    """`lora_expand_`, but of few tokens (`linear_op.is_served_by_token`) it is left to who reads y."""
-    if not is_served_by_token(y):
-        lora_expand_(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
-
-
-@lora_expand_deferred_.register_fake
-def _(y: Tensor, *_: object) -> None:
-    return None

@@ -1,8 +1,8 @@
 """A base product and its LoRA as one operator: by one kernel where a plan says so, two operators elsewhere."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,16 +10,16 @@ from torch import Tensor
 from bdlora_compile.runtime.beside import product_beside
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
+    DELTA_LIMIT,
     Call,
     Product,
-    can_overlap,
-    h_width,
     launches_for,
-    planes_ahead,
     product_for,
-    product_with_h,
 )
-from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_apply_, lora_shrink
+from bdlora_compile.runtime.ops import has_kernels, lora_apply, lora_apply_
+
+if TYPE_CHECKING:
+    from bdlora_compile.runtime.kernels import launch
 
 NUM_COUNTERS = 1024
 """Counters of a forward: two, and one for each tile of a product's columns."""
@@ -53,7 +53,6 @@ def lora_linear(
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
-    h: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + scale * (B (A x)), each token with the factors and the scale of its slot.
 
@@ -62,8 +61,6 @@ def lora_linear(
         counters: from `lora_counters`. Calls that share them must not run at the same time.
         pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `ops.lora_apply_`; the
             kernel ahead in the stream may write x, but neither W nor these.
-        h: what the kernel that writes x made of it: float32 [planes, T, n, `h_width`], which sum to A x, for up to
-            `BY_TOKEN_LIMIT` tokens; of more it is not read.
 
     Returns:
         [..., O] like x. By one kernel the sum is rounded once; by two operators the base product is rounded before LoRA
@@ -92,28 +89,19 @@ def _(
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
-    h: Tensor | None = None,
 ) -> Tensor:
-    h = h if is_served_by_token(x) else None
-    call = Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width)
-    plan = _product_of(call, x, weight, is_h_given=h is not None)
-    if plan is None and h is None:
+    plan = _product_of(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width), x, weight)
+    if plan is None:
         return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    if plan is not None:
-        y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan, h)
-    else:
-        assert h is not None, "asked before"
-        y = torch.nn.functional.linear(rows, weight)
-        tiles = launches_for(call).expand
-        launch.expand(y, h, factors, scales, None, out_features, 1, tiles, overlap=can_overlap(), behind_y=True)
+    y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("bdlora::lora_linear_ahead", mutates_args=())
-def lora_linear_ahead(
+@torch.library.custom_op("bdlora::lora_linear_beside", mutates_args=())
+def lora_linear_beside(
     x: Tensor,
     weight: Tensor,
     pool: Tensor,
@@ -126,44 +114,31 @@ def lora_linear_ahead(
     width: int,
     out_features: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """`lora_linear`, but of few tokens (`is_served_by_token`) the second half of LoRA is left to who reads y.
+    """`lora_linear`, but of few tokens (`has_delta`) LoRA is a second result, made beside the product.
+
+    Args:
+        x, weight, pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `lora_linear`;
+            one site may write fewer columns than W has rows.
 
     Returns:
-        y: [..., O] like x. h: float32 [planes, T, n, `h_width`], which sum to A x; of more tokens than few it may hold
-        anything, and y lacks nothing.
+        y: [..., O] like x. delta: [`DELTA_LIMIT`, O] like x, what y lacks in its first T rows; the other rows, and all
+        where tokens are more than few, hold anything.
     """
-    y = lora_linear_deferred(x, weight, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
-    h = _room_for_h(x, len(sites), width).zero_()
-    if is_served_by_token(x):
-        h[0] = lora_shrink(x, pool, slots, token_slot, sites, h.shape[-1]).unflatten(1, (len(sites), -1))
-    return y, h
+    bank = (pool, slots, scales, token_slot)
+    if not has_delta(x):
+        return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+    y = torch.nn.functional.linear(x, weight)
+    added = lora_apply(x, torch.zeros_like(y), *bank, sites, width, out_features)
+    return y, as_delta(added)
 
 
-@lora_linear_ahead.register_fake
-def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    *_, sites, width, _out_features = others
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), _room_for_h(x, len(sites), width)
+@lora_linear_beside.register_fake
+def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), room_for_delta(x, weight)
 
 
-@lora_linear_ahead.register_kernel("cuda")
-def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    pool, slots, _, token_slot, _, _, sites, width, _ = others
-    if not is_served_by_token(x):
-        y: Tensor = lora_linear_deferred._init_fn(x, weight, *others)
-        return y, _room_for_h(x, len(sites), width)
-    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
-
-    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    return product_beside(x, weight, lambda: launch.make_h_ahead(rows, factors, width))
-
-
-def _room_for_h(x: Tensor, num_sites: int, width: int) -> Tensor:
-    planes, tokens = planes_ahead(x.shape[-1], width), math.prod(x.shape[:-1])
-    return x.new_empty(planes, tokens, num_sites, h_width(width), dtype=accumulate_dtype(x.dtype))
-
-
-@torch.library.custom_op("bdlora::lora_linear_deferred", mutates_args=())
-def lora_linear_deferred(
+@lora_linear_beside.register_kernel("cuda")
+def _(
     x: Tensor,
     weight: Tensor,
     pool: Tensor,
@@ -175,27 +150,72 @@ def lora_linear_deferred(
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
-) -> Tensor:
-    """`lora_linear`, but of few tokens (`is_served_by_token`) all of LoRA is left to who reads y."""
-    if is_served_by_token(x):
-        return torch.nn.functional.linear(x, weight)
-    return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
+) -> tuple[Tensor, Tensor]:
+    if not is_served_by_token(x):
+        bank = (pool, slots, scales, token_slot)
+        return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
+    path = launch.Beside(factors, scales, out_features, 1)
+    return product_and_lora(x, weight, path, lambda: launch.make_h_ahead(rows, factors, width))
 
 
-@lora_linear_deferred.register_fake
-def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def product_and_lora(
+    x: Tensor, weight: Tensor, path: "launch.Beside", make_h: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(y, delta) of `lora_linear_beside` on a GPU, for up to `BY_TOKEN_LIMIT` tokens.
+
+    ``make_h`` launches what makes h, [planes, T, parts * n, width]. It runs beside the product, and so does what makes
+    delta of it; of more tokens than few B h is added behind.
+    """
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    if has_delta(x):
+        return product_beside(x, weight, lambda: launch.delta(make_h(), path, weight.shape[0], x.dtype))
+    y, h = product_beside(x, weight, make_h)
+    tiles = launches_for(Call(h.shape[1], x.shape[-1], tuple(path.out_features), path.parts * h.shape[-1])).expand
+    rows = y.view(-1, y.shape[-1])
+    launch.expand(rows, h, path.factors, path.scales, None, path.out_features, path.parts, tiles)
+    return y, room_for_delta(x, weight)
 
 
-@torch.library.custom_op("bdlora::lora_nothing", mutates_args=())
-def lora_nothing(x: Tensor, planes: int, parts: int, width: int) -> Tensor:
-    """An h that nobody reads, for a table in which no slot has an adapter: float32 [planes, T, parts, width]."""
-    return _nothing(x, planes, parts, width)
+def has_delta(x: Tensor) -> bool:
+    """Whether what has the shape and dtype of x has its LoRA beside the product: who reads the product adds it."""
+    return is_served_by_token(x) and math.prod(x.shape[:-1]) <= DELTA_LIMIT
 
 
-@lora_nothing.register_fake
-def _nothing(x: Tensor, planes: int, parts: int, width: int) -> Tensor:
-    return x.new_empty(planes, math.prod(x.shape[:-1]), parts, width, dtype=accumulate_dtype(x.dtype))
+def room_for_delta(x: Tensor, weight: Tensor) -> Tensor:
+    """For what a product x W^T of few tokens lacks, [`DELTA_LIMIT`, O] like x."""
+    return x.new_empty(DELTA_LIMIT, weight.shape[0])
+
+
+def as_delta(added: Tensor) -> Tensor:
+    """What is added to few tokens, [..., O], in the rows of a delta."""
+    rows = added.reshape(-1, added.shape[-1])
+    return torch.nn.functional.pad(rows, (0, 0, 0, DELTA_LIMIT - rows.shape[0]))
+
+
+def missing_from(y: Tensor, delta: Tensor | None) -> Tensor | None:
+    """What y lacks, contiguous: of few tokens (`has_delta`) the first rows of delta, of more nothing."""
+    return delta.contiguous() if delta is not None and has_delta(y) else None
+
+
+def with_delta(y: Tensor, delta: Tensor | None) -> Tensor:
+    """y and what it lacks."""
+    missing = missing_from(y, delta)
+    return y if missing is None else y + missing[: math.prod(y.shape[:-1])].view_as(y)
+
+
+@torch.library.custom_op("bdlora::lora_no_delta", mutates_args=())
+def lora_no_delta(x: Tensor) -> Tensor:
+    """The delta of an x [..., O] that lacks nothing: zeros, [`DELTA_LIMIT`, O] like x."""
+    return x.new_zeros(DELTA_LIMIT, x.shape[-1])
+
+
+@lora_no_delta.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(DELTA_LIMIT, x.shape[-1])
 
 
 def _in_two(
@@ -215,14 +235,14 @@ def _in_two(
 
 
 def is_served_by_token(x: Tensor) -> bool:
-    """Whether kernels work token by token for what has the shape and dtype of x, and read h that was made for them."""
+    """Whether kernels work token by token for what has the shape and dtype of x."""
     return has_kernels(x.dtype) and math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT
 
 
-def _product_of(call: Call, x: Tensor, weight: Tensor, *, is_h_given: bool) -> Product | None:
+def _product_of(call: Call, x: Tensor, weight: Tensor) -> Product | None:
     """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
     if not has_kernels(x.dtype) or not weight.is_contiguous():
         return None
-    plan = product_with_h(call) if is_h_given else product_for(call)
+    plan = product_for(call)
     covers = plan is not None and weight.shape[0] == sum(call.out_features)
     return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

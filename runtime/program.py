@@ -206,10 +206,8 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
             return state.store.get(parameter, placement)
         case MergedSource(parts):
             return state.store.get_merged(parts)
-        case BankSource(field, layer, is_before):
+        case BankSource(field, layer):
             table: torch.Tensor = getattr(state.bank, field.value)
-            if is_before:
-                return _rows_before(layer, table, plan)
             return table if layer is None else table[plan.rows(layer)]
         case SymmetricSource() if state.all_reduce.buffer is not None:
             return state.all_reduce.buffer
@@ -225,12 +223,3 @@ def _value(source: Source | None, placement: Placement, state: RankState, plan: 
                 expected="a weight, a tensor of the bank, symmetric memory, or an argument",
                 remedy="report this: the tag pass has to run first",
             )
-
-
-def _rows_before(layer: str | None, table: torch.Tensor, plan: ModelPlan) -> torch.Tensor:
-    """Of a bank's table those of the layer before; zeros before the first."""
-    assert layer is not None, "a layer has one before it"
-    prefix, _, number = layer.rpartition(".")
-    if int(number) == 0:
-        return torch.zeros_like(table[plan.rows(layer)])
-    return table[plan.rows(f"{prefix}.{int(number) - 1}")]

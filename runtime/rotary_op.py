@@ -4,23 +4,25 @@ Legend: B rows, S new tokens of a row, T = B S, H/G query/kv heads on this rank,
 size of a head.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.cache_ops import cache_write_
-from bdlora_compile.runtime.linear_op import is_served_by_token
-from bdlora_compile.runtime.ops import has_kernels, lora_expand
-
-if TYPE_CHECKING:
-    from bdlora_compile.runtime.kernels.launch_rotary import Missing
+from bdlora_compile.runtime.linear_op import missing_from, with_delta
+from bdlora_compile.runtime.ops import has_kernels
 
 
 @torch.library.custom_op("bdlora::rotate_and_cache", mutates_args=("keys", "values"))
 def rotate_and_cache(
-    y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int, kv_heads: int
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    delta: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k of y = (q, k, v), and write k and v to the cache as `cache_ops.cache_write_` does.
 
@@ -31,6 +33,7 @@ def rotate_and_cache(
         keys, values: [B, G, L, d], one layer of the cache.
         lengths: int64 [B], tokens that each row holds already.
         heads, kv_heads: H and G.
+        delta: what y lacks, from `linear_op.lora_linear_beside`.
 
     Returns:
         q rotated, [B, H, S, d] in memory [B, S, H, d], as attention reads it.
@@ -38,7 +41,8 @@ def rotate_and_cache(
     batch, seq, _ = y.shape
     dim = keys.shape[3]
     sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
-    q, k, v = (part.reshape(batch, seq, part.shape[-1] // dim, dim).transpose(1, 2) for part in y.split(sizes, dim=-1))
+    parts = with_delta(y, delta).split(sizes, dim=-1)
+    q, k, v = (part.reshape(batch, seq, part.shape[-1] // dim, dim).transpose(1, 2) for part in parts)
     cache_write_(keys, values, _rotated(k, cos, sin), v, lengths)
     # Where dims have one element an operator's strides are as they come, and the compiler is told of others.
     return _room_for_q(y, keys, heads).copy_(_rotated(q, cos, sin))
@@ -46,116 +50,28 @@ def rotate_and_cache(
 
 @rotate_and_cache.register_fake
 def _(
-    y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int, kv_heads: int
+    y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int, *_: object
 ) -> Tensor:
     return _room_for_q(y, keys, heads)
 
 
 @rotate_and_cache.register_kernel("cuda")
 def _(
-    y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, heads: int, kv_heads: int
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    delta: Tensor | None = None,
 ) -> Tensor:
     if not _is_served(y, keys):
-        return rotate_and_cache._init_fn(y, cos, sin, keys, values, lengths, heads, kv_heads)
-    return _by_kernel(y, cos, sin, keys, values, lengths, heads, None)
-
-
-@torch.library.custom_op("bdlora::rotate_and_cache_lora", mutates_args=("keys", "values"))
-def rotate_and_cache_lora(
-    y: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    heads: int,
-    kv_heads: int,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> Tensor:
-    """`rotate_and_cache` of y + scale * (B h) for few tokens (`is_served_by_token`), which y lacks; of y for more.
-
-    On GPUs the kernel may start before the one ahead of it in the stream has ended: that one may write y and h, but not
-    ``pool``, ``slots``, ``scales`` or ``token_slot``.
-
-    Args:
-        y, cos, sin, keys, values, lengths, heads, kv_heads: as for `rotate_and_cache`.
-        h: float32 [planes, T, parts * 3, any width], planes that sum to A x of the three sites; for more than few
-            tokens it may hold anything.
-        pool, slots, scales, token_slot, sites, out_features, parts: as for `ops.lora_expand`; three sites, each
-            with its own columns alone.
-    """
-    if is_served_by_token(y):
-        bank = (pool, slots, scales, token_slot)
-        y = lora_expand(y, h.sum(0).flatten(1), *bank, sites, out_features, parts)
-    return rotate_and_cache(y, cos, sin, keys, values, lengths, heads, kv_heads)
-
-
-@rotate_and_cache_lora.register_fake
-def _(
-    y: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    heads: int,
-    *_: object,
-) -> Tensor:
-    return _room_for_q(y, keys, heads)
-
-
-@rotate_and_cache_lora.register_kernel("cuda")
-def _(
-    y: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    heads: int,
-    kv_heads: int,
-    h: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    sites: Sequence[int],
-    out_features: Sequence[int],
-    parts: int,
-) -> Tensor:
-    dim = keys.shape[3]
-    covers = [*out_features] == [heads * dim, kv_heads * dim, kv_heads * dim]
-    if not covers or not _is_served(y, keys):
-        bank = (pool, slots, scales, token_slot)
-        call = (y, cos, sin, keys, values, lengths, heads, kv_heads)
-        return rotate_and_cache_lora._init_fn(*call, h, *bank, sites, out_features, parts)
-    from bdlora_compile.runtime.kernels import launch, launch_rotary  # Triton is there on GPUs only
-
-    factors = launch.Factors(pool, slots, token_slot, sites)
-    missing = launch_rotary.Missing(factors, scales, h.contiguous(), parts) if is_served_by_token(y) else None
-    return _by_kernel(y, cos, sin, keys, values, lengths, heads, missing)
-
-
-def _by_kernel(
-    y: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    heads: int,
-    missing: "Missing | None",
-) -> Tensor:
+        return rotate_and_cache._init_fn(y, cos, sin, keys, values, lengths, heads, kv_heads, delta)
     from bdlora_compile.runtime.kernels import launch_rotary  # Triton is there on GPUs only
 
-    angles = (cos.contiguous(), sin.contiguous())
+    angles, missing = (cos.contiguous(), sin.contiguous()), missing_from(y, delta)
     return launch_rotary.rotate(y.contiguous(), angles, (keys, values), lengths, heads, missing)
 
 

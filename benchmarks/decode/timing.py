@@ -24,12 +24,11 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "LoRA": (
         *("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
-        "swiglu_tokens",
+        "delta_tokens",
     ),
     "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel", "linear_tokens"),
 }
-"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA,
-``swiglu_tokens`` an activation with that of both sides."""
+"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA."""
 
 
 @dataclass(frozen=True)

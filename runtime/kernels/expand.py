@@ -36,14 +36,12 @@ Such sizes are seldom, and must not cost the others registers: a kernel has as m
 def _add_to_token(
     y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index, width, n_sites,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr, BEHIND_Y: tl.constexpr,
+    IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add B h to the columns of one tile, for one token."""
     o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     is_column = (o < size) & (start + o < y_columns)
     # Neither y nor B waits for h: their loads are under way while the shrink ends.
-    if BEHIND_Y:
-        wait_for_kernel_ahead(OVERLAP)
     before = tl.load(y_row + start + o, mask=is_column, other=0.0)
     height = rank // blocks
     begin, end = rows_of_tile(tile, size, columns, height, BLOCK_O)
@@ -64,12 +62,8 @@ def expand_tokens(
     y_stride, y_columns, num_slots, tokens, width, n_sites, tiles0, tiles1,
     site0, site1, site2, out0, out1, out2,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, OVERLAP: tl.constexpr,
-    BEHIND_Y: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`.
-
-    BEHIND_Y: the kernel ahead is the one that writes y, and h was there before it.
-    """
+    """Grid (tokens, column tiles of all sites). y [T, O], rows ``y_stride`` apart. OVERLAP as in `expand_segments`."""
     token = tl.program_id(0)
     chosen = tl.load(token_slot + token)
     slot = tl.maximum(chosen, 0)
@@ -97,18 +91,18 @@ def expand_tokens(
         if blocks == 1:
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP, BEHIND_Y,
+                width, n_sites, PLANES, PARTS, BLOCK_R, BLOCK_O, False, OVERLAP,
             )  # fmt: skip
         else:
             # A tile meets few of the blocks, whose rows are few.
             _add_to_token(
                 y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-                width, n_sites, PLANES, PARTS, (BLOCK_R + 1) // 2, BLOCK_O, True, OVERLAP, BEHIND_Y,
+                width, n_sites, PLANES, PARTS, (BLOCK_R + 1) // 2, BLOCK_O, True, OVERLAP,
             )  # fmt: skip
     else:
         _add_to_token(
             y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index,
-            width, n_sites, PLANES, PARTS, 1, BLOCK_O, True, OVERLAP, BEHIND_Y,
+            width, n_sites, PLANES, PARTS, 1, BLOCK_O, True, OVERLAP,
         )  # fmt: skip
 
 

@@ -112,19 +112,3 @@ def known_multiple_of_8(x):
     `tl.multiple_of` marks the operation that made a value, for all who read it: here also a branch in which it is none.
     """
     return tl.multiple_of(x // 8 * 8, 8)
-
-
-LINE: tl.constexpr = tl.constexpr(16)
-"""Elements of 2 bytes that memory brings to the L2 cache at once."""
-
-
-@triton.jit
-def ask_for(at, mask):
-    """Let the L2 cache fetch the lines at some addresses, which are read later; no thread waits, no register holds it.
-
-    On GPUs alone: the interpreter knows no instructions of a GPU.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-        [at.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -13,12 +13,14 @@ import triton
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels.apply import apply_tokens
+from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
+    DELTA_LIMIT,
     Call,
     Expand,
     OneLaunch,
@@ -27,6 +29,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     Shrink,
     can_overlap,
     default_launches,
+    delta_tiles,
     h_width,
     plan_for,
     segment_tokens,
@@ -135,22 +138,18 @@ def linear(
     width: int,
     out_features: Sequence[int],
     plan: Product,
-    h: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after.
-
-    ``h``: planes of A x, [planes, T, n, `h_width`], if the kernel that writes x makes them.
-    """
-    overlap, is_given = can_overlap(), h is not None
+    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after."""
+    overlap = can_overlap()
     tokens, in_features = x.shape
     columns, n_sites = sum(out_features), len(factors.sites)
     width = h_width(width)
     rows = min(width, _ROWS_OF_A)
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     parts = 0
-    if h is None and plan.ahead:
+    if plan.ahead:
         h = make_h_ahead(x, factors, width)
-    elif h is None:
+    else:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
         parts = tokens * n_sites * (width // rows) * h.shape[0]
     y = x.new_empty(tokens, columns)
@@ -163,7 +162,7 @@ def linear(
         WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
         B_ROWS=_rows_of_b(width, block_t, plan),
         BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead and not is_given, GIVEN=is_given, OVERLAP=overlap,
+        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap,
         num_warps=plan.warps, **pdl(overlap),
     )  # fmt: skip
     return y
@@ -176,6 +175,46 @@ def make_h_ahead(x: Tensor, factors: Factors, width: int) -> Tensor:
     """
     overlap, width = can_overlap(), h_width(width)
     return shrink(x, factors, None, width, shrink_ahead(x.shape[1], width), overlap=overlap, early=overlap)
+
+
+class Beside(NamedTuple):
+    """The second half of LoRA beside a product.
+
+    Attributes:
+        factors: where those of the product's sites lie.
+        scales: float32 [sites, S].
+        out_features: columns that B writes for each site, from a slot's OUT_START on.
+        parts: ranks whose shares of h lie side by side.
+    """
+
+    factors: Factors
+    scales: Tensor
+    out_features: Sequence[int]
+    parts: int
+
+
+def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
+    """scale * (B h) of few tokens, [`DELTA_LIMIT`, columns], zero where no adapter adds anything.
+
+    Args:
+        h: float32 [planes, T, parts * n, width], contiguous; the kernel ahead is its shrink, launched with ``overlap``,
+            or one that does not let others start early.
+        columns: of the product. Several sites write all of them, one may write fewer.
+    """
+    factors, scales, out_features, parts = path
+    planes, tokens, _, width = h.shape
+    overlap, n_sites = can_overlap(), len(factors.sites)
+    room = (columns,) if n_sites == 1 else tuple(out_features)
+    assert sum(room) == columns, "sites lie side by side"
+    made = h.new_empty(DELTA_LIMIT, columns, dtype=dtype)
+    tiles = delta_tiles(parts * width)
+    grid = (tokens, sum(triton.cdiv(size, tiles.columns) for size in room))
+    delta_tokens[grid](
+        made, h, factors.pool, factors.slots, scales, factors.token_slot, factors.num_slots, tokens, width, n_sites,
+        *_three(factors.sites), *_three(out_features), *_three(room), PLANES=planes, PARTS=parts, BLOCK_R=tiles.rows,
+        BLOCK_O=tiles.columns, OVERLAP=overlap, num_warps=tiles.warps, **pdl(overlap),
+    )  # fmt: skip
+    return made
 
 
 def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
@@ -243,12 +282,10 @@ def expand(
     tiles: Expand | None = None,
     *,
     overlap: bool = False,
-    behind_y: bool = False,
 ) -> None:
     """y += scale * (B h), in place; h float32 [planes, T, parts * n, width].
 
-    ``overlap``: only where the kernel ahead is the shrink of this h, itself launched with ``overlap``, or, by token and
-    with ``behind_y``, the one that writes y, before which h was there.
+    ``overlap``: only where the kernel ahead is the shrink of this h, itself launched with ``overlap``.
     """
     tokens, columns = y.shape
     width = h.shape[-1]
@@ -262,8 +299,7 @@ def expand(
     if work is None:
         options |= _at_most(tiles.registers)
         expand_tokens[(tokens, sum(counts))](
-            y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, BEHIND_Y=behind_y, **constants,
-            **options,
+            y, h, factors.pool, factors.slots, scales, factors.token_slot, *sizes, **constants, **options,
         )  # fmt: skip
         return
     grid = (num_segments(tokens, factors.num_slots, work.size), sum(counts))

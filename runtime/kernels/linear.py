@@ -4,9 +4,8 @@ Programs stream W: each has a tile of y's columns and a share of the sum. They h
 and add B h to their share; the last one to arrive at a tile adds its shares up, in a fixed order.
 
 h is made by the first programs of the grid, one (token, site, rows of A, part of its columns) each, or (AHEAD) by
-`shrink_tokens` in a launch of its own, beside which this one starts, or (GIVEN) by the kernel that writes x. The first
-saves a launch; the second leaves the multiprocessors to the programs that stream W sooner, which pays where h is much
-work; the third costs least, where there is such a kernel.
+`shrink_tokens` in a launch of its own, beside which this one starts. The first saves a launch; the second leaves the
+multiprocessors to the programs that stream W sooner, which pays where h is much work.
 
 Programs that wait come later in the grid than those they wait for, which wait for none of them: no deadlock where not
 all fit the GPU at once. Whoever is last sets the counters to zero again, so that no launch has to.
@@ -98,11 +97,11 @@ def _load_b(pool, b_offset, rank, columns, height, within, j):
 
 
 @triton.jit
-def _wait_for_h(counters, goal, readers, AHEAD: tl.constexpr, GIVEN: tl.constexpr, OVERLAP: tl.constexpr):
-    """Until all of h is there; it came with x if GIVEN."""
+def _wait_for_h(counters, goal, readers, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):
+    """Until all of h is there."""
     if AHEAD:
         wait_for_kernel_ahead(OVERLAP)
-    elif not GIVEN:
+    else:
         while tl.atomic_add(counters + H_READY, 0, sem="acquire") < goal:
             pass
         # Nobody waits any more once all have come here.
@@ -145,12 +144,12 @@ def linear_tokens(
     N_SITES: tl.constexpr, IN: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr,
     WIDTH: tl.constexpr, A_ROWS: tl.constexpr, PLANES: tl.constexpr, A_COLUMNS: tl.constexpr, B_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, GIVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (those that make h + column tiles * SPLITS). x [T, IN], W [O, IN], y [T, O], h [PLANES, T, N_SITES, WIDTH].
 
     O is the sum of OUT*, each a multiple of BLOCK_O; IN is one of SPLITS * BLOCK_K. shares float32 [SPLITS, T, O].
-    Those that make h are tokens * N_SITES * row groups * PLANES; none if AHEAD or GIVEN.
+    Those that make h are tokens * N_SITES * row groups * PLANES; none if AHEAD.
     counters int32 [2 + column tiles] are zero, and are so again at the end.
     OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended. If
     AHEAD, that is the shrink of this h, which has waited for whoever wrote x: only h is waited for.
@@ -160,7 +159,7 @@ def linear_tokens(
     DEPTH: tl.constexpr = IN // SPLITS
     program = tl.program_id(0)
     goal = 0
-    if not (AHEAD or GIVEN):
+    if not AHEAD:
         goal = tokens * (N_SITES * (WIDTH // A_ROWS) * PLANES)
         if program < goal:
             _make_h(
@@ -213,7 +212,7 @@ def linear_tokens(
         total = tl.dot(x_tile, w_tile, total)
         x_at += BLOCK_K
         w_at += BLOCK_K
-    _wait_for_h(counters, goal, TILES * SPLITS, AHEAD, GIVEN, OVERLAP)
+    _wait_for_h(counters, goal, TILES * SPLITS, AHEAD, OVERLAP)
     h_token = h + (t * N_SITES + index) * WIDTH
     plane_stride = tokens * (N_SITES * WIDTH)
     if is_plain:

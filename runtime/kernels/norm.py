@@ -1,5 +1,5 @@
-"""All-reduce, residual addition and RMSNorm of a row in one program, with the LoRA of the product ahead if that is
-wanted; and the same without the all-reduce.
+"""All-reduce, residual addition and RMSNorm of a row in one program, with what LoRA adds to the product ahead
+(`delta.py`); and the same without the all-reduce.
 
 Every rank has a *mailbox* in symmetric memory, int64 words: the addresses of all ranks' mailboxes; for each row a line
 of `_LINE` words, in which each peer leaves the number of the exchange that its row is ready for, and the rank itself
@@ -19,15 +19,6 @@ import triton
 import triton.language as tl
 
 from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
-from bdlora_compile.runtime.kernels.norm_lora import (
-    ask_for_more_of_product,
-    factor_of_slot,
-    first_rows_of_factor,
-    first_rows_of_product,
-    lora_of_h,
-    lora_of_product,
-    product_of_slot,
-)
 
 MAX_RANKS: tl.constexpr = tl.constexpr(8)
 MAX_ROWS: tl.constexpr = tl.constexpr(128)
@@ -40,8 +31,6 @@ _EXCHANGES: tl.constexpr = tl.constexpr(8)
 """Where in its line a row's own number stands; before it those of the ranks."""
 _PLACES: tl.constexpr = tl.constexpr(16 + 128 * 16)
 """The first word behind the addresses (one line) and the rows' lines."""
-_VARYING = ["num_slots", "site", "width"]
-"""Numbers that differ from layer to layer: one compiled kernel serves all of them."""
 MAILBOX_WORDS = _PLACES.value + MAX_ROWS.value * 2 * PLACE_BYTES.value // 8
 
 
@@ -101,24 +90,20 @@ def _add_and_norm(reduced, before, scale, total, normed, inside, epsilon, COLUMN
     tl.store(normed, (scale.to(tl.float32) * scaled.to(tl.float32)).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit
 def all_reduce_add_norm_rows(
-    x, residual, weight, mailbox, total, normed, epsilon, u, h, pool, slots, scales, token_slot, num_slots, site, width,
-    RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    IN: tl.constexpr, BLOCK_K: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, OUT: tl.constexpr,
+    x, residual, weight, mailbox, delta, total, normed, epsilon,
+    RANK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). x, residual, total, normed: [rows, COLUMNS]; weight [COLUMNS]; mailbox: this rank's, int64.
 
     The sum over the ranks is taken in float32 in their order and rounded once, so all have the same bits.
 
-    IN above 0: x is the product of u [rows, IN] at a site without its LoRA, which is added here; ROWS rows of its
-    factors are held from the start, of A with BLOCK_K columns.
+    HAS_DELTA: delta, like x, is what this rank's x lacks.
 
-    PLANES above 0: the same, but A u is given, h float32 [PLANES, rows, PARTS, width], and B writes OUT columns.
-
-    OVERLAP: weight, addresses, slots and factors are read before the kernel ahead in the stream has ended; the next one
-    may start while this one waits for the peers.
+    OVERLAP: weight and addresses are read before the kernel ahead in the stream has ended; the next one may start while
+    this one waits for the peers.
     """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -126,25 +111,13 @@ def all_reduce_add_norm_rows(
     at = row.to(tl.int64) * COLUMNS + column
     scale = tl.load(weight + column, mask=inside, other=0.0)
     mailboxes = tl.load(mailbox + tl.arange(0, MAX_RANKS))
-    if PLANES > 0:
-        factor = factor_of_slot(pool, slots, scales, site, tl.load(token_slot + row), num_slots, OUT)
-        first_rows = first_rows_of_factor(factor, column, inside, OUT, ROWS)
-    elif IN > 0:
-        product = product_of_slot(pool, slots, scales, site, tl.load(token_slot + row), num_slots, IN, COLUMNS)
-        first_rows = first_rows_of_product(product, column, inside, COLUMNS, ROWS, BLOCK_K)
-        ask_for_more_of_product(product, COLUMNS, ROWS, BLOCK, BLOCK_K, OVERLAP)
     wait_for_kernel_ahead(OVERLAP)
     exchange = tl.load(mailbox + (row + 1) * _LINE + _EXCHANGES)
     own = tl.load(x + at, mask=inside, other=0.0)
     before = tl.load(residual + at, mask=inside, other=0.0)
-    if PLANES > 0:
-        h_row, stride = h + row.to(tl.int64) * PARTS * width, tl.num_programs(0).to(tl.int64) * PARTS * width
-        added = lora_of_h(factor, first_rows, h_row, stride, width, column, inside, OUT, ROWS, PLANES, PARTS)
-        own = (own.to(tl.float32) + added).to(own.dtype)
-    elif IN > 0:
-        u_row = u + row.to(tl.int64) * IN
-        added = lora_of_product(product, first_rows, u_row, column, inside, COLUMNS, ROWS, BLOCK_K)
-        own = (own.to(tl.float32) + added).to(own.dtype)
+    if HAS_DELTA:
+        more = tl.load(delta + at, mask=inside, other=0.0)
+        own = (own.to(tl.float32) + more.to(tl.float32)).to(own.dtype)
     tl.store(_place(_address_of(mailboxes, RANK), row, exchange, x) + column, own, mask=inside)
     _tell_peers(mailboxes, row, exchange, RANK, RANKS)
     tl.store(mailbox + (row + 1) * _LINE + _EXCHANGES, exchange + 1)

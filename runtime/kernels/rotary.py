@@ -1,24 +1,13 @@
 """Between the product of q, k and v and attention, in one launch: q and k rotated, k and v written to the cache.
 
-For few tokens it may add the product's LoRA first, y += scale * (B h), which needs no launch of its own then. A program
-has some heads of q, of k or of v, of one token. A rotation pairs column j of a head with column j + d / 2: a program
-holds its heads' first halves and their second halves apart. How a tile's rows of B are held: `blocks.py`.
+For few tokens it adds what LoRA adds to the product first (`delta.py`). A program has some heads of q, of k or of v, of
+one token. A rotation pairs column j of a head with column j + d / 2: a program holds its heads' first halves and their
+second halves apart.
 """
 
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.blocks import (
-    ask_for_more_rows,
-    b_h_by_row,
-    b_of_slot,
-    elements_of_blocks,
-    first_rows_of_blocks,
-    h_of_two_blocks,
-    load_rows_of_blocks,
-    meets_two_blocks,
-    sum_of_rows,
-)
 from bdlora_compile.runtime.kernels.fields import (
     choose,
     let_next_kernel_start,
@@ -26,41 +15,19 @@ from bdlora_compile.runtime.kernels.fields import (
     wait_for_kernel_ahead,
 )
 
-_VARYING = ["seq", "room", "angles_of_a_row", "tokens", "num_slots", "width", "q_site", "k_site", "v_site"]
-"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
-
-_N_SITES: tl.constexpr = tl.constexpr(3)
-
-
-@triton.jit
-def _b_h_plain(
-    b, low_rows, high_rows, low, high, inside, first, columns, height, rank, h, plane_stride, index, width,
-    ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """B h at columns ``low`` and ``high``, [O] each, that meet at most two blocks."""
-    block = first // columns
-    low_is_second, low_elements = elements_of_blocks(low, block, columns, height)
-    high_is_second, high_elements = elements_of_blocks(high, block, columns, height)
-    row = tl.arange(0, ROWS)
-    own, following = h_of_two_blocks(h, plane_stride, row, block, height, rank, index, width, _N_SITES, PLANES, PARTS)
-    low_total = sum_of_rows(low_rows, low_is_second, own, following)
-    high_total = sum_of_rows(high_rows, high_is_second, own, following)
-    for turn in range(ROWS, height, ROWS):
-        more = turn + row
-        own, following = h_of_two_blocks(
-            h, plane_stride, more, block, height, rank, index, width, _N_SITES, PLANES, PARTS
-        )  # fmt: skip
-        factor = load_rows_of_blocks(b, low_elements, inside, more, height, columns)
-        low_total += sum_of_rows(factor, low_is_second, own, following)
-        factor = load_rows_of_blocks(b, high_elements, inside, more, height, columns)
-        high_total += sum_of_rows(factor, high_is_second, own, following)
-    return low_total, high_total
+_VARYING = ["seq", "room", "angles_of_a_row"]
+"""Numbers that differ from call to call: one compiled kernel serves all of them."""
 
 
 @triton.jit
 def _product(x, factor):
     """Rounded to the dtype of x, in float32 again."""
     return (x.to(tl.float32) * factor.to(tl.float32)).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def _sum(x, more):
+    return (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -85,18 +52,16 @@ def _store_halves(to, low, high, inside, HALF_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARYING)
 def rotate_tokens(
-    y, cos, sin, keys, values, lengths, q, h, pool, slots, scales, token_slot,
-    seq, room, angles_of_a_row, c_b, c_h, c_l, tokens, num_slots, width, q_site, k_site, v_site,
+    y, cos, sin, keys, values, lengths, q, delta, seq, room, angles_of_a_row, c_b, c_h, c_l,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr,
-    ROWS: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, EXPAND: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_DELTA: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, tiles of BLOCK_H heads of q, then of k, then of v). HALF: a power of two that holds DIM / 2.
 
     y [T, (HEADS + 2 KV_HEADS) DIM], T tokens of rows of ``seq``; q [T, HEADS, DIM] is written.
     cos, sin [rows of them, seq, DIM], one for all rows (``angles_of_a_row`` 0) or one for each (``seq``).
     keys, values: strides in elements by row, head and token (c); a token's values lie together.
-    EXPAND: h float32 [PLANES, T, PARTS * 3, width] is that of q, k and v, whose LoRA is not in y yet.
-    OVERLAP: the pool, the table and the tokens' slots are read before the kernel ahead in the stream has ended.
+    HAS_DELTA: delta, like y, is what y lacks.
     """
     HALF_DIM: tl.constexpr = DIM // 2
     TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -110,42 +75,17 @@ def rotate_tokens(
     # Columns of the site: a tile's first halves of heads, and its second ones.
     low = head * DIM + within
     high = low + HALF_DIM
-    if EXPAND:
-        site = choose(index, q_site, k_site, v_site)
-        b, scale, rank, blocks, start = b_of_slot(pool, slots, scales, site, tl.load(token_slot + token), num_slots)
-        first, size = tile * (BLOCK_H * DIM), heads * DIM
-        last = tl.minimum(first + BLOCK_H * DIM, size) - 1
-        is_plain = meets_two_blocks(first, last, size // blocks, start)
-        low_rows = first_rows_of_blocks(b, low, inside, first, size, rank, blocks, is_plain, ROWS)
-        high_rows = first_rows_of_blocks(b, high, inside, first, size, rank, blocks, is_plain, ROWS)
-        ask_for_more_rows(b, first, last, size, rank, blocks, is_plain, ROWS, BLOCK_H * HALF * 2, OVERLAP)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
-    at = y + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM) + choose(index, 0, HEADS, HEADS + KV_HEADS) * DIM
-    x_low = tl.load(at + low, mask=inside, other=0.0)
-    x_high = tl.load(at + high, mask=inside, other=0.0)
+    at = token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM) + choose(index, 0, HEADS, HEADS + KV_HEADS) * DIM
+    x_low = tl.load(y + at + low, mask=inside, other=0.0)
+    x_high = tl.load(y + at + high, mask=inside, other=0.0)
     row, i = token // seq, token % seq
     position = tl.load(lengths + row).to(tl.int64) + i
-    if EXPAND:
-        h_token = h + token.to(tl.int64) * (PARTS * _N_SITES * width)
-        stride = tokens.to(tl.int64) * (PARTS * _N_SITES * width)
-        columns, height = size // blocks, rank // blocks
-        if is_plain:
-            added_low, added_high = _b_h_plain(
-                b, low_rows, high_rows, low, high, inside, first, columns, height, rank, h_token, stride, index, width,
-                ROWS, PLANES, PARTS,
-            )  # fmt: skip
-        else:
-            added_low = b_h_by_row(
-                b, low, inside, start, columns, height, rank, h_token, stride, index, width, _N_SITES, PLANES, PARTS
-            )  # fmt: skip
-            added_high = b_h_by_row(
-                b, high, inside, start, columns, height, rank, h_token, stride, index, width, _N_SITES, PLANES, PARTS
-            )  # fmt: skip
-        x_low = (x_low.to(tl.float32) + scale * added_low).to(x_low.dtype)
-        x_high = (x_high.to(tl.float32) + scale * added_high).to(x_high.dtype)
+    if HAS_DELTA:
+        x_low = _sum(x_low, tl.load(delta + at + low, mask=inside, other=0.0))
+        x_high = _sum(x_high, tl.load(delta + at + high, mask=inside, other=0.0))
     if index < 2:
-        # Read no earlier: beside the rows of B they would cost half as many registers again.
         angle = (row * angles_of_a_row + i).to(tl.int64) * DIM
         x_low, x_high = _rotated(x_low, x_high, cos + angle, sin + angle, within, inside, HALF_DIM)
     if index == 0:

@@ -128,14 +128,18 @@ _MOST_OF_A = 65536
 PRODUCT_LIMIT = 16
 """Tokens of a product with LoRA inside whatever the width: the rows of one tensor-core instruction."""
 
+DELTA_LIMIT = 16
+"""Tokens whose LoRA lies beside its product as a whole. Of more the second half would not fit beside it: the product
+leaves few multiprocessors to others, and on all of them it takes less time behind."""
+
 _FEW_ROWS = 2
 """Largest width of such a product for more tokens, up to `BY_TOKEN_LIMIT`, where nothing was measured."""
 
 _PRODUCT_SIZE = 27_000_000
 """Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
 
-_LEFT_SIZE = 12_000_000
-"""Elements of W above which wide ranks may be left to who reads the product; q, k, v of 8B on two ranks have more."""
+_BESIDE_SIZE = 12_000_000
+"""Elements of W above which LoRA of wide ranks may lie beside the product; q, k, v of 8B on two ranks have more."""
 
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
@@ -226,7 +230,7 @@ def _product_of(call: Call, product: Product) -> Product | None:
 
 
 def shrink_ahead(in_features: int, width: int) -> Shrink:
-    """The launch of h ahead of a product, with LoRA inside or left to who reads its result; ``width``: of h.
+    """The launch of h ahead of a product with LoRA inside, or beside one without; ``width``: of h.
 
     64 elements of A a thread, and few planes of h.
     """
@@ -235,9 +239,9 @@ def shrink_ahead(in_features: int, width: int) -> Shrink:
     return Shrink(rows, depth, max(2, rows * depth // 2048))
 
 
-def planes_ahead(in_features: int, width: int) -> int:
-    """Planes of that h, for ranks up to ``width``."""
-    return -(-in_features // shrink_ahead(in_features, h_width(width)).depth)
+def delta_tiles(width: int) -> Expand:
+    """A program of `delta_tokens`: 64 elements of B a thread; ``width``: of h, all parts together."""
+    return Expand(min(max(2, _power_of_two(width)), 16), 512, 4)
 
 
 def segment_tokens(tokens: int) -> int:
@@ -324,25 +328,17 @@ def default_launches(call: Call) -> TwoLaunches:
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
 
 
-def product_with_h(call: Call) -> Product | None:
-    """The plan of a product with LoRA inside whose h came with x; None where a launch behind the product is faster.
+def is_beside(in_features: int, out_features: Sequence[int], width: int) -> bool:
+    """Whether LoRA of few tokens lies beside its product, where the kernel that reads it can add it.
 
-    That is so above 16 tokens for every shape that was measured (docs/kernels.md).
-    """
-    return product_for(call) if call.tokens <= PRODUCT_LIMIT else None
-
-
-def leaves_lora(in_features: int, out_features: Sequence[int], width: int) -> bool:
-    """Whether a product leaves LoRA of few tokens to the kernel that reads its result.
-
-    It does where it is so large that cuBLAS's product is faster, by more than LoRA costs there, than one with LoRA
-    inside. A smaller one does where ranks are too wide for one launch behind it, and the table has no plans with LoRA
-    inside for its `PRODUCT_LIMIT` tokens.
+    It does where the product is so large that cuBLAS's is faster than one with LoRA inside; beside a smaller one where
+    ranks are too wide for one launch behind it, and the table has no plans with LoRA inside for its `PRODUCT_LIMIT`
+    tokens.
     """
     size = sum(out_features) * in_features
     if size <= _PRODUCT_SIZE and width > NARROW:
         has_plans = any(key[:3] == (PRODUCT_LIMIT, in_features, tuple(out_features)) for key in _products())
-        return size > _LEFT_SIZE and not has_plans
+        return size > _BESIDE_SIZE and not has_plans
     return size > _PRODUCT_SIZE
 
 
@@ -357,18 +353,8 @@ def h_width(width: int) -> int:
     return max(2, _power_of_two(width))
 
 
-def swiglu_columns(features: int) -> int:
-    """Columns that a program of `swiglu_tokens` has, of so many."""
-    return min(1024 if features <= 4096 else 2048, _power_of_two(features))
-
-
-def swiglu_planes(features: int) -> int:
-    """Planes of the h that it makes, each by a share of A's columns."""
-    return -(-features // swiglu_columns(features))
-
-
 def rotary_heads(heads: int, kv_heads: int, dim: int) -> int:
-    """Heads that a program of `rotate_tokens` has: 256 columns, which seldom meet more than two blocks of B."""
+    """Heads that a program of `rotate_tokens` has: 256 columns."""
     return min(max(1, 128 // _power_of_two(dim // 2)), _power_of_two(max(heads, kv_heads)))
 
 

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bdlora_compile as bd
-from bdlora_compile import fused_norms, lora_paths
+from bdlora_compile import fused_norm_paths, fused_norms, lora_paths
 from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats
 from bdlora_compile.rms_norms import norm_of
-from bdlora_compile.runtime import program
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.kernels import launch_norm, norm
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
@@ -68,6 +68,12 @@ def integers(turn: int, rank: int, rows: int) -> Tensor:
     return ((torch.arange(rows * COLUMNS) * 7 + turn * 5 + rank * 13) % 31 - 15).float().view(rows, COLUMNS)
 
 
+def delta_of(values: Tensor) -> Tensor:
+    """What a rank's x lacks, [DELTA_LIMIT, COLUMNS]: NaN behind these rows."""
+    rows = values.view(-1, COLUMNS)
+    return torch.cat([rows, torch.full((DELTA_LIMIT - rows.shape[0], COLUMNS), float("nan"), dtype=rows.dtype)])
+
+
 def expected(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(residual + x, its norm) in float64."""
     total = residual.double() + x.double()
@@ -75,7 +81,7 @@ def expected(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 
 def exchange(box: Tensor, rows_of_turns: Sequence[int]) -> int:
-    """Turns that gave a wrong sum on this rank; the ranks are late in turn."""
+    """Turns that gave a wrong sum on this rank; the ranks are late in turn, and in odd turns their x lack a delta."""
     rank, size = dist.get_rank(), dist.get_world_size()
     weight, wrong = torch.linspace(0.5, 2, COLUMNS), 0
     for turn, rows in enumerate(rows_of_turns):
@@ -83,8 +89,10 @@ def exchange(box: Tensor, rows_of_turns: Sequence[int]) -> int:
             time.sleep(0.05)
         summands = [integers(turn, peer, rows) for peer in range(size)]
         residual = integers(turn, size, rows)
-        total, normed = launch_norm.reduce_add_norm(summands[rank], residual, weight, box, EPSILON, rank, size)
-        exact, exact_norm = expected(sum(summands, torch.zeros(())), residual, weight)
+        missing = [integers(turn, size + 1 + peer, rows) for peer in range(size)] if turn % 2 else []
+        delta = delta_of(missing[rank]) if missing else None
+        total, normed = launch_norm.reduce_add_norm(summands[rank], residual, weight, box, EPSILON, rank, size, delta)
+        exact, exact_norm = expected(sum([*summands, *missing], torch.zeros(())), residual, weight)
         if torch.equal(total.double(), exact):
             assert (normed - exact_norm).abs().max() / exact_norm.abs().max() < FLOAT32
         else:
@@ -138,28 +146,42 @@ def check_places(folder: Path) -> str:
     return f"places: {turns} turns right; with one place {turns - 1} wrong"
 
 
+def distance(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The largest relative error; NaN if any value is."""
+    return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(found, right, strict=True)]).max())
+
+
 def check_operator(folder: Path) -> str:
-    """Where there is no kernel the operator does one after the other: against float64, the same bits on all ranks."""
+    """Where there is no kernel the operator does one after the other: against float64, the same bits on all ranks.
+
+    In bf16 what the ranks' x lack is part of the sum; in float32 it is not read, for there every x has it already.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     assert dist.group.WORLD is not None, "initialized in main"
     group: Any = dist.group.WORLD.group_name
     nothing, weight = torch.zeros(1, dtype=torch.uint8), torch.linspace(0.5, 2, COLUMNS)
-    # Four roundings of half a unit in the last place each, of values up to twice the largest result.
+    # Roundings of half a unit in the last place each, of values up to twice the largest result: four, and with a delta
+    # one of each rank's x.
     for dtype in (torch.float32, torch.bfloat16):
-        tolerance = 4 * torch.finfo(dtype).eps
         generator = torch.Generator().manual_seed(9)
-        *summands, residual = (torch.randn(2, 3, COLUMNS, generator=generator).to(dtype) for _ in range(size + 1))
+        values = [torch.randn(2, 3, COLUMNS, generator=generator).to(dtype) for _ in range(2 * size + 1)]
+        summands, missing, residual = values[:size], values[size:-1], values[-1]
         own, scale = summands[rank], weight.to(dtype)
-        pair = all_reduce_add_norm(own, residual, scale, nothing, nothing, EPSILON, 0, 0, group)
-        exact = expected(summands[0].double() + summands[1].double(), residual, scale)
-        twin = expected(summands[0].double(), residual, scale)
-        for found, right, wrong in zip(pair, exact, twin, strict=True):
-            assert (found - right).abs().max() / right.abs().max() < tolerance
-            assert not (found - wrong).abs().max() / right.abs().max() < tolerance
-            both = [torch.empty_like(found) for _ in range(size)]
-            dist.all_gather(both, found)
-            assert torch.equal(*both)
-    return "operator: right in float32 and bf16"
+        exchange = (nothing, nothing, EPSILON, 0, 0, group)
+        without = expected(sum(summands, torch.zeros(()).double()), residual, scale)
+        complete = expected(sum([*summands, *missing], torch.zeros(()).double()), residual, scale)
+        of_one = expected(summands[0] + missing[0].double(), residual, scale)
+        with_delta = (without, complete) if dtype is torch.float32 else (complete, without)
+        for delta, (right, *twins) in ((None, (without, of_one)), (delta_of(missing[rank]), (*with_delta, of_one))):
+            tolerance = (4 if delta is None else 4 + size) * torch.finfo(dtype).eps
+            pair = all_reduce_add_norm(own, residual, scale, *exchange, delta)
+            assert distance(pair, right) < tolerance
+            assert not any(distance(pair, twin) < tolerance for twin in twins)
+            for found in pair:
+                both = [torch.empty_like(found) for _ in range(size)]
+                dist.all_gather(both, found)
+                assert torch.equal(*both)
+    return "operator: right in float32 and bf16, where it adds a delta"
 
 
 def check_graph(folder: Path) -> str:
@@ -205,7 +227,7 @@ BF16 = 0.04
 
 
 def check_paths(folder: Path) -> str:
-    """Graphs in the form for GPUs, by the operators' plain implementations: activations, norms and rotations do LoRA.
+    """Graphs in the form for GPUs, by the operators' plain implementations: activations, norms and rotations add LoRA.
 
     With few tokens they do, with many they do not. Without the adapter the error is many times that.
     """
@@ -224,7 +246,7 @@ def check_paths(folder: Path) -> str:
 
 
 def check_kinds(folder: Path) -> str:
-    """Two kinds of layers that alternate: the next layer's norm reads the tables of a layer of the other kind."""
+    """Two kinds of layers that alternate: what down lacks goes to the norm of a layer of the other kind."""
     even = [f"layers.{layer}.{site}" for layer in (0, 2) for site in (*map("self_attn.{}_proj".format, "qkv"), DOWN)]
     odd = [f"layers.{layer}.{site}" for layer in (1, 3) for site in ("self_attn.o_proj", *MLP, DOWN)]
     if dist.get_rank() == 0:
@@ -242,15 +264,17 @@ def check_kinds(folder: Path) -> str:
     assert (stats.matches, stats.refusals) == (5, []), stats
     own = (found - exact)[0].abs().max() / exact.abs().max()
 
-    def own_rows(layer: str | None, table: Tensor, plan: ModelPlan) -> Tensor:
-        return table[plan.rows(layer)]
+    intact = fused_norm_paths._over_the_boundary
 
-    with patched(program, "_rows_before", own_rows):
+    def nothing(graph: torch.fx.Graph, norm: torch.fx.Node, _: torch.fx.Node) -> torch.fx.Node:
+        return intact(graph, norm, fused_norm_paths._insert_nothing(graph, norm))
+
+    with patched(fused_norm_paths, "_over_the_boundary", nothing):
         wrong, _ = logits_of(torch.bfloat16, for_gpus=True)
     twin = (wrong - exact)[0].abs().max() / exact.abs().max()
     assert own < BF16, own
     assert not twin < 2 * BF16, twin
-    return f"kinds of layers: {own:.1e} (with a layer's own rows {twin:.1e})"
+    return f"kinds of layers: {own:.1e} (with nothing over the boundaries {twin:.1e})"
 
 
 def answers(
@@ -269,7 +293,7 @@ def answers(
     with (
         patched(AllReduce, "choose", lambda *_: fake),
         patched(ModelPlan, "is_for_gpus", for_gpus),
-        patched(lora_paths, "leaves_lora", lambda *_: True),
+        patched(lora_paths, "is_beside", lambda *_: True),
     ):
         options: dict[str, Any] = {"dtype": dtype, "strategy": strategy, "target_modules": targets}
         model, pool = bd.load(folder / "model", {kind: folder / kind}, **options)

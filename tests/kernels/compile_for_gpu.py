@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.cache import write_tokens
+from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
@@ -28,8 +29,8 @@ from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
-    **dict.fromkeys(("keys", "values", "k", "v", "u", "gate_up", "m", "q", "cos", "sin"), "*bf16"),
-    **dict.fromkeys(("scales", "h", "h_behind", "shares"), "*fp32"),
+    **dict.fromkeys(("keys", "values", "k", "v", "gate_up", "m", "q", "cos", "sin", "delta"), "*bf16"),
+    **dict.fromkeys(("scales", "h", "shares"), "*fp32"),
     **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
     "epsilon": "fp32",
@@ -52,32 +53,27 @@ KINDS = {
 }
 
 SHRINK = {"SPLITS": 4, "PARTS": 1, "PART": 0, "ROWS": 8, "BLOCK_K": 1024}
-EXPAND = {"PLANES": 2, "PARTS": 1, "BEHIND_Y": False}
+EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
-NO_LORA = {"ROWS": 1, "IN": 0, "BLOCK_K": 1, "PLANES": 0, "PARTS": 1, "OUT": 0}
-NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, **NO_LORA}
-NORM_AND_LORA = {**NORM, "IN": 2048, "ROWS": 16, "BLOCK_K": 512}
-NORM_AND_H = {**NORM, "ROWS": 16, "PLANES": 4, "OUT": 4096}
-SWIGLU = {
-    "FEATURES": 7168, "BLOCK": 2048, "ROWS": 4, "PLANES": 8, "PARTS": 1, "WIDTH": 16, "EXPAND": True, "SHRINK": True,
-}  # fmt: skip
-ROTARY = {
-    "HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 2, "HALF": 64,
-    "ROWS": 4, "PLANES": 2, "PARTS": 1, "EXPAND": True,
-}  # fmt: skip
+DELTA = {
+    **{"OUT0": 2048, "OUT1": 512, "OUT2": 512, "ROOM0": 2048, "ROOM1": 512, "ROOM2": 512},
+    **{"PLANES": 2, "PARTS": 1, "BLOCK_R": 16, "BLOCK_O": 512},
+}
+NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "HAS_DELTA": False}
+SWIGLU = {"FEATURES": 7168, "BLOCK": 1024, "HAS_DELTA": True}
+ROTARY = {"HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 2, "HALF": 64, "HAS_DELTA": True}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
 PRODUCT = {
     "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
     "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
-    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True, "GIVEN": False,
+    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True,
 }  # fmt: skip
 WIDE = {"WIDTH": 64, "B_ROWS": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, SHRINK, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
-    "expand behind a product": (expand_tokens, {**EXPAND, "BEHIND_Y": True, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
     "expand in wide rows": (expand_tokens, {**EXPAND, "BLOCK_R": 16, "BLOCK_O": 512}, 4),
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),
@@ -85,15 +81,12 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "apply": (apply_tokens, {**APPLY}, 4),
     "product behind h": (linear_tokens, PRODUCT, 4),
     "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
+    "delta": (delta_tokens, DELTA, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
-    "norm and LoRA": (all_reduce_add_norm_rows, NORM_AND_LORA, 16),
-    "norm and LoRA of h": (all_reduce_add_norm_rows, NORM_AND_H, 16),
-    "norm and LoRA of h, a slice": (all_reduce_add_norm_rows, {**NORM_AND_H, "PARTS": 2, "OUT": 1024}, 16),
-    "swiglu": (swiglu_tokens, SWIGLU, 8),
-    "swiglu without expand": (swiglu_tokens, {**SWIGLU, "EXPAND": False}, 8),
-    "product with h": (linear_tokens, {**PRODUCT, "PLANES": 8, "AHEAD": False, "GIVEN": True}, 4),
+    "norm and delta": (all_reduce_add_norm_rows, {**NORM, "HAS_DELTA": True}, 16),
+    "swiglu": (swiglu_tokens, SWIGLU, 4),
     "rotary": (rotate_tokens, ROTARY, 1),
-    "rotary without LoRA": (rotate_tokens, {**ROTARY, "EXPAND": False}, 1),
+    "rotary without delta": (rotate_tokens, {**ROTARY, "HAS_DELTA": False}, 1),
     "cache": (write_tokens, CACHE, 4),
 }
 """Kernel, constants and warps."""

@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby
 
 import pytest
 
 Code = dict[str, list[str]]
+Compiled = dict[str, tuple[list[str], int]]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, tuple[list[str], int]]:
+def compiled() -> Compiled:
     """By kernel what it does to memory, in the order of its code, and its registers (`compile_for_gpu.py`)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compile_for_gpu"]
@@ -21,7 +23,7 @@ def compiled() -> dict[str, tuple[list[str], int]]:
 
 
 @pytest.fixture
-def code(compiled: dict[str, tuple[list[str], int]]) -> Code:
+def code(compiled: Compiled) -> Code:
     """What each kernel does to memory."""
     return {name: memory for name, (memory, _) in compiled.items()}
 
@@ -30,7 +32,7 @@ def code(compiled: dict[str, tuple[list[str], int]]) -> Code:
     ("kernel", "most"),
     [("shrink", 96), ("expand", 96), ("apply", 120), ("shrink by segment", 80), ("expand by segment", 124)],
 )
-def test_seldom_branches_cost_no_registers(compiled: dict[str, tuple[list[str], int]], kernel: str, most: int) -> None:
+def test_seldom_branches_cost_no_registers(compiled: Compiled, kernel: str, most: int) -> None:
     """As many as the branches for multiples of 8 need by themselves: they decide how many programs a GPU holds.
 
     With branches for other sizes as wide as these it was 139, 179, 186, 122 and 255.
@@ -64,66 +66,50 @@ def test_an_exchange_releases_and_acquires_for_the_whole_system(code: Code) -> N
     assert rest.count("wide load") == 3, "one of each peer"
 
 
-def test_a_norm_with_lora_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
-    """16 rows of B a thread, and 2 of A, in loads of 16 bytes ahead of the wait; they stay in registers."""
-    order, registers = compiled["norm and LoRA"]
-    wait = order.index("wait")
-    assert order[:wait] == ["wide load"] * wait
-    assert wait >= 16
-    assert 0 < registers <= 128, "16 warps have no more"
+def test_a_norm_reads_what_its_product_lacks_beside_it(compiled: Compiled) -> None:
+    """One load more, behind the wait, and nothing else."""
+    (order, registers), (plain, fewest) = compiled["norm and delta"], compiled["norm"]
+    wait = plain.index("wait")
+    assert order == [*plain[: wait + 1], "wide load", *plain[wait + 1 :]]
+    assert 0 < registers <= fewest + 8
 
 
-@pytest.mark.parametrize("kernel", ["norm and LoRA of h", "norm and LoRA of h, a slice"])
-def test_a_norm_with_a_given_h_reads_b_at_once(compiled: dict[str, tuple[list[str], int]], kernel: str) -> None:
-    """16 rows of B a thread beside the norm's weight, in loads of 16 bytes ahead of the wait; then x and residual.
+def test_an_expand_behind_its_shrink_reads_y_at_once(code: Code) -> None:
+    """And the rows of B, in each branch: only h is waited for."""
+    order = code["expand"]
+    # The first wait is that of programs that have nothing to do.
+    assert order[: 1 + 16 + 1] == ["wait", *["narrow load"] * 16, "wait"]
+    first = order.index("wide load")
+    assert order[first : first + 10] == ["wide load"] * 9 + ["wait"]
 
-    Behind them come loads of 16 rows again, for larger ranks, and narrow ones, for odd sizes.
+
+def test_a_delta_reads_rows_of_b_ahead_of_h(compiled: Compiled) -> None:
+    """In loads of 16 bytes but for odd sizes; what writes zeros alone waits too.
+
+    64 elements a thread are 16 rows. Packed blocks have half as many, and an odd B one: they cost no registers.
     """
-    order, registers = compiled[kernel]
-    wait = order.index("wait")
-    assert order[:wait] == ["wide load"] * (1 + 16)
-    assert order[wait + 1 : wait + 4] == ["wide load"] * 2 + ["barrier"]
-    assert order.count("wide load") == 1 + 16 + 2 + 16 + 3
-    assert order.count("narrow load") == 8
-    assert 0 < registers <= 128, "16 warps have no more"
+    order, registers = compiled["delta"]
+    runs = [(kind, len([*run])) for kind, run in groupby(kind for kind in order if kind != "barrier")]
+    assert runs[-2:] == [("wait", 1), ("store of 8 bytes", 1)]
+    branches = [runs[at : at + 3] for at in range(0, len(runs) - 2, 3)]
+    assert [branch[1:] for branch in branches] == [[("wait", 1), ("let start", 1)]] * 3
+    assert sorted(branch[0] for branch in branches) == [("narrow load", 4), ("wide load", 4), ("wide load", 8)]
+    assert 0 < registers <= 128, "four programs a multiprocessor"
 
 
-def test_an_expand_behind_a_product_waits_before_it_reads_y(code: Code) -> None:
-    """In each branch; behind a shrink it reads y at once."""
-    for kernel, waits in (("expand behind a product", True), ("expand", False)):
-        order = code[kernel]
-        # The first wait is that of programs that have nothing to do.
-        first, second = order.index("narrow load"), order.index("wide load")
-        assert order[:first] == ["wait"] * (1 + waits)
-        assert (order[second - 1] == "wait") is waits
+def test_an_activation_is_short(compiled: Compiled) -> None:
+    """Gate, up and what they lack in loads of 16 bytes, all behind the wait: the kernels ahead write them."""
+    order, registers = compiled["swiglu"]
+    assert order == ["wait", "let start", *["wide load"] * 4, "wide store"]
+    assert 0 < registers <= 40
 
 
-def test_an_activation_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
-    """Four rows of all three, ahead of gate and up; without B there is room for five programs a multiprocessor."""
-    for kernel, loads, most in (("swiglu", 12, 128), ("swiglu without expand", 4, 48)):
+def test_a_rotation_is_short(compiled: Compiled) -> None:
+    """Both halves of heads of y and of what it lacks, of cos and of sin, all behind the wait."""
+    for kernel, loads in (("rotary", 8), ("rotary without delta", 6)):
         order, registers = compiled[kernel]
-        assert order[: order.index("wait") + 1] == ["wide load"] * loads + ["wait"]
-        assert 0 < registers <= most
-
-
-def test_a_rotation_reads_factors_at_once(compiled: dict[str, tuple[list[str], int]]) -> None:
-    """Four rows of B, both halves of heads, ahead of y, cos and sin; seldom sizes cost no registers."""
-    for kernel, loads, most in (("rotary", 4, 72), ("rotary without LoRA", 0, 48)):
-        order, registers = compiled[kernel]
-        wait = order.index("wait")
-        assert order[: wait + 4] == ["wide load"] * loads + ["wait", "let start"] + ["load of 8 bytes"] * 2
-        assert order.count("wait") == 1
-        assert [kind for kind in order if "store" in kind] == ["store of 8 bytes"] * 4
-        assert order[-8:-4] == ["load of 8 bytes"] * 4, "cos and sin"
-        assert ("narrow load" in order) is (loads > 0)
-        assert 0 < registers <= most
-
-
-def test_a_product_whose_h_is_given_reads_x_behind_it(code: Code) -> None:
-    """The kernel ahead writes both."""
-    product = code["product with h"]
-    assert product.count("wait") == 1
-    assert product.index("wait") < product.index("load to shared memory")
+        assert order == ["wait", "let start", *["load of 8 bytes"] * loads, *["store of 8 bytes"] * 4]
+        assert 0 < registers <= 40
 
 
 def test_a_product_behind_its_shrink_reads_x_at_once(code: Code) -> None:

@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime import bridged_ops, linear_op
-from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.beside import product_beside
-from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_expand_deferred_, lora_linear_bridged
+from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_linear_bridged
 from bdlora_compile.runtime.bridged_ops import lora_shrink_grouped as grouped
 from bdlora_compile.runtime.cache_ops import cache_write_
-from bdlora_compile.runtime.kernels.tiles import Product
-from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_ahead
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT, Product
+from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_beside, with_delta
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
-from bdlora_compile.runtime.rotary_op import rotate_and_cache, rotate_and_cache_lora
-from bdlora_compile.runtime.swiglu_op import lora_swiglu
+from bdlora_compile.runtime.rotary_op import rotate_and_cache
+from bdlora_compile.runtime.swiglu_op import swiglu
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, inputs
 
 TOLERANCE = 4 * 2.0**-11
 SITES = [0, 1, 2]
 RANKS = ((2, 4, 0), (8, 2, 3), (4, 4, 8))
+EVEN_RANKS = ((2, 4, 0), (8, 2, 6), (4, 4, 8))
 
 
 def on_gpu(operator: Any) -> Callable[..., Any]:
@@ -62,9 +61,9 @@ class Call:
         order, segments = on_gpu(lora_work)(self.x, self.token_slot)
         return order, segments
 
-    def linear(self, run: Callable[..., Any], h: Tensor | None = None) -> Tensor:
+    def linear(self, run: Callable[..., Any]) -> Tensor:
         arguments = (*self.bank, *self.work(), lora_counters(self.token_slot), SITES, 8, self.case.out_features)
-        result: Tensor = run(self.x, self.weight, *arguments, h)
+        result: Tensor = run(self.x, self.weight, *arguments)
         return result
 
 
@@ -104,37 +103,38 @@ def test_linear(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert not error(call.x @ call.weight.t(), wanted) < 0.02
 
 
-@pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "apart"])
-def test_linear_with_h(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """h of few tokens came with x, and is read: with another h there is another result."""
-    by_token = call.case.tokens <= 64
-    product = Product(columns=16, depth=16, splits=2, stages=1, ahead=True)
-    monkeypatch.setattr(linear_op, "product_with_h", lambda _: product if is_inside else None)
-    wanted = call.linear(plain(lora_linear)).double()
-    h = torch.zeros(3, call.case.tokens, 3, 8, device=DEVICE)
-    h[1:] = plain(lora_shrink)(call.x, *call.factors, SITES, 8).view(-1, 3, 8) / 2
-    assert error(call.linear(on_gpu(lora_linear), h), wanted) < TOLERANCE
-    found = call.linear(on_gpu(lora_linear), 2 * h)
-    assert (error(found, wanted) < 0.02) is not by_token, "of many tokens it is not read"
+@pytest.fixture(params=[0, 5, 16, 17, 64, 65], ids=str)
+def any_call(request: pytest.FixtureRequest) -> Call:
+    """Up to 16 tokens have their LoRA beside the product, up to 64 the first half of it."""
+    return Call(request.param)
 
 
-def test_a_product_that_leaves_its_lora(call: Call) -> None:
-    """With few tokens y lacks it, and h sums to A x; with many it is there."""
-    by_token = call.case.tokens <= 64
+def check_beside(call: Call, run: Callable[..., Any], wanted: Callable[..., Any], *arguments: Any) -> None:
+    """y and delta of an operator on a GPU against those elsewhere, and what the compiler is told of them."""
+    with FakeTensorMode() as mode:
+        told = wanted(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    (y, delta), (wanted_y, wanted_delta) = run(*arguments), plain(wanted)(*arguments)
+    for results in ((y, delta), (wanted_y, wanted_delta)):
+        assert [(value.shape, value.stride(), value.dtype) for value in results] == [
+            (value.shape, value.stride(), value.dtype) for value in told
+        ]
+    if not (tokens := call.case.tokens):
+        return
+    without = (call.x @ call.weight.t()).double()
+    assert error(y, wanted_y.double()) < TOLERANCE
+    assert (error(y, without) < TOLERANCE) is (tokens <= DELTA_LIMIT), "the twin: LoRA is in y, or beside it"
+    assert torch.equal(with_delta(y, delta), y) is (tokens > DELTA_LIMIT)
+    if tokens <= DELTA_LIMIT:
+        own, wanted_own = delta[:tokens], wanted_delta[:tokens]
+        assert error(own, wanted_own.double()) < TOLERANCE
+        assert not error(1.05 * own, wanted_own.double()) < TOLERANCE, "the twin"
+        assert not own[call.token_slot < 0].any()
 
-    def run(operator: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-        y, h = operator(call.x, call.weight, *call.bank, *call.work(), SITES, 8, call.case.out_features)
-        return y, h
 
-    (y, h), (wanted, wanted_h) = run(on_gpu(lora_linear_ahead)), run(plain(lora_linear_ahead))
-    assert error(y, wanted.double()) < TOLERANCE
-    assert h.shape == wanted_h.shape
-    without = call.x @ call.weight.t()
-    assert (error(y, without.double()) < TOLERANCE) is by_token
-    if by_token:
-        total, wanted_total = h.sum(0), wanted_h.sum(0)
-        assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
-        assert not error(2 * total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
+def test_a_product_beside_its_lora(any_call: Call) -> None:
+    call = any_call
+    arguments = (call.x, call.weight, *call.bank, *call.work(), SITES, 8, call.case.out_features)
+    check_beside(call, on_gpu(lora_linear_beside), lora_linear_beside, *arguments)
 
 
 class TwiceOverRanks:
@@ -146,22 +146,17 @@ class TwiceOverRanks:
     _init_fn = __call__
 
 
-@pytest.mark.parametrize("part", [0, 2])
-def test_a_product_beside_an_exchange(call: Call, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """y is the product alone, and h the sum over the ranks of this one's share among zeros."""
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_product_beside_an_exchange(any_call: Call, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank's share of h lies in a half of the room; the other is zero here, and this one counts twice."""
     monkeypatch.setattr(bridged_ops, "all_reduce", TwiceOverRanks())
+    call = Call(any_call.case.tokens, ranks=EVEN_RANKS)
     transport = (torch.zeros(64, dtype=torch.uint8, device=DEVICE), 0, 0, "group")
-    arguments = (call.x, call.weight, *call.factors, *call.work(), SITES, 8, 3, part, *transport)
-    run = lora_linear_bridged._backend_fns["cuda"]
-    (y, h), (wanted, wanted_h) = run(*arguments), plain(lora_linear_bridged)(*arguments)
-    with FakeTensorMode() as mode:
-        told = lora_linear_bridged(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
-    for values in ((y, h), (wanted, wanted_h)):
-        assert [(value.shape, value.dtype) for value in values] == [(value.shape, value.dtype) for value in told]
-    assert error(y, wanted.double()) < TOLERANCE
-    is_written = wanted_h != 0
-    assert error(h[is_written], wanted_h[is_written].double()) < TOLERANCE
-    assert not error(h[is_written] / 2, wanted_h[is_written].double()) < TOLERANCE, "the twin"
+    # Shares of ranks 4 and 2 are all that both ranks have; this one's A of another rank is read up to there.
+    lora = (*call.bank, *call.work(), SITES, 8, call.case.out_features, 2, part)
+    check_beside(
+        call, lora_linear_bridged._backend_fns["cuda"], lora_linear_bridged, call.x, call.weight, *lora, *transport
+    )
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are a GPU's")
@@ -185,52 +180,14 @@ def test_a_product_beside_others_is_there_behind_them() -> None:
         assert not error(found, wanted + 1) < TOLERANCE
 
 
-@pytest.mark.parametrize("in_features", [96, 2048, 5120])
-def test_readers_are_told_how_many_planes_there_are(in_features: int) -> None:
-    """Compiled code has its buffers by what the operator says of its results; also of no tokens."""
-    site = LocalFactors(
-        LocalShape(2, 2, 1, 1, in_features, 16), torch.ones(2, in_features).half(), torch.ones(2, 16).half()
-    )
-    bank = AdapterBank(["up"], 1, 4 * in_features, 8, torch.float16, DEVICE)
-    bank.write(0, bank.stage({"up": (site, 1.0)}), bank.used_elements())
-    bank.token_slot.zero_()
-    weight = torch.zeros(16, in_features, device=DEVICE, dtype=torch.float16)
-    for tokens in (0, 1):
-        x = torch.ones(tokens, in_features, device=DEVICE, dtype=torch.float16)
-        work = (bank.token_slot[:tokens], bank.token_slot.new_empty(tokens, 3))
-        arguments = (x, weight, bank.pool, bank.slots, bank.scales, bank.token_slot, *work, [0], 2, [16])
-        with FakeTensorMode() as mode:
-            told = lora_linear_ahead(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
-        for operator in (on_gpu(lora_linear_ahead), plain(lora_linear_ahead)):
-            y, h = operator(*arguments)
-            assert [(value.shape, value.stride(), value.dtype) for value in (y, h)] == [
-                (value.shape, value.stride(), value.dtype) for value in told
-            ]
-            assert h.sum() == 2 * tokens * in_features, "sums of ones, exact in float32"
-
-
-@pytest.mark.parametrize("has_h", [True, False], ids=["with h", "without"])
-@pytest.mark.parametrize("down", [[2], []], ids=["down", "nobody"])
-def test_swiglu(call: Call, has_h: bool, down: list[int]) -> None:
-    """B h of gate and up, in parts of two ranks, and A m of down; h of many tokens is not read."""
-    call = Call(call.case.tokens, (64, 64, 64))
-    by_token = call.case.tokens <= 64
-    # In any layout.
-    h = torch.randn(call.case.tokens, 3, 4, 8, device=DEVICE).transpose(0, 1) / 4 if has_h else None
-
-    def run(operator: Callable[..., Any], factor: float = 1) -> tuple[Tensor, Tensor]:
-        m, planes = operator(call.y[:, :128], h if h is None else factor * h, *call.bank, [0, 1], 2, down, 8)
-        return m, planes
-
-    (found, planes), (wanted, wanted_planes) = run(on_gpu(lora_swiglu)), run(plain(lora_swiglu))
-    assert error(found, wanted.double()) < TOLERANCE
-    assert planes.shape == wanted_planes.shape
-    assert bool(planes.shape[0]) is bool(down)
-    if by_token and down:
-        total, wanted_total = planes.sum(0), wanted_planes.sum(0)
-        assert error(total[wanted_total != 0], wanted_total[wanted_total != 0].double()) < TOLERANCE
-    twin, _ = run(plain(lora_swiglu), 3)
-    assert (error(found, twin.double()) < 0.02) is not (by_token and has_h)
+@pytest.mark.parametrize("tokens", [5, 17])
+def test_swiglu(tokens: int) -> None:
+    """Of few tokens what lies beside the product is added, of many it is not read."""
+    call = Call(tokens, (64, 64, 64))
+    y, delta = call.y[:, :128].contiguous(), torch.randn(DELTA_LIMIT, 128).to(DEVICE, torch.float16)
+    wanted = plain(swiglu)(y, delta).double()
+    assert error(on_gpu(swiglu)(y, delta), wanted) < TOLERANCE
+    assert (error(on_gpu(swiglu)(y, 2 * delta), wanted) < 0.02) is (tokens > DELTA_LIMIT)
 
 
 @pytest.mark.parametrize("part", [0, 2])
@@ -248,16 +205,13 @@ def test_shrink_among_parts(call: Call, part: int) -> None:
 
 
 def test_expand_in_place(call: Call) -> None:
-    """The deferred one leaves few tokens to others, and is the same for many."""
     h = torch.randn(call.case.tokens, 24, device=DEVICE)
-    runs = (on_gpu(lora_expand_), plain(lora_expand_), plain(lora_expand_deferred_))
-    found, wanted, deferred = results = [call.y.clone() for _ in runs]
+    runs = (on_gpu(lora_expand_), plain(lora_expand_))
+    found, wanted = results = [call.y.clone() for _ in runs]
     for y, run in zip(results, runs, strict=True):
         run(y, h, *call.bank, *call.work(), SITES, call.case.out_features, 1)
     assert error(found, wanted.double()) < TOLERANCE
     assert not error(call.y, wanted.double()) < 0.02
-    assert torch.equal(deferred, call.y) is (call.case.tokens <= 64)
-    assert torch.equal(deferred, wanted) is (call.case.tokens > 64)
 
 
 def test_cache_write() -> None:
@@ -325,21 +279,18 @@ def test_no_tokens_rotate_and_cache_nothing(batch: int, seq: int, dtype: torch.d
         assert keys.eq(1).all()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("is_short", [False, True], ids=["all columns", "q alone is short"])
-def test_rotate_and_cache_with_lora(call: Call, parts: int, is_short: bool) -> None:
-    """Of few tokens LoRA is added, of many it is there; h of more planes than one, of one rank or of two."""
-    call = Call(call.case.tokens, (24 if is_short else 32, 16, 16), ((2, 4, 0), (8, 2, 6), (4, 4, 8)))
-    rotation, by_token = Rotation(call), call.case.tokens <= 64
-    h = torch.randn(3, call.case.tokens, parts * 3, 8, device=DEVICE)
-    lora = (*call.bank, SITES, call.case.out_features, parts)
-    found, cache = rotation.run(on_gpu(rotate_and_cache_lora), h, *lora)
-    wanted, wanted_cache = rotation.run(plain(rotate_and_cache_lora), h, *lora)
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_rotate_and_cache_with_delta(tokens: int) -> None:
+    """Of few tokens it is added, of many it is not read."""
+    rotation = Rotation(Call(tokens))
+    delta = torch.randn(DELTA_LIMIT, 64).to(DEVICE, torch.float16)
+    found, cache = rotation.run(on_gpu(rotate_and_cache), delta)
+    wanted, wanted_cache = rotation.run(plain(rotate_and_cache), delta)
     without, cache_without = rotation.run(plain(rotate_and_cache))
     assert error(found, wanted.double()) < TOLERANCE
     assert error(cache, wanted_cache.double()) < TOLERANCE
-    assert (not error(found, without.double()) < 0.02) is by_token
-    assert (not error(cache, cache_without.double()) < 0.02) is by_token
+    assert (not error(found, without.double()) < 0.02) is (tokens <= DELTA_LIMIT)
+    assert (not error(cache, cache_without.double()) < 0.02) is (tokens <= DELTA_LIMIT)
 
 
 def test_a_norm_behind_a_sum_over_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import (
-    Call,
-    Product,
-    default_product,
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT, Call, Product, default_product
+from bdlora_compile.runtime.linear_op import (
+    NUM_COUNTERS,
+    lora_counters,
+    lora_linear,
+    lora_linear_beside,
+    lora_no_delta,
+    with_delta,
 )
-from bdlora_compile.runtime.linear_op import NUM_COUNTERS, lora_counters, lora_linear
 from bdlora_compile.runtime.ops import lora_work
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, factors_of, inputs
 
@@ -86,6 +89,38 @@ def test_operator_serves_any_device_and_shape() -> None:
     shared = (bank.pool, bank.slots, bank.scales, tokens, order, segments, lora_counters(tokens))
     found = lora_linear(x, weight, *shared, [0, 1, 2], case.width, case.out_features)
     assert error(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plain", "many tokens"])
+def test_a_product_and_what_lies_beside_it_equal_dense_products(name: str) -> None:
+    """On any device. Of many tokens nothing lies beside it."""
+    case = CASES[name]
+    bank, x, weight, wanted = prepared(case)
+    tokens = bank.token_slot[: case.tokens]
+    shared = (bank.pool, bank.slots, bank.scales, tokens, *lora_work(x, tokens), [0, 1, 2], case.width)
+    y, delta = lora_linear_beside(x, weight, *shared, case.out_features)
+    assert error(with_delta(y, delta), wanted) < TOLERANCE
+    # The twins: left out, and another token's. Of many tokens neither is noticed.
+    for found in (y, with_delta(y, delta.roll(1, dims=0))):
+        assert (error(found, wanted) < TOLERANCE) is (case.tokens > DELTA_LIMIT)
+
+
+def test_one_site_may_write_some_columns_of_a_product() -> None:
+    """The others lack nothing."""
+    case = CASES["wide"]
+    bank, x, weight, _ = prepared(case)
+    tokens = bank.token_slot[: case.tokens]
+    shared = (bank.pool, bank.slots, bank.scales, tokens, *lora_work(x, tokens))
+    y, delta = lora_linear_beside(x, weight, *shared, [0], case.width, case.out_features[:1])
+    assert error(y, x.double() @ weight.double().t()) < TOLERANCE
+    assert delta[: case.tokens, : case.out_features[0]].any()
+    assert not delta[: case.tokens, case.out_features[0] :].any()
+
+
+def test_what_lacks_nothing_has_a_delta_of_zeros() -> None:
+    x = torch.randn(2, 3, 24, dtype=torch.float16, device=DEVICE)
+    torch.library.opcheck(lora_no_delta, (x,))
+    assert torch.equal(with_delta(x, lora_no_delta(x)), x)
 
 
 SMALL = [(4096, (512, 128, 128)), (512, (4096,)), (4096, (1792, 1792)), (8192, (1024, 128, 128))]

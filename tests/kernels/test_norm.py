@@ -4,26 +4,22 @@ Here the ranks run one after the other, twice: what a rank reads of those behind
 they wait for one another is tested with real ones, in `tests/distributed/norm_ranks.py`.
 
 Tolerance, relative to the largest value: the sum over the ranks, the residual's, the quotient and its product with the
-weight are rounded, each by half a unit in the last place of a number up to twice as large.
+weight are rounded, each by half a unit in the last place of a number up to twice as large. With a delta each rank's x
+is rounded, too: of up to eight ranks, by half a unit of a number no larger than the sum's, as much again.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime import norm_op
-from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch_norm, norm
-from bdlora_compile.runtime.kernels.launch import Factors
-from bdlora_compile.runtime.linear_op import lora_linear_deferred
-from bdlora_compile.runtime.norm_op import all_reduce_add_norm_expand, all_reduce_add_norm_lora
-from bdlora_compile.runtime.ops import lora_work
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.kernels.test_gpu_operators import on_gpu, plain
-from tests.kernels.test_kernels import DEVICE, NAMES, Case, bank_of
+from tests.kernels.test_kernels import DEVICE
 
 TOLERANCES = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 EPSILON = 1e-5
@@ -46,18 +42,18 @@ def reduce_all(
     residual: Tensor,
     weight: Tensor,
     exchange: int = 0,
-    ahead: launch_norm.Ahead | launch_norm.Given | None = None,
+    deltas: Sequence[Tensor | None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What all ranks get in an exchange."""
-    boxes = mailboxes(len(xs))
+    boxes, ranks = mailboxes(len(xs)), len(xs)
     lines = [box[16 : 16 * (1 + norm.MAX_ROWS.value)].view(-1, 16) for box in boxes]
     results: list[tuple[Tensor, Tensor]] = []
     for _ in range(2):
         results = []
-        for rank, (x, box) in enumerate(zip(xs, boxes, strict=True)):
+        for rank, (x, box, delta) in enumerate(zip(xs, boxes, deltas or [None] * ranks, strict=True)):
             lines[rank][:, :8], lines[rank][:, 8] = BEHIND, exchange
-            results.append(launch_norm.reduce_add_norm(x, residual, weight, box, EPSILON, rank, len(xs), ahead))
-    told = lines[0][: xs[0].shape[0], [*range(1, len(xs)), 8]]
+            results.append(launch_norm.reduce_add_norm(x, residual, weight, box, EPSILON, rank, ranks, delta))
+    told = lines[0][: xs[0].shape[0], [*range(1, ranks), 8]]
     assert told.eq(exchange + 1).all(), "each peer has told the first rank, which has counted the exchange"
     return results
 
@@ -75,8 +71,8 @@ def expected(xs: list[Tensor], residual: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The larger of two relative errors."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
+    """The larger of two relative errors; NaN if any value is."""
+    return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(found, wanted, strict=True)]).max())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
@@ -112,58 +108,54 @@ def test_what_a_mailbox_has_room_for() -> None:
     assert not launch_norm.can_exchange(1, 64, 2, 9)
 
 
-# --- with the LoRA of the product ahead -----------------------------------------------------------------------------
-
-SLOT_RANKS = ((2, 4, 0), (8, 2, 12), (4, 24, 8))
-ROWS = 4
+# --- with what x lacks ----------------------------------------------------------------------------------------------
 
 
-class Product:
-    """x that lacks the LoRA of a product of u: tokens of three adapters and of none."""
-
-    def __init__(self, ranks: int, columns: int, blocks: tuple[int, int], dtype: torch.dtype, rows: int = ROWS) -> None:
-        case = Case(SLOT_RANKS, 64, (32, columns, 32), *blocks, rows, 3, dtype, False)
-        bank, self.dense = bank_of(case)
-        self.token_slot = (torch.arange(rows, device=DEVICE) % 4 - 1).to(torch.int32).roll(1)
-        self.bank = (bank.pool, bank.slots, bank.scales, self.token_slot)
-        self.xs, self.residual, self.weight = inputs(ranks, rows, columns, dtype)
-        self.u = torch.randn(rows, 64).to(DEVICE, dtype)
-
-    def ahead(self) -> launch_norm.Ahead:
-        pool, slots, scales, token_slot = self.bank
-        return launch_norm.Ahead(self.u, Factors(pool, slots, token_slot, [1]), scales, 24)
-
-    def wanted(self, token_slot: Tensor) -> tuple[Tensor, Tensor]:
-        """In float64, each rank's LoRA the same."""
-        added = torch.zeros(self.residual.shape, dtype=torch.float64)
-        for token, slot in enumerate(token_slot.tolist()):
-            if slot >= 0:
-                added[token] = self.dense[slot, 1] @ self.u[token].double().cpu()
-        return expected([x.double() + added.to(DEVICE) for x in self.xs], self.residual, self.weight)
+def deltas_of(xs: Sequence[Tensor]) -> list[Tensor]:
+    """What each rank's x lacks, in all rows that a delta has; behind those of x it is NaN."""
+    rows, columns = xs[0].shape
+    deltas = [torch.full((DELTA_LIMIT, columns), float("nan")).to(x) for x in xs]
+    for delta in deltas:
+        delta[:rows] = torch.randn(rows, columns)
+    return deltas
 
 
-LORA_CASES = {
-    "one block": (64, (1, 1), 4096),
-    "packed": (64, (4, 1), 4096),
-    "several turns": (96, (2, 1), 32),
-    "odd columns": (36, (1, 1), 4096),
-    "packed B": (64, (1, 2), 4096),
-}
+def completed(xs: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
+    """x + delta of each rank, exact."""
+    return [x.double() + delta[: x.shape[0]].double() for x, delta in zip(xs, deltas, strict=True)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("name", LORA_CASES)
-def test_lora_of_the_product_ahead(name: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is added to each rank's x before the sum; tokens with another slot would be noticed."""
-    columns, blocks, elements = LORA_CASES[name]
-    for of in ("_ELEMENTS_OF_A", "_ELEMENTS_OF_B"):
-        monkeypatch.setattr(launch_norm, of, elements)
-    product = Product(ranks, columns, blocks, torch.bfloat16)
-    found = reduce_all(product.xs, product.residual, product.weight, 4, product.ahead())
-    assert error(found[0], product.wanted(product.token_slot)) < 2 * TOLERANCES[torch.bfloat16], "x is rounded, too"
-    assert not error(found[0], product.wanted(product.token_slot.roll(1))) < 8 * TOLERANCES[torch.bfloat16]
-    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("ranks", "rows", "columns"), [(2, 3, 64), (3, DELTA_LIMIT, 40), (8, 2, 24)])
+def test_each_rank_adds_what_its_x_lacks(ranks: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """No delta, a larger one, or another row's would be noticed."""
+    xs, residual, weight = inputs(ranks, rows, columns, dtype)
+    deltas = deltas_of(xs)
+    found = reduce_all(xs, residual, weight, 4, deltas)
+    wanted = expected(completed(xs, deltas), residual, weight)
+    assert error(found[0], wanted) < 2 * TOLERANCES[dtype]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for damage in (lambda delta: 0 * delta, lambda delta: 1.5 * delta, lambda delta: delta[:rows].roll(1, 0)):
+        twin = expected(completed(xs, [*map(damage, deltas)]), residual, weight)
+        assert not error(found[0], twin) < 2 * TOLERANCES[dtype]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
+def test_x_with_its_delta_is_rounded_before_the_sum() -> None:
+    """To the bit what an x that lacks nothing gives; a sum of what is not rounded would be another.
+
+    In fp16: the interpreter does not round to the nearest bf16.
+    """
+    dtype = torch.float16
+    xs, residual, weight = inputs(3, 5, 64, dtype)
+    deltas = deltas_of(xs)
+    exact = completed(xs, deltas)
+    found = reduce_all(xs, residual, weight, 4, deltas)[0]
+    wanted = reduce_all([x.to(dtype) for x in exact], residual, weight, 4)[0]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not torch.equal(found[0], residual + torch.stack(exact).sum(0).to(dtype))
 
 
 class Alone:
@@ -176,184 +168,99 @@ class Alone:
         return 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "limit", "dtype"),
-    [
-        (ROWS, 1 << 20, torch.bfloat16),
-        (ROWS, 0, torch.bfloat16),
-        (70, 1 << 20, torch.bfloat16),
-        (ROWS, 1 << 20, torch.float32),
-    ],
-    ids=["exchanged", "apart", "many tokens", "float32"],
-)
-def test_the_operator(rows: int, limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on GPUs: of few tokens the LoRA is here that their product left out."""
-    monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
-    monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x)
-    product = Product(1, 64, (2, 1), dtype, rows)
-    weight, (order, segments) = torch.zeros(64, 64).to(DEVICE, dtype), lora_work(product.u, product.token_slot)
-    lora = ([1], 24)
-    x = lora_linear_deferred(product.u, weight, *product.bank, order, segments, *lora, [64])
-    is_few = rows == ROWS and dtype is torch.bfloat16
-    assert bool(x.any()) is not is_few
-    (mailbox,) = mailboxes(1)
-    exchange = (mailbox, mailbox, EPSILON, limit, limit, "group")
-    run = on_gpu(all_reduce_add_norm_lora)
-    shape = (2, -1, 64)
-    values = [value.view(shape) for value in (x, product.residual)]
-    found = run(*values, product.weight, *exchange, product.u.view(shape), *product.bank, *lora)
-    product.xs = [torch.zeros_like(product.u)]
-    assert error(found, [value.view(shape) for value in product.wanted(product.token_slot)]) < 2 * TOLERANCES[dtype]
-    assert int(mailbox[FIRST_COUNT]) == (limit > 0), "by the kernel that exchanges"
-    twin = product.wanted(product.token_slot.roll(1))
-    assert not error(found, [value.view(shape) for value in twin]) < 8 * TOLERANCES[dtype]
+Pair = tuple[Tensor, Tensor]
 
 
-# --- with a given h -------------------------------------------------------------------------------------------------
+class Call:
+    """Of the operator with a delta, on one rank; all-reduces that are no part of its kernel double what they get."""
 
-RANKS_OF_B = (8, 4, 24)
-WIDTH = 24
-NO_RANK = len(RANKS_OF_B)
-"""A slot that has nothing at the site."""
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, dtype: torch.dtype, limits: tuple[int, int]
+    ) -> None:
+        monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
+        monkeypatch.setattr(norm_op, "all_reduce", self._doubled)
+        (self.x,), self.residual, self.weight = inputs(1, rows, columns, dtype)
+        (self.mailbox,) = mailboxes(1)
+        self.exchange = (self.mailbox, self.mailbox, EPSILON, *limits, "group")
+        self.summands: list[Tensor] = []
 
+    def _doubled(self, x: Tensor, *_: object) -> Tensor:
+        self.summands.append(x.clone())
+        return 2 * x
 
-@dataclass(frozen=True)
-class Form:
-    """Which columns B writes, how it is packed, and how many elements of it a warp holds at once."""
+    def run(self, operator: Callable[..., Pair], delta: Tensor | None) -> Pair:
+        """Of three dimensions, as models have them."""
+        x, residual = self.x[:, None].clone(), self.residual[:, None]
+        total, normed = operator(x, residual, self.weight, *self.exchange, delta)
+        assert torch.equal(x[:, 0], self.x), "x is not written"
+        assert total.shape == normed.shape == x.shape
+        return total[:, 0], normed[:, 0]
 
-    columns: int = 64
-    size: int = 64
-    start: int = 0
-    blocks: int = 1
-    parts: int = 1
-    elements: int = 4096
-
-
-class ProductOfH:
-    """x that lacks B h: tokens of three adapters, of one that has none at the site, and of none; h holds NaN elsewhere.
-
-    ``halves`` [planes, T, WIDTH]: each token's h without gaps, as far as its slot's rank goes.
-    """
-
-    def __init__(self, form: Form, ranks: int, planes: int, dtype: torch.dtype, rows: int = 5) -> None:
-        self.form = form
-        self.xs, self.residual, self.weight = inputs(ranks, rows, form.columns, dtype)
-        bank, self.b = AdapterBank(NAMES, NO_RANK + 1, 20000, 256, dtype, DEVICE), {}
-        for slot, rank in enumerate(RANKS_OF_B):
-            shape = LocalShape(rank // form.parts, rank, 1, form.blocks, 16, form.size, form.start)
-            a = torch.randn(shape.a_rank, 16).to(dtype)
-            b = torch.randn(rank, form.size // form.blocks).to(dtype)
-            self.b[slot] = torch.block_diag(*b.double().chunk(form.blocks))
-            staged = bank.stage({NAMES[1]: (LocalFactors(shape, a, b), 0.25 * (slot + 1))})
-            bank.write(slot, staged, bank.used_elements())
-        self.token_slot = (torch.arange(rows, device=DEVICE) % 5 - 1).to(torch.int32).roll(2)
-        self.bank = (bank.pool, bank.slots, bank.scales, self.token_slot)
-        self.halves = torch.randn(planes, rows, WIDTH)
-        self.h = self._spread()
-
-    def _spread(self) -> Tensor:
-        """[planes, T, parts, width] with each token's shares."""
-        planes, rows, _ = self.halves.shape
-        h = torch.full((planes, rows, self.form.parts, WIDTH), float("nan"))
-        for token, slot in enumerate(self.token_slot.tolist()):
-            rank = RANKS_OF_B[slot] if 0 <= slot < NO_RANK else 0
-            share = rank // self.form.parts
-            h[:, token, :, :share] = self.halves[:, token, :rank].reshape(planes, self.form.parts, share)
-        return h.to(DEVICE)
-
-    def given(self) -> launch_norm.Given:
-        pool, slots, scales, token_slot = self.bank
-        return launch_norm.Given(self.h, Factors(pool, slots, token_slot, [1]), scales, self.form.size, self.form.parts)
-
-    def wanted(self, token_slot: Tensor, halves: Tensor, factor: float = 1) -> tuple[Tensor, Tensor]:
-        """In float64, each rank's LoRA the same."""
-        form, h = self.form, halves.double().sum(0)
-        added = torch.zeros(len(token_slot), form.start + form.size, dtype=torch.float64)
-        for token, slot in enumerate(token_slot.tolist()):
-            if 0 <= slot < NO_RANK:
-                scaled = factor * 0.25 * (slot + 1) * h[token, : RANKS_OF_B[slot]]
-                added[token, form.start :] = scaled @ self.b[slot]
-        room = torch.zeros(self.residual.shape, dtype=torch.float64)
-        written = min(form.columns, form.start + form.size)
-        room[:, :written] = added[:, :written]
-        return expected([x.double() + room.to(DEVICE) for x in self.xs], self.residual, self.weight)
+    def wanted(self, complete: Tensor, factor: int) -> Pair:
+        """In float64, of an x that lacks nothing; ``factor``: what the all-reduce makes of one."""
+        return expected([factor * complete.double()], self.residual, self.weight)
 
 
-FORMS = {
-    "one block": Form(),
-    "several turns": Form(elements=32),
-    "a slice": Form(size=16, start=32),
-    "columns cut": Form(size=48, start=32, elements=32),
-    "2 parts": Form(parts=2),
-    "4 parts, several turns": Form(size=16, start=16, parts=4, elements=32),
-    "packed B": Form(blocks=2),
-    "packed, columns cut, 2 parts": Form(size=48, start=32, blocks=4, parts=2),
-    "odd columns": Form(columns=36, size=36),
-    "odd slice, columns cut": Form(columns=36, size=9, start=29, parts=4),
-    "odd start": Form(size=16, start=5),
+FEW = 5
+KERNEL, TWO_SHOT, GROUP = (1 << 20, 1 << 20), (0, 1 << 20), (0, 0)
+TOO_WIDE = 16640
+"""Columns: a row of them is larger than a mailbox's place."""
+READ = {
+    "exchanged": (FEW, 64, torch.bfloat16, KERNEL),
+    "exchanged, fp16": (FEW, 64, torch.float16, KERNEL),
+    "exchanged, one token": (1, 64, torch.bfloat16, KERNEL),
+    "exchanged, the most tokens": (DELTA_LIMIT, 64, torch.bfloat16, KERNEL),
+    "no room": (FEW, TOO_WIDE, torch.bfloat16, KERNEL),
+    "two-shot": (FEW, 64, torch.bfloat16, TWO_SHOT),
+    "group": (FEW, 64, torch.bfloat16, GROUP),
+    "group, the most tokens": (DELTA_LIMIT, 64, torch.bfloat16, GROUP),
+}
+UNREAD = {
+    "exchanged": (DELTA_LIMIT + 1, 64, torch.bfloat16, KERNEL),
+    "exchanged, float32": (FEW, 64, torch.float32, KERNEL),
+    "no room": (130, 64, torch.bfloat16, KERNEL),
+    "two-shot": (DELTA_LIMIT + 1, 64, torch.bfloat16, TWO_SHOT),
+    "group": (DELTA_LIMIT + 1, 64, torch.bfloat16, GROUP),
+    "group, float32": (FEW, 64, torch.float32, GROUP),
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
-@pytest.mark.parametrize(("ranks", "planes"), [(1, 3), (2, 1)])
-@pytest.mark.parametrize("name", FORMS)
-def test_lora_of_a_given_h(name: str, ranks: int, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B h is added to each rank's x before the sum; another slot, scale or h of the tokens would be noticed."""
-    monkeypatch.setattr(launch_norm, "_ELEMENTS_OF_B", FORMS[name].elements)
-    product = ProductOfH(FORMS[name], ranks, planes, torch.bfloat16)
-    found = reduce_all(product.xs, product.residual, product.weight, 4, product.given())
-    right, halves = product.token_slot, product.halves
-    assert error(found[0], product.wanted(right, halves)) < 2 * TOLERANCES[torch.bfloat16], "x is rounded, too"
-    for twin in (
-        product.wanted(right.roll(1), halves),
-        product.wanted(right, halves.roll(1, dims=1)),
-        product.wanted(right, halves, factor=2),
-    ):
-        assert not error(found[0], twin) < 8 * TOLERANCES[torch.bfloat16]
-    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
-
-
-def test_a_program_holds_no_more_rows_than_a_slot_has() -> None:
-    """The shares of all parts count; of wide rows fewer are held."""
-    product = ProductOfH(Form(parts=4), 1, 1, torch.bfloat16)
-    assert launch_norm._lora(product.given(), 4096, 16)["ROWS"] == 16
-    assert launch_norm._lora(product.given(), 64, 4)["ROWS"] == 128, "4 parts of 24, as a power of two"
-
-
-@pytest.mark.parametrize(
-    ("rows", "limit", "dtype"),
-    [
-        (5, 1 << 20, torch.bfloat16),
-        (5, 0, torch.bfloat16),
-        (70, 1 << 20, torch.bfloat16),
-        (5, 1 << 20, torch.float32),
-    ],
-    ids=["exchanged", "apart", "many tokens", "float32"],
-)
-def test_the_operator_with_a_given_h(
-    rows: int, limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("runs", [on_gpu, plain])
+@pytest.mark.parametrize("name", READ)
+def test_the_operator_adds_what_few_tokens_lack(
+    name: str, runs: Callable[..., Callable[..., Pair]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What runs on GPUs against what runs elsewhere: of few tokens h is read, and x itself is not written."""
-    monkeypatch.setattr(norm_op, "group_named", lambda _: Alone())
-    monkeypatch.setattr(norm_op, "all_reduce", lambda x, *_: x.clone())
-    form = Form(size=48, start=32, parts=2)
-    product = ProductOfH(form, 1, 3, dtype, rows)
-    (mailbox,) = mailboxes(1)
-    exchange = (mailbox, mailbox, EPSILON, limit, limit, "group")
-    shape = (5, -1, 64)
-    x, residual = (value.view(shape) for value in (product.xs[0], product.residual))
-    before = x.clone()
+    """By the kernel that exchanges; elsewhere before the all-reduce, which gets the sum. Only x's rows are read."""
+    rows, columns, dtype, limits = READ[name]
+    call = Call(monkeypatch, rows, columns, dtype, limits)
+    (delta,) = deltas_of([call.x])
+    found = call.run(runs(all_reduce_add_norm), delta)
+    complete = (call.x.double() + delta[:rows].double()).to(dtype)
+    exchanges = name.startswith("exchanged") and runs is on_gpu
+    assert int(call.mailbox[FIRST_COUNT]) == exchanges
+    assert len(call.summands) == (not exchanges)
+    for summand in call.summands:
+        assert torch.equal(summand.view(rows, columns), complete), "what is added up lacks nothing"
+    wanted = call.wanted(complete, 1 if exchanges else 2)
+    assert error(found, wanted) < TOLERANCES[dtype]
+    assert not error(call.run(runs(all_reduce_add_norm), None), wanted) < TOLERANCES[dtype]
+    delta[rows - 1, 0] = float("nan")
+    assert not error(call.run(runs(all_reduce_add_norm), delta), wanted) < TOLERANCES[dtype]
 
-    def run(operator: Callable[..., tuple[Tensor, Tensor]], h: Tensor) -> tuple[Tensor, Tensor]:
-        return operator(x, residual, product.weight, *exchange, h, *product.bank, [1], [form.size], form.parts)
 
-    is_few = rows == 5 and dtype is torch.bfloat16
-    wanted = run(plain(all_reduce_add_norm_expand), product.h)
-    assert error(run(on_gpu(all_reduce_add_norm_expand), product.h), wanted) < 2 * TOLERANCES[dtype]
-    halves = product.halves if is_few else 0 * product.halves
-    exact = [value.view(shape) for value in product.wanted(product.token_slot, halves)]
-    assert error(wanted, exact) < 2 * TOLERANCES[dtype]
-    twin = run(on_gpu(all_reduce_add_norm_expand), 2 * product.h)
-    assert int(mailbox[FIRST_COUNT]) == 2 * (limit > 0), "by the kernel that exchanges"
-    assert (error(twin, wanted) < 8 * TOLERANCES[dtype]) is not is_few
-    assert torch.equal(x, before)
+@pytest.mark.parametrize("runs", [on_gpu, plain])
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_operator_reads_no_delta_of_more_tokens_or_in_float32(
+    name: str, runs: Callable[..., Callable[..., Pair]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds anything there, here NaN; x lacks nothing."""
+    rows, columns, dtype, limits = UNREAD[name]
+    call = Call(monkeypatch, rows, columns, dtype, limits)
+    found = call.run(runs(all_reduce_add_norm), torch.full((DELTA_LIMIT, columns), float("nan")).to(call.x))
+    exchanges = name.startswith("exchanged") and runs is on_gpu
+    assert int(call.mailbox[FIRST_COUNT]) == exchanges
+    assert error(found, call.wanted(call.x, 1 if exchanges else 2)) < TOLERANCES[dtype]
+    monkeypatch.setattr(norm_op, "has_delta", lambda _: True)
+    monkeypatch.setattr(norm_op, "with_delta", lambda x, delta: x + delta[0])
+    twin = call.run(runs(all_reduce_add_norm), torch.ones(rows, columns).to(call.x))
+    assert not error(twin, call.wanted(call.x, 1 if exchanges else 2)) < TOLERANCES[dtype], "had it been read"

@@ -38,13 +38,32 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
-def test_a_shrink_for_a_reader_is_by_token(width: int) -> None:
-    """No stages, tiles that registers hold, and as many planes as readers are told."""
+def test_a_shrink_ahead_is_by_token(width: int) -> None:
+    """No stages, tiles of 64 elements a thread, and no more planes than a reader can sum at once."""
     for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
         shrink = tiles.shrink_ahead(in_features, tiles.h_width(width))
-        assert -(-in_features // shrink.depth) == tiles.planes_ahead(in_features, width)
+        assert -(-in_features // shrink.depth) <= 16
         assert (shrink.splits, shrink.stages) == (1, 1)
-        assert shrink.rows * shrink.depth <= MOST_ELEMENTS * shrink.warps // 4
+        assert shrink.rows * shrink.depth <= 64 * 32 * shrink.warps
+
+
+@pytest.mark.parametrize(("width", "rows"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16), (17, 16), (64, 16), (512, 16)])
+def test_a_delta_has_rows_of_b_as_registers_hold(width: int, rows: int) -> None:
+    """A power of two up to 64 elements a thread, all at once where ranks are no wider; the columns of 8 bytes a thread.
+
+    ``width`` is that of all ranks' shares together.
+    """
+    expand = tiles.delta_tiles(width)
+    assert expand.rows == rows
+    assert expand.rows * expand.columns <= 64 * 32 * expand.warps
+    assert expand.columns == 4 * 32 * expand.warps
+    assert (expand.repeat, expand.registers) == (1, 0), "only launches of their own have these"
+
+
+def test_few_tokens_are_those_that_programs_serve_by_token() -> None:
+    """A delta's rows are one bucket of the table."""
+    assert tiles.DELTA_LIMIT <= tiles.BY_TOKEN_LIMIT
+    assert tiles.DELTA_LIMIT in tiles.BUCKETS
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (256, 256), (257, 2048), (100000, 2048)])
@@ -116,11 +135,11 @@ def test_which_products_leave_lora_to_their_readers(on_device: Callable[[str], N
     """Large ones, and those of wide ranks for which there are no plans."""
     on_device("NVIDIA H200")
     q_k_v, gate_and_up = (2048, 512, 512), (7168, 7168)
-    assert tiles.leaves_lora(4096, gate_and_up, 2), "8B, two ranks"
-    assert tiles.leaves_lora(4096, q_k_v, 16)
-    assert not tiles.leaves_lora(4096, q_k_v, 8), "one launch"
-    assert not tiles.leaves_lora(4096, (1792, 1792), 16), "eight ranks have plans"
-    assert not tiles.leaves_lora(4096, (512, 128, 128), 16), "too small"
+    assert tiles.is_beside(4096, gate_and_up, 2), "8B, two ranks"
+    assert tiles.is_beside(4096, q_k_v, 16)
+    assert not tiles.is_beside(4096, q_k_v, 8), "one launch"
+    assert not tiles.is_beside(4096, (1792, 1792), 16), "eight ranks have plans"
+    assert not tiles.is_beside(4096, (512, 128, 128), 16), "too small"
 
 
 def test_an_h100_has_products_of_its_own(on_device: Callable[[str], None]) -> None:

@@ -21,12 +21,19 @@ def test_operators_of_lora_are_no_others(name: str) -> None:
     assert "runtime/" in kernel_of(node, kind) or "torch" in kernel_of(node, kind)
 
 
-def test_rotations_have_a_kernel() -> None:
-    """With LoRA or without."""
-    for name, wanted in (("rotate_and_cache", "other"), ("rotate_and_cache_lora", "lora-b")):
-        node = Graph().call_function(getattr(torch.ops.bdlora, name).default, ())
-        assert kind_of(node) == wanted
-        assert "runtime/kernels/rotary.py" in kernel_of(node, kind_of(node))
+@pytest.mark.parametrize(("name", "kernel"), [("rotate_and_cache", "rotary.py"), ("swiglu", "swiglu.py")])
+def test_readers_of_a_product_have_a_kernel(name: str, kernel: str) -> None:
+    """They are no LoRA: they only add what lies beside the product."""
+    node = Graph().call_function(getattr(torch.ops.bdlora, name).default, ())
+    assert kind_of(node) == "other"
+    assert f"runtime/kernels/{kernel}" in kernel_of(node, "other")
+
+
+@pytest.mark.parametrize("name", ["lora_linear_beside", "lora_linear_bridged"])
+def test_products_beside_their_lora_name_its_kernels(name: str) -> None:
+    node = Graph().call_function(getattr(torch.ops.bdlora, name).default, ())
+    assert kind_of(node) == "lora"
+    assert "runtime/kernels/shrink.py and delta.py" in kernel_of(node, "lora")
 
 
 def test_others_are_joined_by_inductor() -> None:

@@ -3,16 +3,24 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from bdlora_compile.runtime.program import _rows_before
+from bdlora_compile.ir import BankField, BankSource
+from bdlora_compile.placement import Replicate
+from bdlora_compile.runtime.program import bind
 
 
-def test_rows_of_the_layer_before() -> None:
-    """Those of its sites, however many it has; zeros, in which no slot has an adapter, before the first."""
+@pytest.mark.parametrize("field", [BankField.SLOTS, BankField.SCALES])
+def test_rows_of_a_layer(field: BankField) -> None:
+    """Those of its sites, however many it has; all rows where no layer is named. Views: a load changes them."""
     rows = {"model.layers.0": slice(0, 2), "model.layers.1": slice(2, 5), "model.layers.2": slice(5, 7)}
     plan: Any = SimpleNamespace(rows=rows.__getitem__)
     table = torch.arange(1, 8)
-    assert _rows_before("model.layers.2", table, plan).tolist() == [3, 4, 5]
-    assert _rows_before("model.layers.1", table, plan).tolist() == [1, 2]
-    assert _rows_before("model.layers.0", table, plan).tolist() == [0, 0]
+    state: Any = SimpleNamespace(bank=SimpleNamespace(**{field.value: table}))
+    sources = [BankSource(field, "model.layers.1"), BankSource(field, "model.layers.2"), BankSource(field)]
+    found = bind(sources, [Replicate()] * 3, state, plan)
+    table += 10
+    values = [value.tolist() for value in found if isinstance(value, Tensor)]
+    assert values == [[13, 14, 15], [16, 17], table.tolist()]

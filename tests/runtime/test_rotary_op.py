@@ -1,4 +1,4 @@
-"""The operators that rotate and write to the cache: what they tell the compiler, and what it makes of them."""
+"""The operator that rotates and writes to the cache: what it tells the compiler, and what that makes of it."""
 
 import re
 
@@ -9,7 +9,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from bdlora_compile.runtime.attention import attention, row_table
-from bdlora_compile.runtime.rotary_op import rotate_and_cache, rotate_and_cache_lora
+from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.rotary_op import rotate_and_cache
 
 HEADS, KV_HEADS, DIM, ROOM = 4, 2, 8, 9
 
@@ -20,18 +21,32 @@ def inputs(seq: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     y = torch.randn(3, seq, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
     cos, sin = torch.randn(2, 1, seq, DIM, dtype=dtype).unbind()
     keys, values = (torch.randn(3, KV_HEADS, ROOM, DIM, dtype=dtype) for _ in range(2))
-    return y, cos, sin, keys, values, torch.tensor([0, 5, ROOM - seq])
+    return y, cos, sin, keys, values, torch.tensor([0, min(5, ROOM - seq), ROOM - seq])
 
 
-@pytest.mark.parametrize("seq", [1, 2])
-def test_the_operators_are_what_they_say_to_the_compiler(seq: int) -> None:
+@pytest.mark.parametrize("seq", [1, 2, 6])
+def test_the_operator_is_what_it_says_to_the_compiler(seq: int) -> None:
+    """With what y lacks and without; of more than few tokens that is not read."""
     torch.library.opcheck(rotate_and_cache, (*inputs(seq), HEADS, KV_HEADS))
-    slots, scales = torch.tensor([[[0, 0, 2, 2, 1, 1, 0]]]).repeat(3, 1, 1), torch.ones(3, 1)
-    bank = (torch.randn(64).half(), slots, scales, torch.tensor([0, -1, 0] * seq, dtype=torch.int32))
-    h = torch.randn(2, 3 * seq, 3, 2)
-    sizes = [HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
-    call = (*inputs(seq, torch.float16), HEADS, KV_HEADS, h, *bank, [0, 1, 2], sizes, 1)
-    torch.library.opcheck(rotate_and_cache_lora, call)
+    y, *others = inputs(seq, torch.float16)
+    delta = torch.randn(DELTA_LIMIT, y.shape[-1], dtype=y.dtype)
+    torch.library.opcheck(rotate_and_cache, (y, *others, HEADS, KV_HEADS, delta))
+
+
+@pytest.mark.parametrize(("seq", "is_added"), [(5, True), (6, False)])
+def test_few_tokens_get_what_y_lacks(seq: int, is_added: bool) -> None:
+    """The bits of a rotation of their sum; of 15 tokens, not of 18."""
+    y, cos, sin, *cache, lengths = inputs(seq, torch.float16)
+    delta = torch.randn(DELTA_LIMIT, y.shape[-1], dtype=y.dtype)
+    delta[3 * seq :] = torch.nan
+    total = y + delta[: 3 * seq].view_as(y) if is_added else y
+    caches = [torch.stack(cache) for _ in range(2)]
+    found = rotate_and_cache(y, cos, sin, *caches[0].unbind(), lengths, HEADS, KV_HEADS, delta)
+    wanted = rotate_and_cache(total, cos, sin, *caches[1].unbind(), lengths, HEADS, KV_HEADS)
+    assert torch.equal(found, wanted)
+    assert torch.equal(*caches)
+    without = rotate_and_cache(y, cos, sin, *caches[1].unbind(), lengths, HEADS, KV_HEADS)
+    assert torch.equal(found, without) is not is_added
 
 
 @pytest.mark.parametrize("is_in_place", [True, False])

@@ -1,0 +1,106 @@
+"""What LoRA adds to a product of few tokens, scale * (B h), beside the product; who reads the product adds it.
+
+Each program owns some columns of one token and writes all of them, zeros where the token's slot adds nothing. h as in
+`expand.py`: [PLANES, T, PARTS, n, width].
+"""
+
+import triton
+import triton.language as tl
+
+from bdlora_compile.runtime.kernels.fields import (
+    B_BLOCKS,
+    B_OFFSET,
+    B_RANK,
+    OUT_START,
+    choose,
+    h_offset,
+    known_multiple_of_8,
+    let_next_kernel_start,
+    load_b,
+    load_h,
+    rows_of_tile,
+    site_and_tile,
+    slot_row,
+    wait_for_kernel_ahead,
+)
+
+_VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
+"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
+
+
+@triton.jit
+def _b_h(
+    h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """B h at some of B's columns, of its rows begin..end. The first of them are read before h is waited for."""
+    total = tl.zeros(o.shape, dtype=tl.float32)
+    for first in range(begin, end, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(OVERLAP)
+        value = load_h(h_token + h_offset(row, rank, index, width, n_sites, PARTS), plane_stride, row < end, PLANES)
+        total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
+    return total
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def delta_tokens(
+    delta, h, pool, slots, scales, token_slot, num_slots, tokens, width, n_sites, site0, site1, site2,
+    OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr, ROOM0: tl.constexpr, ROOM1: tl.constexpr,
+    ROOM2: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, column tiles of all sites). delta [at least T, the sum of ROOM*]: ROOM columns for each site.
+
+    OUT*: columns that B writes, from the slot's OUT_START on. OVERLAP: the pool, the table and the tokens' slots are
+    read before the kernel ahead in the stream has ended, which writes h.
+    """
+    token = tl.program_id(0)
+    chosen = tl.load(token_slot + token)
+    index, tile = site_and_tile(tl.program_id(1), tl.cdiv(ROOM0, BLOCK_O), tl.cdiv(ROOM1, BLOCK_O))
+    site, size = choose(index, site0, site1, site2), choose(index, OUT0, OUT1, OUT2)
+    fields = slot_row(slots, site, tl.maximum(chosen, 0), num_slots)
+    rank = tl.where(chosen < 0, 0, tl.load(fields + B_RANK).to(tl.int32))
+    blocks = tl.maximum(tl.load(fields + B_BLOCKS).to(tl.int32), 1)
+    b = pool + tl.multiple_of(tl.load(fields + B_OFFSET), 16)
+    start = tl.load(fields + OUT_START).to(tl.int32)
+    scale = tl.load(scales + site.to(tl.int64) * num_slots + tl.maximum(chosen, 0))
+    columns, height = size // blocks, tl.maximum(rank // blocks, 1)
+    row_size = PARTS * n_sites * width
+    h_token = h + token.to(tl.int64) * row_size
+    plane_stride = tokens.to(tl.int64) * row_size
+    column = tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    total = tl.zeros([BLOCK_O], dtype=tl.float32)
+    begin, end = rows_of_tile(tile, size, columns, height, BLOCK_O)
+    # A tile that lies elsewhere in y than in B may meet any block.
+    begin, end = tl.where(start == 0, begin, 0), tl.where(start == 0, tl.minimum(end, rank), rank)
+    if (columns % 8 == 0) & (start % 8 == 0):
+        # Known to be multiples: loads of 16 bytes.
+        columns = known_multiple_of_8(columns)
+        o = column - known_multiple_of_8(start)
+        is_column = (o >= 0) & (o < size)
+        if blocks == 1:
+            total += _b_h(
+                h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
+                PLANES, PARTS, BLOCK_R, False, OVERLAP,
+            )  # fmt: skip
+        else:
+            # A tile meets few of the blocks, whose rows are few.
+            total += _b_h(
+                h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
+                PLANES, PARTS, (BLOCK_R + 1) // 2, True, OVERLAP,
+            )  # fmt: skip
+    else:
+        # Seldom, and must not cost the others registers.
+        o = column - start
+        total += _b_h(
+            h_token, plane_stride, b, o, (o >= 0) & (o < size), begin, end, rank, height, columns, index, width,
+            n_sites, PLANES, PARTS, 1, True, OVERLAP,
+        )  # fmt: skip
+    # Also where no row is read: what lay in this memory may still be read.
+    wait_for_kernel_ahead(OVERLAP)
+    ROOM: tl.constexpr = ROOM0 + ROOM1 + ROOM2
+    at = delta + token.to(tl.int64) * ROOM + choose(index, 0, ROOM0, ROOM0 + ROOM1) + column
+    tl.store(at, (scale * total).to(delta.dtype.element_ty), mask=column < choose(index, ROOM0, ROOM1, ROOM2))
