@@ -102,8 +102,8 @@ def groups_of(case: Case) -> list[Group]:
 class Layers:
     """Weights, inputs and a pool of random factors for all layers of a graph."""
 
-    def __init__(self, case: Case, num_layers: int | None = None) -> None:
-        self.case = case
+    def __init__(self, case: Case, num_layers: int | None = None, device: str = "cuda") -> None:
+        self.case, self.device = case, device
         self.groups = groups_of(case)
         self.num_layers = num_layers or case.num_layers
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
@@ -118,8 +118,8 @@ class Layers:
             [[next(number) for _ in group.out_features] for group in self.groups] for _ in range(self.num_layers)
         ]
         self.slots, self.pool = self._fill_pool(next(number))
-        self.scales = torch.full(self.slots.shape[:2], 0.5, device="cuda")
-        self.token_slot = (torch.arange(case.tokens, device="cuda") % case.active).sort().values.to(torch.int32)
+        self.scales = torch.full(self.slots.shape[:2], 0.5, device=device)
+        self.token_slot = (torch.arange(case.tokens, device=device) % case.active).sort().values.to(torch.int32)
         size = segment_tokens(case.tokens)
         self.work = launch.segment_work(self.token_slot, size) if size else None
         self.counters = lora_counters(self.token_slot)
@@ -127,7 +127,7 @@ class Layers:
         """For each group the plan of its one product with LoRA inside, or None; `benchmarks/tune.py` sets others."""
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=self.dtype)
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def _fill_pool(self, num_sites: int) -> tuple[Tensor, Tensor]:
         """Factors of one slot lie together, as `AdapterBank` writes them."""
@@ -141,10 +141,10 @@ class Layers:
                     a_size, b_size = r * group.in_features // a_blocks, r * out // b_blocks
                     rows[site, slot] = torch.tensor([end, end + a_size, r, r, a_blocks, b_blocks, 0])
                     end += a_size + b_size
-        pool = torch.empty(end, device="cuda", dtype=self.dtype)
+        pool = torch.empty(end, device=self.device, dtype=self.dtype)
         for part in pool.split(1 << 28):
             part.normal_(0, 1 / 16)
-        return rows.to("cuda"), pool
+        return rows.to(self.device), pool
 
     def call(self, group: int) -> Call:
         """What the choice of kernels and tiles sees."""
