@@ -8,7 +8,7 @@ the product, and what reads it (the rotation with the write to the cache, the ac
 one rank). "base" is microseconds of a layer's group without LoRA; the others say what LoRA adds to it:
 
     inside   as `lora_linear` does it: in one kernel with the product where a plan says so, else launches behind it
-    behind   h on a stream beside the product, B h in a launch behind it: `lora_linear_beside` above `DELTA_LIMIT` tokens
+    behind   h on a stream beside the product, B h in a launch behind it: `lora_linear_beside` above `DELTA_LIMIT`
     beside   all of it there, and what reads the product adds it: the same up to `DELTA_LIMIT`
 
 Every form's result is compared with float64. The limit and `tiles.is_beside` ought to be what is fastest here.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime import norm_op
+from bdlora_compile.runtime import linear_op, norm_op
 from bdlora_compile.runtime.kernels import launch_norm, norm
 from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
@@ -260,7 +260,7 @@ def test_the_operator_reads_no_delta_of_more_tokens_or_in_float32(
     exchanges = name.startswith("exchanged") and runs is on_gpu
     assert int(call.mailbox[FIRST_COUNT]) == exchanges
     assert error(found, call.wanted(call.x, 1 if exchanges else 2)) < TOLERANCES[dtype]
-    monkeypatch.setattr(norm_op, "has_delta", lambda _: True)
+    monkeypatch.setattr(linear_op, "has_delta", lambda _: True)
     monkeypatch.setattr(norm_op, "with_delta", lambda x, delta: x + delta[0])
     twin = call.run(runs(all_reduce_add_norm), torch.ones(rows, columns).to(call.x))
     assert not error(twin, call.wanted(call.x, 1 if exchanges else 2)) < TOLERANCES[dtype], "had it been read"
