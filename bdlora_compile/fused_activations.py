@@ -4,8 +4,6 @@ Before:  m = mul(silu(narrow(y, gate)), narrow(y, up))
 After:   m = swiglu(y, delta)
 """
 
-from dataclasses import dataclass
-
 from torch.fx import Graph, Node
 
 from bdlora_compile.ir import fake_tensor, operator_name, record, set_record
@@ -14,15 +12,8 @@ from bdlora_compile.pass_manager import erase_with_operands
 from bdlora_compile.runtime.swiglu_op import swiglu
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """``product`` = silu(gate) * up, the halves of a path's result."""
-
-    product: Node
-
-
-def activation_behind(path: Path) -> Activation | str:
-    """What reads a path's result, or why that is no activation; empty if it is nothing like one."""
+def activation_behind(path: Path) -> Node | str:
+    """silu(gate) * up of the halves of a path's result, or why it is not that; empty if it is nothing like it."""
     if path.num_sites != 2 or len(path.readers) != 2:
         return ""
     gate, up = sorted(path.readers, key=_start)
@@ -34,7 +25,7 @@ def activation_behind(path: Path) -> Activation | str:
     is_activation = operator_name(silu) == "silu" and {*silu.users} == {product} and operator_name(product) == "mul"
     if not is_activation or {*product.args} != {silu, up} or product.kwargs:
         return "its halves are no gate and up of an activation"
-    return Activation(product)
+    return product
 
 
 def _start(part: Node) -> int:
@@ -51,9 +42,9 @@ def _is_half(part: Node, index: int) -> bool:
     return (dim, start) == (-1, index * length) and int(fake_tensor(whole).shape[-1]) == 2 * length
 
 
-def fuse_activation(graph: Graph, path: Path, activation: Activation) -> None:
-    """Put a path beside its product, and let the activation add it."""
-    product, (y, delta) = activation.product, path.put_beside(graph)
+def fuse_activation(graph: Graph, path: Path, product: Node) -> None:
+    """Put a path beside its product, and let the activation behind, ``product``, add it."""
+    y, delta = path.put_beside(graph)
     with graph.inserting_before(product):
         m = graph.call_function(swiglu._opoverload, (y, delta))
     m.meta = dict(product.meta)

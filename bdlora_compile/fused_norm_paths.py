@@ -23,14 +23,8 @@ def norm_behind(path: Path) -> Node | None:
     return readers[0] if is_normed and path.num_sites == 1 else None
 
 
-def fuse_norm(graph: Graph, path: Path, norm: Node) -> None:
-    """Put a path beside its product, and let the norm behind add it."""
-    _, delta = path.put_beside(graph)
-    norm.args = (*norm.args, delta)
-
-
 def fuse_norms_of_next_layers(captured: Captured, paths: Iterable[Path]) -> Mapping[str, str]:
-    """The same for paths with which a layer ends, and the next layer's norm.
+    """Put paths with which a layer ends beside their products, and let the next layer's norm add them.
 
     Returns:
         For each path at the end of a layer why it stays; empty if it does not.

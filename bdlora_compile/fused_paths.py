@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Graph, Node
 
-from bdlora_compile.fused_activations import Activation, activation_behind, fuse_activation
-from bdlora_compile.fused_norm_paths import fuse_norm, fuse_norms_of_next_layers, norm_behind
+from bdlora_compile.fused_activations import activation_behind, fuse_activation
+from bdlora_compile.fused_norm_paths import fuse_norms_of_next_layers, norm_behind
 from bdlora_compile.ir import Captured
 from bdlora_compile.lora_nodes import RotateArguments
 from bdlora_compile.lora_paths import Path, paths_of
@@ -62,17 +62,16 @@ def _into_layers(captured: Captured, paths: Sequence[Path]) -> Mapping[str, str]
 def _fuse(graph: Graph, path: Path) -> str | None:
     """Why a path stays, empty if it does not, None where what reads it is not known."""
     activation, norm, rotation = activation_behind(path), norm_behind(path), _rotation_behind(path)
-    if norm is not None:
-        fuse_norm(graph, path, norm)
-        return ""
-    if rotation is None and not isinstance(activation, Activation):
+    reader = norm if norm is not None else rotation
+    if reader is None and not isinstance(activation, Node):
         return activation or None
-    if not path.is_faster_beside:
+    if norm is None and not path.is_faster_beside:
         return _FASTER_INSIDE
-    if isinstance(activation, Activation):
+    if isinstance(activation, Node):
         fuse_activation(graph, path, activation)
-    elif rotation is not None:
-        _fuse_rotation(graph, path, rotation)
+    elif reader is not None:
+        _, delta = path.put_beside(graph)
+        reader.args = (*reader.args, delta)
     return ""
 
 
@@ -80,8 +79,3 @@ def _rotation_behind(path: Path) -> Node | None:
     """The one reader of a path's product, if it rotates q and k of it."""
     readers = path.readers
     return readers[0] if [*map(RotateArguments.is_of, readers)] == [True] and path.num_sites == 3 else None
-
-
-def _fuse_rotation(graph: Graph, path: Path, rotation: Node) -> None:
-    _, delta = path.put_beside(graph)
-    rotation.args = (*rotation.args, delta)

@@ -182,8 +182,7 @@ def _(
 
     def exchanged() -> Tensor:
         h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
-        total: Tensor = all_reduce._init_fn(h, *transport)
-        return total.view(1, rows.shape[0], parts * len(sites), width)
+        return launch.one_plane(all_reduce._init_fn(h, *transport), parts * len(sites))
 
     return product_and_lora(x, weight, launch.Beside(factors, scales, out_features, parts), exchanged)
 
@@ -238,6 +237,5 @@ def expand_by_kernels(
 
     rows = y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
-    sites_of_h = parts * len(sites)
-    planes = h.contiguous().view(1, rows.shape[0], sites_of_h, h.shape[-1] // sites_of_h)
+    planes = launch.one_plane(h, parts * len(sites))
     launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)

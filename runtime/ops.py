@@ -275,8 +275,7 @@ def _(
     out = y.clone(memory_format=torch.contiguous_format)
     rows = out.view(-1, out.shape[-1])
     work = _own_work(rows.shape[0], token_slot)
-    sites_of_h = parts * len(sites)
-    planes = h.contiguous().view(1, rows.shape[0], sites_of_h, h.shape[-1] // sites_of_h)
+    planes = launch.one_plane(h, parts * len(sites))
     launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
     return out
 

@@ -7,17 +7,14 @@ Each program owns some columns of one token and writes all of them, zeros where 
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.expand import b_h_of_token
 from bdlora_compile.runtime.kernels.fields import (
     B_BLOCKS,
     B_OFFSET,
     B_RANK,
     OUT_START,
     choose,
-    h_offset,
     known_multiple_of_8,
-    let_next_kernel_start,
-    load_b,
-    load_h,
     rows_of_tile,
     site_and_tile,
     slot_row,
@@ -26,23 +23,6 @@ from bdlora_compile.runtime.kernels.fields import (
 
 _VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
 """Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
-
-
-@triton.jit
-def _b_h(
-    h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
-    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """B h at some of B's columns, of its rows begin..end. The first of them are read before h is waited for."""
-    total = tl.zeros(o.shape, dtype=tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
-        wait_for_kernel_ahead(OVERLAP)
-        let_next_kernel_start(OVERLAP)
-        value = load_h(h_token + h_offset(row, rank, index, width, n_sites, PARTS), plane_stride, row < end, PLANES)
-        total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
-    return total
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -82,22 +62,22 @@ def delta_tokens(
         o = column - known_multiple_of_8(start)
         is_column = (o >= 0) & (o < size)
         if blocks == 1:
-            total += _b_h(
+            total += b_h_of_token(
                 h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
-                PLANES, PARTS, BLOCK_R, False, OVERLAP,
+                PLANES, PARTS, BLOCK_R, False, OVERLAP, OVERLAP,
             )  # fmt: skip
         else:
             # A tile meets few of the blocks, whose rows are few.
-            total += _b_h(
+            total += b_h_of_token(
                 h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
-                PLANES, PARTS, (BLOCK_R + 1) // 2, True, OVERLAP,
+                PLANES, PARTS, (BLOCK_R + 1) // 2, True, OVERLAP, OVERLAP,
             )  # fmt: skip
     else:
         # Seldom, and must not cost the others registers.
         o = column - start
-        total += _b_h(
+        total += b_h_of_token(
             h_token, plane_stride, b, o, (o >= 0) & (o < size), begin, end, rank, height, columns, index, width,
-            n_sites, PLANES, PARTS, 1, True, OVERLAP,
+            n_sites, PLANES, PARTS, 1, True, OVERLAP, OVERLAP,
         )  # fmt: skip
     # Also where no row is read: what lay in this memory may still be read.
     wait_for_kernel_ahead(OVERLAP)

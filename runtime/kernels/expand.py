@@ -15,6 +15,7 @@ from bdlora_compile.runtime.kernels.fields import (
     choose,
     h_offset,
     known_multiple_of_8,
+    let_next_kernel_start,
     load_b,
     load_h,
     rows_of_tile,
@@ -33,6 +34,24 @@ Such sizes are seldom, and must not cost the others registers: a kernel has as m
 
 
 @triton.jit
+def b_h_of_token(
+    h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
+    PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, IS_PACKED: tl.constexpr, OVERLAP: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr,
+):  # fmt: skip
+    """B h at some of B's columns, of its rows begin..end. The first of them are read before h is waited for."""
+    total = tl.zeros(o.shape, dtype=tl.float32)
+    for first in range(begin, end, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
+        wait_for_kernel_ahead(OVERLAP)
+        let_next_kernel_start(LETS_NEXT_START)
+        value = load_h(h_token + h_offset(row, rank, index, width, n_sites, PARTS), plane_stride, row < end, PLANES)
+        total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
+    return total
+
+
+@triton.jit
 def _add_to_token(
     y_row, h_token, plane_stride, b, scale, tile, size, start, y_columns, rank, blocks, columns, index, width, n_sites,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -45,14 +64,10 @@ def _add_to_token(
     before = tl.load(y_row + start + o, mask=is_column, other=0.0)
     height = rank // blocks
     begin, end = rows_of_tile(tile, size, columns, height, BLOCK_O)
-    total = tl.zeros([BLOCK_O], dtype=tl.float32)
-    for first in range(begin, end, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
-        wait_for_kernel_ahead(OVERLAP)
-        at = h_token + h_offset(row, rank, index, width, n_sites, PARTS)
-        value = load_h(at, plane_stride, row < end, PLANES)
-        total += tl.sum(value[:, None] * factor.to(tl.float32), axis=0)
+    total = b_h_of_token(
+        h_token, plane_stride, b, o, is_column, begin, end, rank, height, columns, index, width, n_sites,
+        PLANES, PARTS, BLOCK_R, IS_PACKED, OVERLAP, False,
+    )  # fmt: skip
     tl.store(y_row + start + o, (before.to(tl.float32) + scale * total).to(before.dtype), mask=is_column)
 
 

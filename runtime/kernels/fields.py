@@ -106,6 +106,12 @@ def load_h(at, plane_stride, mask, PLANES: tl.constexpr):
 
 
 @triton.jit
+def rounded_sum(x, more):
+    """x and what it lacks (`delta.py`), in the dtype of x."""
+    return (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
 def known_multiple_of_8(x):
     """x, which is a multiple of 8, as a value of its own that Triton knows to be one: loads of 16 bytes.
 

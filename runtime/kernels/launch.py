@@ -271,6 +271,11 @@ def shrink(
     return h
 
 
+def one_plane(h: Tensor, num_sites: int) -> Tensor:
+    """h [T, num_sites * width] as the one plane of [1, T, num_sites, width]; also of no tokens."""
+    return h.contiguous().view(1, h.shape[0], num_sites, h.shape[1] // num_sites)
+
+
 def expand(
     y: Tensor,
     h: Tensor,

@@ -18,7 +18,7 @@ on the device at once, or those that wait could keep out those that others wait 
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
+from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, rounded_sum, wait_for_kernel_ahead
 
 MAX_RANKS: tl.constexpr = tl.constexpr(8)
 MAX_ROWS: tl.constexpr = tl.constexpr(128)
@@ -116,8 +116,7 @@ def all_reduce_add_norm_rows(
     own = tl.load(x + at, mask=inside, other=0.0)
     before = tl.load(residual + at, mask=inside, other=0.0)
     if HAS_DELTA:
-        more = tl.load(delta + at, mask=inside, other=0.0)
-        own = (own.to(tl.float32) + more.to(tl.float32)).to(own.dtype)
+        own = rounded_sum(own, tl.load(delta + at, mask=inside, other=0.0))
     tl.store(_place(_address_of(mailboxes, RANK), row, exchange, x) + column, own, mask=inside)
     _tell_peers(mailboxes, row, exchange, RANK, RANKS)
     tl.store(mailbox + (row + 1) * _LINE + _EXCHANGES, exchange + 1)

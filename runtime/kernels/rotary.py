@@ -11,6 +11,7 @@ import triton.language as tl
 from bdlora_compile.runtime.kernels.fields import (
     choose,
     let_next_kernel_start,
+    rounded_sum,
     site_and_tile,
     wait_for_kernel_ahead,
 )
@@ -23,11 +24,6 @@ _VARYING = ["seq", "room", "angles_of_a_row"]
 def _product(x, factor):
     """Rounded to the dtype of x, in float32 again."""
     return (x.to(tl.float32) * factor.to(tl.float32)).to(x.dtype).to(tl.float32)
-
-
-@triton.jit
-def _sum(x, more):
-    return (x.to(tl.float32) + more.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -83,8 +79,8 @@ def rotate_tokens(
     row, i = token // seq, token % seq
     position = tl.load(lengths + row).to(tl.int64) + i
     if HAS_DELTA:
-        x_low = _sum(x_low, tl.load(delta + at + low, mask=inside, other=0.0))
-        x_high = _sum(x_high, tl.load(delta + at + high, mask=inside, other=0.0))
+        x_low = rounded_sum(x_low, tl.load(delta + at + low, mask=inside, other=0.0))
+        x_high = rounded_sum(x_high, tl.load(delta + at + high, mask=inside, other=0.0))
     if index < 2:
         angle = (row * angles_of_a_row + i).to(tl.int64) * DIM
         x_low, x_high = _rotated(x_low, x_high, cos + angle, sin + angle, within, inside, HALF_DIM)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, wait_for_kernel_ahead
+from bdlora_compile.runtime.kernels.fields import let_next_kernel_start, rounded_sum, wait_for_kernel_ahead
 
 
 @triton.jit
@@ -21,10 +21,8 @@ def swiglu_tokens(
     up = tl.load(gate_up + row + FEATURES + o, mask=inside, other=0.0)
     kind: tl.constexpr = gate.dtype
     if HAS_DELTA:
-        more_gate = tl.load(delta + row + o, mask=inside, other=0.0)
-        more_up = tl.load(delta + row + FEATURES + o, mask=inside, other=0.0)
-        gate = (gate.to(tl.float32) + more_gate.to(tl.float32)).to(kind)
-        up = (up.to(tl.float32) + more_up.to(tl.float32)).to(kind)
+        gate = rounded_sum(gate, tl.load(delta + row + o, mask=inside, other=0.0))
+        up = rounded_sum(up, tl.load(delta + row + FEATURES + o, mask=inside, other=0.0))
     exact = gate.to(tl.float32)
     # Rounded where transformers' layers round.
     activated = (exact / (1.0 + tl.exp(-exact))).to(kind)
