@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce, new_mailbox
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from benchmarks.bench_all_reduce import joined, pair_us, shared_buffer, summand
 from benchmarks.replays import captured
@@ -108,15 +108,15 @@ def check(ranks: Ranks) -> dict[str, int]:
 
     def delta_of(rows: int, columns: int, turn: int) -> Tensor:
         """This rank's, NaN behind the rows; all of it is NaN for more than few tokens, as nobody reads it."""
-        delta = torch.full((DELTA_LIMIT, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
-        if rows <= DELTA_LIMIT:
+        delta = torch.full((BY_TOKEN_LIMIT, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
+        if rows <= BY_TOKEN_LIMIT:
             delta[:rows] = missing(rows, columns, turn, rank)
         return delta
 
     def completed(rows: int, columns: int, turn: int) -> Tensor:
         """The sum with what the ranks' x lack."""
         total = summed(rows, columns, turn)
-        if rows <= DELTA_LIMIT:
+        if rows <= BY_TOKEN_LIMIT:
             total += sum(missing(rows, columns, turn, of).float() for of in range(size))
         return total
 
@@ -147,11 +147,11 @@ def check(ranks: Ranks) -> dict[str, int]:
         replay()
     torch.cuda.synchronize()
     weight = torch.ones(COLUMNS, device="cuda", dtype=torch.bfloat16)
-    few = delta_of(DELTA_LIMIT, COLUMNS, 0)
+    few = delta_of(BY_TOKEN_LIMIT, COLUMNS, 0)
     twins = (
         (128, None, summed(128, COLUMNS, 1)),
-        (DELTA_LIMIT, few, completed(DELTA_LIMIT, COLUMNS, 1)),
-        (DELTA_LIMIT, few, summed(DELTA_LIMIT, COLUMNS, 0)),
+        (BY_TOKEN_LIMIT, few, completed(BY_TOKEN_LIMIT, COLUMNS, 1)),
+        (BY_TOKEN_LIMIT, few, summed(BY_TOKEN_LIMIT, COLUMNS, 0)),
     )
     for rows, delta, twin in twins:
         residual = values(rows, COLUMNS, 0, size)

@@ -1,4 +1,4 @@
-"""Where LoRA of few tokens goes: inside its product, behind it, or beside it; each product with what reads it.
+"""Where LoRA of few tokens goes: inside its product or beside it; each product with what reads it.
 
     python -m benchmarks.bench_lora_beside --json FILE
     python -m benchmarks.bench_lora_beside --tiny            only to see it run, on a CPU
@@ -8,28 +8,24 @@ the product, and what reads it (the rotation with the write to the cache, the ac
 one rank). "base" is microseconds of a layer's group without LoRA; the others say what LoRA adds to it:
 
     inside   as `lora_linear` does it: in one kernel with the product where a plan says so, else launches behind it
-    behind   h on a stream beside the product, B h in a launch behind it: `lora_linear_beside` above `DELTA_LIMIT`
-    beside   all of it there, and what reads the product adds it: the same up to `DELTA_LIMIT`
+    beside   as `lora_linear_beside` does it: on a stream beside the product, and what reads the product adds it
 
-Every form's result is compared with float64. The limit and `tiles.is_beside` ought to be what is fastest here.
+Every form's result is compared with float64. `tiles.is_beside` ought to say what is faster here.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bdlora_compile.runtime import linear_op
-from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.linear_op import lora_linear, lora_linear_beside, with_delta
 from bdlora_compile.runtime.ops import lora_work
 from bdlora_compile.runtime.rotary_op import rotate_and_cache
@@ -40,19 +36,10 @@ from benchmarks.replays import replay_us
 TOKENS = (1, 4, 16, 24, 32, 48, 64)
 KINDS = (("bd", 32, 8), ("rep", 16, 0))
 """Kind, rank and blocks of all ranks together."""
-FORMS = {"inside": None, "behind": 0, "beside": BY_TOKEN_LIMIT}
-"""The limit under which a form is what the operator does; None: the other operator."""
+FORMS = ("inside", "beside")
 HEAD_DIM, CONTEXT, EPSILON = 128, 512, 1e-5
 TOLERANCE = 4 * 2.0**-8
 """Of bf16, relative: the product, LoRA and their sum are rounded, each by half a unit in the last place at most."""
-
-
-@contextmanager
-def limited(tokens: int | None) -> Iterator[None]:
-    """LoRA of so many tokens lies beside products; None leaves the limit."""
-    limit = DELTA_LIMIT if tokens is None else tokens
-    with patch.object(linear_op, "DELTA_LIMIT", limit), patch.object(launch, "DELTA_LIMIT", limit):
-        yield
 
 
 class Readers:
@@ -162,10 +149,9 @@ def rows_of(case: Case, device: str) -> Iterator[dict[str, Any]]:
     for number, group in enumerate(layers.groups):
         base = microseconds(layers, readers, number, "base")
         row: dict[str, Any] = {**asdict(case), "group": group.name, "base": base}
-        for form, limit in FORMS.items():
-            with limited(limit):
-                check(layers, number, form)
-                row[form] = microseconds(layers, readers, number, form) - base
+        for form in FORMS:
+            check(layers, number, form)
+            row[form] = microseconds(layers, readers, number, form) - base
         yield row
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce
 from bdlora_compile.runtime.kernels.tiles import can_overlap, one_plane_shrink
-from bdlora_compile.runtime.linear_op import as_delta, has_delta, is_served_by_token, product_and_lora, room_for_delta
+from bdlora_compile.runtime.linear_op import as_delta, has_delta, product_and_lora, room_for_delta
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _(
     part: int,
     *transport: Any,
 ) -> tuple[Tensor, Tensor]:
-    if not is_served_by_token(x):
+    if not has_delta(x):
         h = shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
         h, y = all_reduce._init_fn(h, *transport), torch.nn.functional.linear(x, weight)
         bank = (pool, slots, scales, token_slot)

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.beside import product_beside
-from bdlora_compile.runtime.kernels.tiles import (
-    BY_TOKEN_LIMIT,
-    DELTA_LIMIT,
-    Call,
-    Product,
-    launches_for,
-    product_for,
-)
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, Call, Product, product_for
 from bdlora_compile.runtime.ops import has_kernels, lora_apply, lora_apply_
 
 if TYPE_CHECKING:
@@ -121,8 +114,8 @@ def lora_linear_beside(
             one site may write fewer columns than W has rows.
 
     Returns:
-        y: [..., O] like x. delta: [`DELTA_LIMIT`, O] like x, what y lacks in its first T rows; the other rows, and all
-        where tokens are more than few, hold anything.
+        y: [..., O] like x. delta: [`BY_TOKEN_LIMIT`, O] like x, what y lacks in its first T rows; the other rows hold
+            anything, and so do all where tokens are more than few.
     """
     bank = (pool, slots, scales, token_slot)
     if not has_delta(x):
@@ -151,49 +144,42 @@ def _(
     width: int,
     out_features: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    if not is_served_by_token(x):
+    if not has_delta(x):
         bank = (pool, slots, scales, token_slot)
         return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
     path = launch.Beside(factors, scales, out_features, 1)
-    return product_and_lora(x, weight, path, lambda: launch.make_h_ahead(rows, factors, width))
+    return product_and_lora(x, weight, path, lambda: launch.make_h_beside(rows, factors, width))
 
 
 def product_and_lora(
     x: Tensor, weight: Tensor, path: "launch.Beside", make_h: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(y, delta) of `lora_linear_beside` on a GPU, for up to `BY_TOKEN_LIMIT` tokens.
+    """(y, delta) of `lora_linear_beside` on a GPU, for few tokens.
 
-    ``make_h`` launches what makes h, [planes, T, parts * n, width]. It runs beside the product, and so does what makes
-    delta of it; of more tokens than few B h is added behind.
+    ``make_h`` launches what makes h, [planes, T, parts * n, width], beside the product, as is what makes delta of it.
     """
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    if has_delta(x):
-        return product_beside(x, weight, lambda: launch.delta(make_h(), path, weight.shape[0], x.dtype))
-    y, h = product_beside(x, weight, make_h)
-    tiles = launches_for(Call(h.shape[1], x.shape[-1], tuple(path.out_features), path.parts * h.shape[-1])).expand
-    rows = y.view(-1, y.shape[-1])
-    launch.expand(rows, h, path.factors, path.scales, None, path.out_features, path.parts, tiles)
-    return y, room_for_delta(x, weight)
+    return product_beside(x, weight, lambda: launch.delta(make_h(), path, weight.shape[0], x.dtype))
 
 
 def has_delta(x: Tensor) -> bool:
     """Whether what has the shape and dtype of x has its LoRA beside the product: who reads the product adds it."""
-    return is_served_by_token(x) and math.prod(x.shape[:-1]) <= DELTA_LIMIT
+    return has_kernels(x.dtype) and math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT
 
 
 def room_for_delta(x: Tensor, weight: Tensor) -> Tensor:
-    """For what a product x W^T of few tokens lacks, [`DELTA_LIMIT`, O] like x."""
-    return x.new_empty(DELTA_LIMIT, weight.shape[0])
+    """For what a product x W^T of few tokens lacks, [`BY_TOKEN_LIMIT`, O] like x."""
+    return x.new_empty(BY_TOKEN_LIMIT, weight.shape[0])
 
 
 def as_delta(added: Tensor) -> Tensor:
     """What is added to few tokens, [..., O], in the rows of a delta."""
     rows = added.reshape(-1, added.shape[-1])
-    return torch.nn.functional.pad(rows, (0, 0, 0, DELTA_LIMIT - rows.shape[0]))
+    return torch.nn.functional.pad(rows, (0, 0, 0, BY_TOKEN_LIMIT - rows.shape[0]))
 
 
 def missing_from(y: Tensor, delta: Tensor | None) -> Tensor | None:
@@ -209,13 +195,13 @@ def with_delta(y: Tensor, delta: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("bdlora::lora_no_delta", mutates_args=())
 def lora_no_delta(x: Tensor) -> Tensor:
-    """The delta of an x [..., O] that lacks nothing: zeros, [`DELTA_LIMIT`, O] like x."""
-    return x.new_zeros(DELTA_LIMIT, x.shape[-1])
+    """The delta of an x [..., O] that lacks nothing: zeros, [`BY_TOKEN_LIMIT`, O] like x."""
+    return x.new_zeros(BY_TOKEN_LIMIT, x.shape[-1])
 
 
 @lora_no_delta.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(DELTA_LIMIT, x.shape[-1])
+    return x.new_empty(BY_TOKEN_LIMIT, x.shape[-1])
 
 
 def _in_two(
@@ -232,11 +218,6 @@ def _in_two(
     y = torch.nn.functional.linear(x, weight)
     lora_apply_(x, y, *bank, order, segments, sites, width, out_features)
     return y
-
-
-def is_served_by_token(x: Tensor) -> bool:
-    """Whether kernels work token by token for what has the shape and dtype of x."""
-    return has_kernels(x.dtype) and math.prod(x.shape[:-1]) <= BY_TOKEN_LIMIT
 
 
 def _product_of(call: Call, x: Tensor, weight: Tensor) -> Product | None:

@@ -20,7 +20,7 @@ from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
-    DELTA_LIMIT,
+    BY_TOKEN_LIMIT,
     Call,
     Expand,
     OneLaunch,
@@ -34,10 +34,8 @@ from bdlora_compile.runtime.kernels.tiles import (
     plan_for,
     segment_tokens,
     shrink_ahead,
+    shrink_beside,
 )
-
-ELEMENTS_OF_A_WARP = 256
-"""16 bytes of bf16 for each thread."""
 
 _ONE_GROUPING_LAUNCH = 1024
 """Tokens up to which one program groups them."""
@@ -148,7 +146,7 @@ def linear(
     a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
     parts = 0
     if plan.ahead:
-        h = make_h_ahead(x, factors, width)
+        h = _shrink_ahead(x, factors, width, shrink_ahead(in_features, width))
     else:
         h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
         parts = tokens * n_sites * (width // rows) * h.shape[0]
@@ -168,13 +166,16 @@ def linear(
     return y
 
 
-def make_h_ahead(x: Tensor, factors: Factors, width: int) -> Tensor:
-    """h of few tokens ahead of their product, [planes, T, n, `h_width`].
+def make_h_beside(x: Tensor, factors: Factors, width: int) -> Tensor:
+    """h of few tokens beside their product, [planes, T, n, `h_width`]."""
+    width = h_width(width)
+    return _shrink_ahead(x, factors, width, shrink_beside(x.shape[0], x.shape[1], width))
 
-    The launch starts while the kernel that writes x ends.
-    """
-    overlap, width = can_overlap(), h_width(width)
-    return shrink(x, factors, None, width, shrink_ahead(x.shape[1], width), overlap=overlap, early=overlap)
+
+def _shrink_ahead(x: Tensor, factors: Factors, width: int, tiles: Shrink) -> Tensor:
+    """The launch starts while the kernel that writes x ends."""
+    overlap = can_overlap()
+    return shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
 
 
 class Beside(NamedTuple):
@@ -194,7 +195,7 @@ class Beside(NamedTuple):
 
 
 def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
-    """scale * (B h) of few tokens, [`DELTA_LIMIT`, columns], zero where no adapter adds anything.
+    """scale * (B h) of few tokens, [`BY_TOKEN_LIMIT`, columns], zero where no adapter adds anything.
 
     Args:
         h: float32 [planes, T, parts * n, width], contiguous; the kernel ahead is its shrink, launched with ``overlap``,
@@ -206,7 +207,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
     overlap, n_sites = can_overlap(), len(factors.sites)
     room = (columns,) if n_sites == 1 else tuple(out_features)
     assert sum(room) == columns, "sites lie side by side"
-    made = h.new_empty(DELTA_LIMIT, columns, dtype=dtype)
+    made = h.new_empty(BY_TOKEN_LIMIT, columns, dtype=dtype)
     tiles = delta_tiles(parts * width)
     grid = (tokens, sum(triton.cdiv(size, tiles.columns) for size in room))
     delta_tokens[grid](

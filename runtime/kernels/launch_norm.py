@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.launch import ELEMENTS_OF_A_WARP, pdl
+from bdlora_compile.runtime.kernels.launch import pdl
 from bdlora_compile.runtime.kernels.norm import (
     MAX_RANKS,
     MAX_ROWS,
@@ -12,7 +12,7 @@ from bdlora_compile.runtime.kernels.norm import (
     add_norm_rows,
     all_reduce_add_norm_rows,
 )
-from bdlora_compile.runtime.kernels.tiles import can_overlap
+from bdlora_compile.runtime.kernels.tiles import ELEMENTS_OF_A_WARP, can_overlap
 
 _MOST_WARPS = 16
 

@@ -3,9 +3,9 @@
 import triton
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.launch import ELEMENTS_OF_A_WARP, pdl
+from bdlora_compile.runtime.kernels.launch import pdl
 from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
-from bdlora_compile.runtime.kernels.tiles import can_overlap
+from bdlora_compile.runtime.kernels.tiles import ELEMENTS_OF_A_WARP, can_overlap
 
 _COLUMNS = 1024
 """Columns of a program, at most."""

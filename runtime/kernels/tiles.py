@@ -52,7 +52,7 @@ class OneLaunch:
     @property
     def columns(self) -> int:
         """Columns of y that a program owns."""
-        return 256 * self.warps
+        return ELEMENTS_OF_A_WARP * self.warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,12 @@ class TwoLaunches:
 Plan = OneLaunch | TwoLaunches
 
 BY_TOKEN_LIMIT = 64
-"""Tokens up to which a program works for one token; above it for a segment of tokens that share a slot."""
+"""Tokens up to which a program works for one token; above it for a segment of tokens that share a slot.
+
+LoRA of so many, which the project calls few, may lie beside its product."""
+
+ELEMENTS_OF_A_WARP = 256
+"""Of bf16, 16 bytes for each thread."""
 
 _LIKE = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 """GPUs that take another's plans where they have none of their own: the same multiprocessors, and plans chosen behind
@@ -127,10 +132,6 @@ _MOST_OF_A = 65536
 
 PRODUCT_LIMIT = 16
 """Tokens of a product with LoRA inside whatever the width: the rows of one tensor-core instruction."""
-
-DELTA_LIMIT = 16
-"""Tokens whose LoRA lies beside its product as a whole. Of more the second half would not fit beside it: the product
-leaves few multiprocessors to others, and on all of them it takes less time behind."""
 
 _FEW_ROWS = 2
 """Largest width of such a product for more tokens, up to `BY_TOKEN_LIMIT`, where nothing was measured."""
@@ -230,7 +231,7 @@ def _product_of(call: Call, product: Product) -> Product | None:
 
 
 def shrink_ahead(in_features: int, width: int) -> Shrink:
-    """The launch of h ahead of a product with LoRA inside, or beside one without; ``width``: of h.
+    """The launch of h ahead of a product with LoRA inside; ``width``: of h.
 
     64 elements of A a thread, and few planes of h.
     """
@@ -239,9 +240,25 @@ def shrink_ahead(in_features: int, width: int) -> Shrink:
     return Shrink(rows, depth, max(2, rows * depth // 2048))
 
 
+def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
+    """The launch of h beside a product without LoRA; ``width``: of h.
+
+    The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So few
+    tokens have few programs, of 128 elements of A a thread; of more that would take too long, and 64 serve better.
+    """
+    is_short = tokens <= PRODUCT_LIMIT
+    rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
+    return Shrink(rows, depth, max(2, rows * depth // (4096 if is_short else 2048)))
+
+
 def delta_tiles(width: int) -> Expand:
-    """A program of `delta_tokens`: 64 elements of B a thread; ``width``: of h, all parts together."""
-    return Expand(min(max(2, _power_of_two(width)), 16), 512, 4)
+    """A program of `delta_tokens`; ``width``: of h, all parts together.
+
+    A thread has 8 columns of y, 16 bytes, and all rows of B at them: no sums across threads, which took longer than
+    all else.
+    """
+    warps = 4
+    return Expand(min(max(2, _power_of_two(width)), 16), ELEMENTS_OF_A_WARP * warps, warps)
 
 
 def segment_tokens(tokens: int) -> int:

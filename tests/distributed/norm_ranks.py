@@ -24,7 +24,7 @@ from bdlora_compile.report import PassStats
 from bdlora_compile.rms_norms import norm_of
 from bdlora_compile.runtime.all_reduce import AllReduce
 from bdlora_compile.runtime.kernels import launch_norm, norm
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
@@ -69,9 +69,9 @@ def integers(turn: int, rank: int, rows: int) -> Tensor:
 
 
 def delta_of(values: Tensor) -> Tensor:
-    """What a rank's x lacks, [DELTA_LIMIT, COLUMNS]: NaN behind these rows."""
+    """What a rank's x lacks, [BY_TOKEN_LIMIT, COLUMNS]: NaN behind these rows."""
     rows = values.view(-1, COLUMNS)
-    return torch.cat([rows, torch.full((DELTA_LIMIT - rows.shape[0], COLUMNS), float("nan"), dtype=rows.dtype)])
+    return torch.cat([rows, torch.full((BY_TOKEN_LIMIT - rows.shape[0], COLUMNS), float("nan"), dtype=rows.dtype)])
 
 
 def expected(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdlora_compile.factors import LocalFactors, LocalShape
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT, Expand
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, Expand
 from tests.kernels.test_kernels import DEVICE, error
 
 TOLERANCE = 2 * 2.0**-11
@@ -84,7 +84,7 @@ class Call:
         factors = launch.Factors(self.bank.pool, self.bank.slots, self.token_slot, sites)
         path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.case.parts)
         delta = launch.delta(self.h, path, self.case.columns, torch.float16)
-        assert delta.shape == (DELTA_LIMIT, self.case.columns)
+        assert delta.shape == (BY_TOKEN_LIMIT, self.case.columns)
         return delta[: len(SLOTS)]
 
     def expected(self) -> Tensor:

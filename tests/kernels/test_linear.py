@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT, Call, Product, default_product
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, Call, Product, default_product
 from bdlora_compile.runtime.linear_op import (
     NUM_COUNTERS,
     lora_counters,
@@ -102,7 +102,7 @@ def test_a_product_and_what_lies_beside_it_equal_dense_products(name: str) -> No
     assert error(with_delta(y, delta), wanted) < TOLERANCE
     # The twins: left out, and another token's. Of many tokens neither is noticed.
     for found in (y, with_delta(y, delta.roll(1, dims=0))):
-        assert (error(found, wanted) < TOLERANCE) is (case.tokens > DELTA_LIMIT)
+        assert (error(found, wanted) < TOLERANCE) is (case.tokens > BY_TOKEN_LIMIT)
 
 
 def test_one_site_may_write_some_columns_of_a_product() -> None:

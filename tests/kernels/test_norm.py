@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime import linear_op, norm_op
 from bdlora_compile.runtime.kernels import launch_norm, norm
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.kernels.test_gpu_operators import on_gpu, plain
 from tests.kernels.test_kernels import DEVICE
@@ -114,7 +114,7 @@ def test_what_a_mailbox_has_room_for() -> None:
 def deltas_of(xs: Sequence[Tensor]) -> list[Tensor]:
     """What each rank's x lacks, in all rows that a delta has; behind those of x it is NaN."""
     rows, columns = xs[0].shape
-    deltas = [torch.full((DELTA_LIMIT, columns), float("nan")).to(x) for x in xs]
+    deltas = [torch.full((BY_TOKEN_LIMIT, columns), float("nan")).to(x) for x in xs]
     for delta in deltas:
         delta[:rows] = torch.randn(rows, columns)
     return deltas
@@ -127,7 +127,7 @@ def completed(xs: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks of one process would wait for one another on a GPU")
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("ranks", "rows", "columns"), [(2, 3, 64), (3, DELTA_LIMIT, 40), (8, 2, 24)])
+@pytest.mark.parametrize(("ranks", "rows", "columns"), [(2, 3, 64), (3, BY_TOKEN_LIMIT, 40), (8, 2, 24)])
 def test_each_rank_adds_what_its_x_lacks(ranks: int, rows: int, columns: int, dtype: torch.dtype) -> None:
     """No delta, a larger one, or another row's would be noticed."""
     xs, residual, weight = inputs(ranks, rows, columns, dtype)
@@ -209,18 +209,18 @@ READ = {
     "exchanged": (FEW, 64, torch.bfloat16, KERNEL),
     "exchanged, fp16": (FEW, 64, torch.float16, KERNEL),
     "exchanged, one token": (1, 64, torch.bfloat16, KERNEL),
-    "exchanged, the most tokens": (DELTA_LIMIT, 64, torch.bfloat16, KERNEL),
+    "exchanged, the most tokens": (BY_TOKEN_LIMIT, 64, torch.bfloat16, KERNEL),
     "no room": (FEW, TOO_WIDE, torch.bfloat16, KERNEL),
     "two-shot": (FEW, 64, torch.bfloat16, TWO_SHOT),
     "group": (FEW, 64, torch.bfloat16, GROUP),
-    "group, the most tokens": (DELTA_LIMIT, 64, torch.bfloat16, GROUP),
+    "group, the most tokens": (BY_TOKEN_LIMIT, 64, torch.bfloat16, GROUP),
 }
 UNREAD = {
-    "exchanged": (DELTA_LIMIT + 1, 64, torch.bfloat16, KERNEL),
+    "exchanged": (BY_TOKEN_LIMIT + 1, 64, torch.bfloat16, KERNEL),
     "exchanged, float32": (FEW, 64, torch.float32, KERNEL),
     "no room": (130, 64, torch.bfloat16, KERNEL),
-    "two-shot": (DELTA_LIMIT + 1, 64, torch.bfloat16, TWO_SHOT),
-    "group": (DELTA_LIMIT + 1, 64, torch.bfloat16, GROUP),
+    "two-shot": (BY_TOKEN_LIMIT + 1, 64, torch.bfloat16, TWO_SHOT),
+    "group": (BY_TOKEN_LIMIT + 1, 64, torch.bfloat16, GROUP),
     "group, float32": (FEW, 64, torch.float32, GROUP),
 }
 
@@ -256,7 +256,7 @@ def test_the_operator_reads_no_delta_of_more_tokens_or_in_float32(
     """It holds anything there, here NaN; x lacks nothing."""
     rows, columns, dtype, limits = UNREAD[name]
     call = Call(monkeypatch, rows, columns, dtype, limits)
-    found = call.run(runs(all_reduce_add_norm), torch.full((DELTA_LIMIT, columns), float("nan")).to(call.x))
+    found = call.run(runs(all_reduce_add_norm), torch.full((BY_TOKEN_LIMIT, columns), float("nan")).to(call.x))
     exchanges = name.startswith("exchanged") and runs is on_gpu
     assert int(call.mailbox[FIRST_COUNT]) == exchanges
     assert error(found, call.wanted(call.x, 1 if exchanges else 2)) < TOLERANCES[dtype]

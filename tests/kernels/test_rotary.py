@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch_rotary
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT, rotary_heads
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, rotary_heads
 from bdlora_compile.runtime.rotary_op import rotate_and_cache
 from tests.kernels.test_kernels import DEVICE, error
 
@@ -58,7 +58,7 @@ class Call:
         batch = self.lengths.shape[0]
         self.tokens = batch * case.seq
         self.y = torch.randn(batch, case.seq, sum(case.sizes)).to(DEVICE, torch.float16)
-        self.delta = torch.randn(DELTA_LIMIT, sum(case.sizes)).to(DEVICE, torch.float16)
+        self.delta = torch.randn(BY_TOKEN_LIMIT, sum(case.sizes)).to(DEVICE, torch.float16)
         self.delta[self.tokens :] = torch.nan
         turns = 6 * torch.rand(rows_of_angles, case.seq, case.dim, device=DEVICE)
         self.cos, self.sin = turns.cos().half(), turns.sin().half()

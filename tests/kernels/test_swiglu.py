@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch_swiglu
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.swiglu_op import swiglu
 from tests.kernels.test_kernels import DEVICE, error
 
@@ -47,7 +47,7 @@ class Call:
         torch.manual_seed(case.features)
         self.features = case.features
         self.gate_up = torch.randn(TOKENS, 2 * case.features).to(DEVICE, torch.float16)
-        self.delta = torch.randn(DELTA_LIMIT, 2 * case.features).to(DEVICE, torch.float16)
+        self.delta = torch.randn(BY_TOKEN_LIMIT, 2 * case.features).to(DEVICE, torch.float16)
         self.delta[TOKENS:] = torch.nan
 
     def run(self, *, adds: bool = True) -> Tensor:
@@ -98,15 +98,15 @@ def test_damage_is_noticed(call: Call, damage: str) -> None:
 
 
 def test_no_tokens() -> None:
-    delta = torch.full((DELTA_LIMIT, 16), torch.nan, dtype=torch.float16, device=DEVICE)
+    delta = torch.full((BY_TOKEN_LIMIT, 16), torch.nan, dtype=torch.float16, device=DEVICE)
     gate_up, m = delta[:0], delta.new_empty(0, 8)
     launch_swiglu.swiglu(gate_up, m, delta)
     assert m.shape == (0, 8)
 
 
-@pytest.mark.parametrize("shape", [(5, 1), (2, 8), (17, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 1), (2, 8), (65, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_operator_is_what_it_says_to_the_compiler(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Also where nothing lies beside the product: of more tokens, or of another dtype."""
-    y, delta = torch.randn(*shape, 22, dtype=dtype), torch.randn(DELTA_LIMIT, 22, dtype=dtype)
+    y, delta = torch.randn(*shape, 22, dtype=dtype), torch.randn(BY_TOKEN_LIMIT, 22, dtype=dtype)
     torch.library.opcheck(swiglu, (y, delta))

@@ -47,23 +47,27 @@ def test_a_shrink_ahead_is_by_token(width: int) -> None:
         assert shrink.rows * shrink.depth <= 64 * 32 * shrink.warps
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64])
+@pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
+def test_a_shrink_beside_a_product_is_by_token(tokens: int, width: int) -> None:
+    """As one ahead, with up to 128 elements a thread for so few tokens as one instruction takes."""
+    for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
+        shrink = tiles.shrink_beside(tokens, in_features, tiles.h_width(width))
+        assert -(-in_features // shrink.depth) <= 16
+        assert (shrink.splits, shrink.stages) == (1, 1)
+        assert shrink.rows * shrink.depth <= (128 if tokens <= tiles.PRODUCT_LIMIT else 64) * 32 * shrink.warps
+
+
 @pytest.mark.parametrize(("width", "rows"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16), (17, 16), (64, 16), (512, 16)])
 def test_a_delta_has_rows_of_b_as_registers_hold(width: int, rows: int) -> None:
-    """A power of two up to 64 elements a thread, all at once where ranks are no wider; the columns of 8 bytes a thread.
+    """A power of two up to 128 elements a thread, all at once where ranks are no wider; a thread has all of a column's.
 
     ``width`` is that of all ranks' shares together.
     """
     expand = tiles.delta_tiles(width)
     assert expand.rows == rows
-    assert expand.rows * expand.columns <= 64 * 32 * expand.warps
-    assert expand.columns == 4 * 32 * expand.warps
+    assert expand.columns == 8 * 32 * expand.warps, "16 bytes a thread"
     assert (expand.repeat, expand.registers) == (1, 0), "only launches of their own have these"
-
-
-def test_few_tokens_are_those_that_programs_serve_by_token() -> None:
-    """A delta's rows are one bucket of the table."""
-    assert tiles.DELTA_LIMIT <= tiles.BY_TOKEN_LIMIT
-    assert tiles.DELTA_LIMIT in tiles.BUCKETS
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (16, 16), (17, 64), (256, 256), (257, 2048), (100000, 2048)])

@@ -9,19 +9,21 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from bdlora_compile.runtime.attention import attention, row_table
-from bdlora_compile.runtime.kernels.tiles import DELTA_LIMIT
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.rotary_op import rotate_and_cache
 
 HEADS, KV_HEADS, DIM, ROOM = 4, 2, 8, 9
 
 
-def inputs(seq: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    seq: int, dtype: torch.dtype = torch.float32, rows: int = 3
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, cos, sin, a layer of a cache, and rows' lengths."""
     torch.manual_seed(seq)
-    y = torch.randn(3, seq, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
+    y = torch.randn(rows, seq, (HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
     cos, sin = torch.randn(2, 1, seq, DIM, dtype=dtype).unbind()
-    keys, values = (torch.randn(3, KV_HEADS, ROOM, DIM, dtype=dtype) for _ in range(2))
-    return y, cos, sin, keys, values, torch.tensor([0, min(5, ROOM - seq), ROOM - seq])
+    keys, values = (torch.randn(rows, KV_HEADS, ROOM, DIM, dtype=dtype) for _ in range(2))
+    return y, cos, sin, keys, values, torch.tensor([0, min(5, ROOM - seq), ROOM - seq]).repeat(rows // 3)
 
 
 @pytest.mark.parametrize("seq", [1, 2, 6])
@@ -29,17 +31,17 @@ def test_the_operator_is_what_it_says_to_the_compiler(seq: int) -> None:
     """With what y lacks and without; of more than few tokens that is not read."""
     torch.library.opcheck(rotate_and_cache, (*inputs(seq), HEADS, KV_HEADS))
     y, *others = inputs(seq, torch.float16)
-    delta = torch.randn(DELTA_LIMIT, y.shape[-1], dtype=y.dtype)
+    delta = torch.randn(BY_TOKEN_LIMIT, y.shape[-1], dtype=y.dtype)
     torch.library.opcheck(rotate_and_cache, (y, *others, HEADS, KV_HEADS, delta))
 
 
-@pytest.mark.parametrize(("seq", "is_added"), [(5, True), (6, False)])
-def test_few_tokens_get_what_y_lacks(seq: int, is_added: bool) -> None:
-    """The bits of a rotation of their sum; of 15 tokens, not of 18."""
-    y, cos, sin, *cache, lengths = inputs(seq, torch.float16)
-    delta = torch.randn(DELTA_LIMIT, y.shape[-1], dtype=y.dtype)
-    delta[3 * seq :] = torch.nan
-    total = y + delta[: 3 * seq].view_as(y) if is_added else y
+@pytest.mark.parametrize(("rows", "seq", "is_added"), [(3, 5, True), (12, 5, True), (12, 6, False)])
+def test_few_tokens_get_what_y_lacks(rows: int, seq: int, is_added: bool) -> None:
+    """The bits of a rotation of their sum; of 60 tokens, not of 72."""
+    y, cos, sin, *cache, lengths = inputs(seq, torch.float16, rows)
+    delta = torch.randn(BY_TOKEN_LIMIT, y.shape[-1], dtype=y.dtype)
+    delta[rows * seq :] = torch.nan
+    total = y + delta[: rows * seq].view_as(y) if is_added else y
     caches = [torch.stack(cache) for _ in range(2)]
     found = rotate_and_cache(y, cos, sin, *caches[0].unbind(), lengths, HEADS, KV_HEADS, delta)
     wanted = rotate_and_cache(total, cos, sin, *caches[1].unbind(), lengths, HEADS, KV_HEADS)
