@@ -26,7 +26,6 @@ from bdlora_compile.propagation import Known, propagate
 from bdlora_compile.report import PassStats, Refusal
 
 _NOBODY = "the kernel behind does not add what lies beside its product"
-_FASTER_INSIDE = "LoRA is taken to be faster inside of its product"
 _CHOSEN = "its tokens are chosen in the graph"
 
 
@@ -65,8 +64,6 @@ def _fuse(graph: Graph, path: Path) -> str | None:
     reader = norm if norm is not None else rotation
     if reader is None and not isinstance(activation, Node):
         return activation or None
-    if norm is None and not path.is_faster_beside:
-        return _FASTER_INSIDE
     if isinstance(activation, Node):
         fuse_activation(graph, path, activation)
     elif reader is not None:

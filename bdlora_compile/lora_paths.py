@@ -21,7 +21,6 @@ from bdlora_compile.lora_nodes import (
     is_lora_linear,
 )
 from bdlora_compile.pass_manager import erase_with_operands
-from bdlora_compile.runtime.kernels.tiles import is_beside
 
 _REDUCE = "bdlora::all_reduce"
 _APART = "its product, which has a bias, and LoRA are two operators"
@@ -49,11 +48,6 @@ class Path(ABC):
     @abstractmethod
     def readers(self) -> list[Node]:
         """Who reads it, but for the path itself."""
-
-    @property
-    @abstractmethod
-    def is_faster_beside(self) -> bool:
-        """Whether LoRA beside the product is faster than inside of it."""
 
     @abstractmethod
     def put_beside(self, graph: Graph) -> tuple[Node, Node]:
@@ -95,12 +89,6 @@ class LocalPath(Path):
         """Who reads the result."""
         return [*self.y.users]
 
-    @property
-    def is_faster_beside(self) -> bool:
-        """Where the product is large, or ranks are wide."""
-        known = self.arguments
-        return is_beside(int(fake_tensor(known.x).shape[-1]), known.out_features, known.width)
-
     def put_beside(self, graph: Graph) -> tuple[Node, Node]:
         """By `lora_linear_beside`."""
         with graph.inserting_before(self.product):
@@ -132,11 +120,6 @@ class BridgedPath(Path):
     def readers(self) -> list[Node]:
         """Who reads the result."""
         return [node for node in self.y.users if node is not self.expand]
-
-    @property
-    def is_faster_beside(self) -> bool:
-        """Always: the exchange between the ranks takes as long as some products."""
-        return True
 
     def put_beside(self, graph: Graph) -> tuple[Node, Node]:
         """By `lora_linear_bridged`."""

@@ -10,7 +10,7 @@ one rank). "base" is microseconds of a layer's group without LoRA; the others sa
     inside   as `lora_linear` does it: in one kernel with the product where a plan says so, else launches behind it
     beside   as `lora_linear_beside` does it: on a stream beside the product, and what reads the product adds it
 
-Every form's result is compared with float64. `tiles.is_beside` ought to say what is faster here.
+Every form's result is compared with float64.
 """
 
 import argparse

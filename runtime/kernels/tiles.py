@@ -3,7 +3,7 @@
 Nothing is measured when the package is imported or used.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -138,9 +138,6 @@ _FEW_ROWS = 2
 
 _PRODUCT_SIZE = 27_000_000
 """Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
-
-_BESIDE_SIZE = 12_000_000
-"""Elements of W above which LoRA of wide ranks may lie beside the product; q, k, v of 8B on two ranks have more."""
 
 _FEWEST_PROGRAMS = 128
 """Of a product: about one for each multiprocessor of an H100."""
@@ -343,26 +340,6 @@ def default_launches(call: Call) -> TwoLaunches:
     rows = 64 if width > 16 else 32
     shrink = Shrink(rows, 64 if rows == 64 else 128, 4, splits=_splits(call, 2 if rows == 64 else 4), stages=4)
     return TwoLaunches(shrink, Expand(min(max(width, 16), 64), 128, 4, repeat=4))
-
-
-def is_beside(in_features: int, out_features: Sequence[int], width: int) -> bool:
-    """Whether LoRA of few tokens lies beside its product, where the kernel that reads it can add it.
-
-    It does where the product is so large that cuBLAS's is faster than one with LoRA inside; beside a smaller one where
-    ranks are too wide for one launch behind it, and the table has no plans with LoRA inside for its `PRODUCT_LIMIT`
-    tokens.
-    """
-    size = sum(out_features) * in_features
-    if size <= _PRODUCT_SIZE and width > NARROW:
-        has_plans = any(key[:3] == (PRODUCT_LIMIT, in_features, tuple(out_features)) for key in _products())
-        return size > _BESIDE_SIZE and not has_plans
-    return size > _PRODUCT_SIZE
-
-
-def launches_for(call: Call) -> TwoLaunches:
-    """The shrink and the expand of a call whose two halves are launches of their own in any case."""
-    plan = plan_for(call)
-    return plan if isinstance(plan, TwoLaunches) else default_launches(call)
 
 
 def h_width(width: int) -> int:

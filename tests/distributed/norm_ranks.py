@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bdlora_compile as bd
-from bdlora_compile import fused_norm_paths, fused_norms, lora_paths
+from bdlora_compile import fused_norm_paths, fused_norms
 from bdlora_compile.machine import SymmetricLimits
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.report import PassStats
@@ -293,7 +293,6 @@ def answers(
     with (
         patched(AllReduce, "choose", lambda *_: fake),
         patched(ModelPlan, "is_for_gpus", for_gpus),
-        patched(lora_paths, "is_beside", lambda *_: True),
     ):
         options: dict[str, Any] = {"dtype": dtype, "strategy": strategy, "target_modules": targets}
         model, pool = bd.load(folder / "model", {kind: folder / kind}, **options)

@@ -135,17 +135,6 @@ def test_the_table_of_products_holds_plans_for_its_keys(device: str, on_device: 
         assert tokens <= tiles.BY_TOKEN_LIMIT
 
 
-def test_which_products_leave_lora_to_their_readers(on_device: Callable[[str], None]) -> None:
-    """Large ones, and those of wide ranks for which there are no plans."""
-    on_device("NVIDIA H200")
-    q_k_v, gate_and_up = (2048, 512, 512), (7168, 7168)
-    assert tiles.is_beside(4096, gate_and_up, 2), "8B, two ranks"
-    assert tiles.is_beside(4096, q_k_v, 16)
-    assert not tiles.is_beside(4096, q_k_v, 8), "one launch"
-    assert not tiles.is_beside(4096, (1792, 1792), 16), "eight ranks have plans"
-    assert not tiles.is_beside(4096, (512, 128, 128), 16), "too small"
-
-
 def test_an_h100_has_products_of_its_own(on_device: Callable[[str], None]) -> None:
     """They count where an H200 has others; where it has none, the H200's do."""
     own, like = PRODUCTS["NVIDIA H100 80GB HBM3"], PRODUCTS["NVIDIA H200"]

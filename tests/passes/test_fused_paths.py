@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from bdlora_compile import lora_paths
 from bdlora_compile.collectives import all_reduce
 from bdlora_compile.factors import Layout, LocalFactors, LocalShape
 from bdlora_compile.fused_norm_paths import _reason as reason_to_stay
@@ -125,9 +124,8 @@ def compiled(captured: Captured, ranks: int, dtype: torch.dtype, layout: Layout)
     return captured
 
 
-def test_norms_and_activations_add_lora(golden: GoldenCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_and_activations_add_lora(golden: GoldenCheck) -> None:
     """The norm that of o, the activation that of gate and up; nobody reads down."""
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: True)
     captured = half_a_layer(2)
     stats = fuse_paths(captured)
     propagate(captured.graph, "emit")
@@ -137,31 +135,16 @@ def test_norms_and_activations_add_lora(golden: GoldenCheck, monkeypatch: pytest
     assert fuse_paths(captured).matches == 0, "a second time changes nothing"
 
 
-def test_without_a_sum_of_ranks_the_activation_alone_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: True)
+def test_without_a_sum_of_ranks_the_activation_alone_does() -> None:
     captured = half_a_layer(1)
     stats = fuse_paths(captured)
     assert (stats.matches, stats.refusals) == (1, [Refusal(OUT.name, NOBODY), Refusal(DOWN.name, NOBODY)])
     assert count(captured, "bdlora::swiglu") == 1
 
 
-def test_an_activation_stays_where_lora_is_faster_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The norm behind o adds its LoRA in any case."""
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: False)
-    captured = half_a_layer(2)
-    stats = fuse_paths(captured)
-    reasons = {refusal.where: refusal.reason for refusal in stats.refusals}
-    assert stats.matches == 1
-    assert reasons[MLP] == "LoRA is taken to be faster inside of its product"
-    assert count(captured, "silu") == 1
-
-
 @pytest.mark.parametrize("layout", [Layout.LOCAL, Layout.SLORA])
-def test_down_is_left_to_the_norm_of_the_next_layer(
-    layout: Layout, golden: GoldenCheck, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_down_is_left_to_the_norm_of_the_next_layer(layout: Layout, golden: GoldenCheck) -> None:
     """What it lacks goes over the boundary; nothing goes into the first layer."""
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: True)
     captured = a_layer(2, layout=layout)
     stats = fuse_paths(captured)
     propagate(captured.graph, "emit")
@@ -184,7 +167,7 @@ def test_without_known_layers_down_stays() -> None:
     assert stats.notes["paths"] == 3
     assert "not every layer" in reasons[DOWN.name]
     assert count(captured, "bdlora::lora_no_delta") == 0
-    assert count(captured, BESIDE[Layout.LOCAL]) == 1, "o is the norm's"
+    assert count(captured, BESIDE[Layout.LOCAL]) == 2, "o is the norm's, gate and up the activation's"
 
 
 def test_all_layers_hand_on_or_none_does() -> None:
@@ -356,13 +339,11 @@ def test_the_graph_computes_the_same(
     """
     for module in (norm_op, bridged_ops):
         monkeypatch.setattr(module, "all_reduce", lambda x, *_: x)
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: make is a_layer)
     # Between o and the last norm of a whole layer are some roundings more.
     tolerance = (6 if make is last_site else 12) * torch.finfo(dtype).eps
     before, after = (make(ranks, dtype, layout) for _ in range(2))
     bank = bank_of_sites(ranks, dtype, layout)
-    is_slora = layout is Layout.SLORA and ranks > 1
-    assert fuse_paths(after).matches == (ranks > 1) * (1 + (make is a_layer)) + (make is a_layer or is_slora)
+    assert fuse_paths(after).matches == 1 + (ranks > 1) * (1 + (make is a_layer))
     wanted = result_of(before, bank)
     assert (result_of(after, bank) - wanted).abs().max() < tolerance * wanted.abs().max()
     for site in (0, len(SITES) - 1):
@@ -415,18 +396,10 @@ def rotation() -> Captured:
     return captured
 
 
-@pytest.mark.parametrize("leaves", [True, False])
-def test_the_rotation_adds_what_its_product_leaves(
-    leaves: bool, golden: GoldenCheck, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lora_paths, "is_beside", lambda *_: leaves)
+def test_the_rotation_adds_what_its_product_leaves(golden: GoldenCheck) -> None:
     captured = rotation()
-    stats = fuse_paths(captured)
-    assert stats.matches == leaves
-    assert count(captured, BESIDE[Layout.LOCAL]) == leaves
+    assert fuse_paths(captured).matches == 1
+    assert count(captured, BESIDE[Layout.LOCAL]) == 1
     (rotation_node,) = stage_nodes(captured.graph, "bdlora::rotate_and_cache")
-    assert (RotateArguments.of(rotation_node).delta is not None) is leaves
-    if leaves:
-        golden("fused_paths_rotation", print_graph(captured.graph))
-    else:
-        assert stats.refusals == [Refusal("q, k and v", "LoRA is taken to be faster inside of its product")]
+    assert RotateArguments.of(rotation_node).delta is not None
+    golden("fused_paths_rotation", print_graph(captured.graph))
