@@ -160,7 +160,6 @@ class LinearArguments(_Arguments):
     token_slot: Node
     order: Node
     segments: Node
-    counters: Node
     sites: Sequence[int]
     width: int
     out_features: Sequence[int]

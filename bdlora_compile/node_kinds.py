@@ -46,8 +46,7 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::lora_expand_": _EXPAND,
     "bdlora::lora_apply": _APPLY,
     "bdlora::lora_apply_": _APPLY,
-    "bdlora::lora_linear": "Triton: runtime/kernels/linear.py for few tokens, else a product by the BLAS library and "
-    f"runtime/kernels/apply.py {_ELSEWHERE}",
+    "bdlora::lora_linear": f"a product by the BLAS library, for few tokens beside {_BESIDE}",
     "bdlora::lora_linear_beside": f"a product by the BLAS library, for few tokens beside {_BESIDE}",
     "bdlora::lora_linear_bridged": "a product by the BLAS library, for few tokens beside an all-reduce through "
     f"symmetric memory between {_BESIDE}",
@@ -55,7 +54,6 @@ _KERNELS: Mapping[str, str] = {
     "bdlora::swiglu": f"Triton: runtime/kernels/swiglu.py {_ELSEWHERE}",
     "bdlora::rotate_and_cache": _ROTARY,
     "bdlora::lora_work": "which rows each program of the LoRA kernels takes: runtime/kernels/group.py, or torch",
-    "bdlora::lora_counters": "torch: zeros, by which programs of one launch count each other",
     "bdlora::token_grid": "torch: runtime/embedding_ops.py",
 }
 """What runs our operators; where a node's kind says enough, `kernel_of` does."""

@@ -4,14 +4,13 @@ On NVIDIA GPUs with bf16 or fp16 they run as Triton kernels, elsewhere as plain 
 ``torch.compile`` and are safe to capture in CUDA graphs. `bdlora_compile.runtime.bank.AdapterBank` keeps a pool.
 """
 
-from bdlora_compile.runtime.linear_op import lora_counters, lora_linear
+from bdlora_compile.runtime.linear_op import lora_linear
 from bdlora_compile.runtime.ops import SlotField, lora_apply, lora_apply_, lora_expand, lora_shrink, lora_work
 
 __all__ = [
     "SlotField",
     "lora_apply",
     "lora_apply_",
-    "lora_counters",
     "lora_expand",
     "lora_linear",
     "lora_shrink",

@@ -1,4 +1,4 @@
-"""Where LoRA of few tokens goes: inside its product or beside it; each product with what reads it.
+"""Where LoRA of few tokens goes: behind its product or beside it; each product with what reads it.
 
     python -m benchmarks.bench_lora_beside --json FILE
     python -m benchmarks.bench_lora_beside --tiny            only to see it run, on a CPU
@@ -7,8 +7,9 @@ One GPU, rank 0's shapes of N ranks; a group of sites at a time, several layers 
 the product, and what reads it (the rotation with the write to the cache, the activation, or the norm behind a sum over
 one rank). "base" is microseconds of a layer's group without LoRA; the others say what LoRA adds to it:
 
-    inside   as `lora_linear` does it: in one kernel with the product where a plan says so, else launches behind it
-    beside   as `lora_linear_beside` does it: on a stream beside the product, and what reads the product adds it
+    behind   in launches behind the product: `lora_apply_`
+    added    beside the product on another stream, and added to it in a launch of its own: `lora_linear`
+    beside   the same, but what reads the product adds it: `lora_linear_beside`
 
 Every form's result is compared with float64.
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 from bdlora_compile.runtime import linear_op
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.linear_op import lora_linear, lora_linear_beside, with_delta
-from bdlora_compile.runtime.ops import lora_work
+from bdlora_compile.runtime.ops import lora_apply_
 from bdlora_compile.runtime.rotary_op import rotate_and_cache
 from bdlora_compile.runtime.swiglu_op import swiglu
 from benchmarks.lora_layers import MODELS, Case, Layers, Model
@@ -36,7 +37,7 @@ from benchmarks.replays import replay_us
 TOKENS = (1, 4, 16, 24, 32, 48, 64)
 KINDS = (("bd", 32, 8), ("rep", 16, 0))
 """Kind, rank and blocks of all ranks together."""
-FORMS = ("inside", "beside")
+FORMS = ("behind", "added", "beside")
 HEAD_DIM, CONTEXT, EPSILON = 128, 512, 1e-5
 TOLERANCE = 4 * 2.0**-8
 """Of bf16, relative: the product, LoRA and their sum are rounded, each by half a unit in the last place at most."""
@@ -101,13 +102,15 @@ def product(layers: Layers, layer: int, group: int, form: str) -> tuple[Tensor, 
     x, weight = layers.x[group], layers.weights[layer][group]
     if form == "base":
         return torch.nn.functional.linear(x, weight), None
-    order, segments = lora_work(x, layers.token_slot)
-    bank = (layers.pool, layers.slots, layers.scales, layers.token_slot, order, segments)
-    sizes = (layers.sites[layer][group], layers.case.width, layers.groups[group].out_features)
-    if form == "inside":
-        y: Tensor = lora_linear(x, weight, *bank, layers.counters, *sizes)
-        return y, None
-    y, delta = lora_linear_beside(x, weight, *bank, *sizes)
+    sizes, delta = layers.sizes(layer, group), None
+    match form:
+        case "behind":
+            y = torch.nn.functional.linear(x, weight)
+            lora_apply_(x, y, *layers.bank, *sizes)
+        case "added":
+            y = lora_linear(x, weight, *layers.bank, *sizes)
+        case _:
+            y, delta = lora_linear_beside(x, weight, *layers.bank, *sizes)
     return y, delta
 
 

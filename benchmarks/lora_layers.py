@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Plan, product_for, segment_tokens
-from bdlora_compile.runtime.linear_op import lora_counters
-from bdlora_compile.runtime.ops import SlotField
+from bdlora_compile.runtime.kernels.tiles import Call, Plan, segment_tokens
+from bdlora_compile.runtime.linear_op import lora_linear
+from bdlora_compile.runtime.ops import SlotField, lora_work
 from benchmarks.replays import replay_us
 
 BANDWIDTH = 3.0e12
@@ -122,9 +122,8 @@ class Layers:
         self.token_slot = (torch.arange(case.tokens, device=device) % case.active).sort().values.to(torch.int32)
         size = segment_tokens(case.tokens)
         self.work = launch.segment_work(self.token_slot, size) if size else None
-        self.counters = lora_counters(self.token_slot)
-        self.products = [product_for(self.call(group)) for group in range(len(self.groups))]
-        """For each group the plan of its one product with LoRA inside, or None; `benchmarks/tune.py` sets others."""
+        self.bank = (self.pool, self.slots, self.scales, self.token_slot, *lora_work(self.x[0], self.token_slot))
+        """What operators take between W and `sizes`."""
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
@@ -150,6 +149,10 @@ class Layers:
         """What the choice of kernels and tiles sees."""
         description = self.groups[group]
         return Call(self.case.tokens, description.in_features, description.out_features, self.case.width)
+
+    def sizes(self, layer: int, group: int) -> tuple[list[int], int, tuple[int, ...]]:
+        """Sites, width and columns of a layer's group, as operators take them."""
+        return self.sites[layer][group], self.case.width, self.groups[group].out_features
 
     def factors(self, layer: int, group: int) -> launch.Factors:
         """Of the sites of a layer's group."""
@@ -178,14 +181,9 @@ class Layers:
         return self.y[group]
 
     def both(self, layer: int, group: int) -> Tensor:
-        """The product with LoRA, as the operator `lora_linear` does it: in one where a plan says so."""
-        plan = self.products[group]
-        if plan is None:
-            return self.apart(layer, group)
-        return launch.linear(
-            self.x[group], self.weights[layer][group], self.factors(layer, group), self.scales, self.counters,
-            self.case.width, self.groups[group].out_features, plan,
-        )  # fmt: skip
+        """The product with LoRA, as the operator `lora_linear` does it: side by side for few tokens."""
+        y: Tensor = lora_linear(self.x[group], self.weights[layer][group], *self.bank, *self.sizes(layer, group))
+        return y
 
     def us(self, with_lora: bool, plans: Mapping[int, Plan] | None = None) -> float:
         """Microseconds of a layer: all products, and LoRA on all groups, each behind a kernel that writes its x.
@@ -194,8 +192,6 @@ class Layers:
         """
 
         def run() -> None:
-            if with_lora and plans is None:
-                self.counters.zero_()  # once a forward
             for layer, group in itertools.product(range(self.num_layers), range(len(self.groups))):
                 self.arrive(group)
                 if not with_lora:
@@ -217,7 +213,6 @@ class Layers:
 
     def product_error(self, index: int, wanted: Tensor) -> float:
         """Relative error of a group's product with LoRA."""
-        self.y[index].fill_(float("nan"))
         found = self.both(0, index)
         return float((found.double() - wanted).norm() / wanted.norm())
 

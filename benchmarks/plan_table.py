@@ -18,10 +18,8 @@ Best = dict[str, dict[tuple[Any, ...], dict[str, Any]]]
 
 
 def table(files: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """The text of the tables: the fastest right plan of each shape, from the rows of the last file that has it."""
-    text = TABLE.read_text().partition("TUNED:")[0]
-    text += "TUNED: dict[str, dict[Key, Fields]] = " + entries(files, "plan")
-    return text + "\nPRODUCTS: dict[str, dict[Key, ProductFields | None]] = " + entries(files, "product")
+    """The text of the table: the fastest right plan of each shape, from the rows of the last file that has it."""
+    return TABLE.read_text().partition("TUNED:")[0] + "TUNED: dict[str, dict[Key, Fields]] = " + entries(files)
 
 
 def fields_of(plan: Plan) -> list[Any]:
@@ -31,12 +29,9 @@ def fields_of(plan: Plan) -> list[Any]:
     return [astuple(plan.shrink), astuple(plan.expand), plan.overlap]
 
 
-def _fastest(rows: Sequence[dict[str, Any]], name: str) -> Best:
-    """Of rows whose plan is the field ``name``."""
+def _fastest(rows: Sequence[dict[str, Any]]) -> Best:
     best: Best = defaultdict(dict)
     for row in rows:
-        if name not in row:
-            continue
         width = 1 << (row["width"] - 1).bit_length()
         key = (bucket_of(row["tokens"]), row["in_features"], tuple(row["out_features"]), width)
         if row["error"] < TOLERANCE and row["us"] < best[row["device"]].get(key, {"us": float("inf")})["us"]:
@@ -44,17 +39,17 @@ def _fastest(rows: Sequence[dict[str, Any]], name: str) -> Best:
     return best
 
 
-def entries(files: Sequence[Sequence[dict[str, Any]]], name: str) -> str:
-    """One table. Times of different files are not compared: they are of layers that differ in their other plans."""
+def entries(files: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """All GPUs' plans. Times of different files are not compared: their layers differ in their other plans."""
     best: Best = defaultdict(dict)
     for rows in files:
-        for device, plans in _fastest(rows, name).items():
+        for device, plans in _fastest(rows).items():
             best[device] |= plans
     text = "{\n"
     for device, plans in best.items():
         text += f'    "{device}": {{\n'
         for key, row in sorted(plans.items()):
-            text += f"        {key}: {_as_tuples(row[name])},  # layer {row['us']:.1f} us\n"
+            text += f"        {key}: {_as_tuples(row['plan'])},  # layer {row['us']:.1f} us\n"
         text += "    },\n"
     return text + "}\n"
 

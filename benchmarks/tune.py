@@ -1,12 +1,11 @@
 """Find plans and tile sizes for the LoRA kernels on this GPU, and write them into the package's table.
 
     python -m benchmarks.tune --rows FILE               measure; one JSON line for each plan tried
-    python -m benchmarks.tune --products --rows FILE    the same for products with LoRA inside
     python -m benchmarks.tune --table FILE [FILE ...]   write runtime/kernels/tuned.py from such files
 
-A plan's time is that of a whole layer, products and LoRA on all sites, with the plan for one group of sites and the
-table's for the others (of products: the best found so far): weights and factors come from memory as in use. Each plan
-is also checked against float64. Where several files have plans of one shape, the table takes the last one's.
+A plan's time is that of a whole layer, products and LoRA behind them on all sites, with the plan for one group of sites
+and the table's for the others: weights and factors come from memory as in use. Each plan is also checked against
+float64. Where several files have plans of one shape, the table takes the last one's.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,16 @@ from triton.runtime.errors import OutOfResources
 from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import (
     NARROW,
-    Call,
     Expand,
     OneLaunch,
     Plan,
-    Product,
     Shrink,
     TwoLaunches,
     can_overlap,
-    product_for,
     segment_tokens,
 )
-from benchmarks.lora_layers import Case, Group, Layers, groups_of, in_processes
-from benchmarks.plan_table import TABLE, TOLERANCE, fields_of, table
+from benchmarks.lora_layers import Case, Layers, groups_of, in_processes
+from benchmarks.plan_table import TABLE, fields_of, table
 
 CASES = [
     *(Case(m, 8, "bd", r, t, t, t) for t in (16, 64) for m in ("8B", "70B") for r in (16, 64)),
@@ -47,15 +43,6 @@ CASES = [
     *(Case("8B", 8, "bd", r, 256, 64, 64) for r in (8, 16, 32, 64, 128)),
     *(Case("8B", n, "bd", 32, t, t, t, blocks=8 // n) for n in (2, 4) for t in (16, 64)),
 ]
-
-WITH_PRODUCTS = [
-    *(Case(m, 8, "bd", r, t, t, t) for t in (64, 16) for m in ("70B", "8B") for r in (64, 16)),
-    *(Case("8B", 8, "rep", r, t, t, t) for t in (64, 16) for r in (64, 16)),
-    *(Case("8B", 1, "bd", r, t, t, t) for r, t in ((16, 16), (64, 16), (16, 64))),
-    Case("8B", 2, "bd", 32, 64, 64, 64, blocks=4),
-]
-"""Cases whose products are tried with LoRA inside, the most wanted first. With 16 tokens and N = 2 what is chosen so
-makes steps of the model slower than the default (docs/kernels.md)."""
 
 
 def one_launches(case: Case, in_features: int) -> list[Plan]:
@@ -111,56 +98,6 @@ def expands(case: Case) -> list[Expand]:
     ]
 
 
-def products(case: Case, group: Group) -> list[Product]:
-    """Products with LoRA inside: tiles by splits, with programs enough for all multiprocessors and not many more."""
-    rows, found = sum(group.out_features), []
-    tried: tuple[tuple[int, int, int, int], ...]
-    if case.tokens <= 16:
-        fewest, tried = 200, ((64, 64, 5, 4), (64, 128, 5, 4), (32, 128, 5, 4), (128, 128, 4, 8))
-    else:
-        fewest, tried = 112, (
-            (64, 64, 5, 4), (64, 128, 4, 4), (128, 64, 4, 8), (32, 128, 4, 4), (128, 128, 4, 8), (256, 64, 4, 8),
-        )  # fmt: skip
-    for columns, depth, stages, warps in tried:
-        if any(size % columns for size in group.out_features):
-            continue
-        tiles, steps = rows // columns, group.in_features // depth
-        splits = [s for s in (1, 2, 4, 8, 16) if tiles * s >= fewest and steps % s == 0 and steps // s >= 2][:2]
-        plans = [(columns, depth, s, min(stages, steps // s + 1), warps) for s in splits if tiles * s <= 528]
-        found += [Product(*plan, ahead=True) for plan in plans]
-    return found
-
-
-def measure_products(case: Case) -> Iterator[dict[str, Any]]:
-    """Every product of every group of sites of a case, and the same in launches of their own."""
-    layers = Layers(case)
-    base = layers.us(False)
-    for group, description in enumerate(layers.groups):
-        wanted, found = layers.wanted(group), []
-        for product in candidates(case, description):
-            layers.products[group] = product
-            try:
-                error = layers.product_error(group, wanted)
-                found.append((layers.us(True) - base, error, product))
-            except OutOfResources:
-                continue
-            yield {
-                "device": torch.cuda.get_device_name(),
-                **asdict(layers.call(group)),
-                "product": product and astuple(product),
-                "us": found[-1][0],
-                "base_us": base,
-                "error": error,
-            }
-        layers.products[group] = min((row for row in found if row[1] < TOLERANCE), key=lambda row: row[0])[2]
-
-
-def candidates(case: Case, group: Group) -> list[Product | None]:
-    """What is tried for a group: two launches, today's plan, and others."""
-    today = product_for(Call(case.tokens, group.in_features, group.out_features, case.width))
-    return list(dict.fromkeys([None, today, *products(case, group)]))
-
-
 def run_piece(layers: Layers, group: int, piece: Plan | Shrink | Expand, planes: int) -> None:
     """One launch of a part of a plan, so that it is compiled."""
     factors, case = layers.factors(0, group), layers.case
@@ -192,7 +129,7 @@ def planes_of(shrink: Shrink, case: Case, in_features: int) -> int:
     return shrink.splits if segment_tokens(case.tokens) else -(-in_features // shrink.depth)
 
 
-Job = tuple[Case, Plan | Shrink | Expand | Product, int, int]
+Job = tuple[Case, Plan | Shrink | Expand, int, int]
 
 
 def jobs(cases: Sequence[Case]) -> list[Job]:
@@ -205,27 +142,12 @@ def jobs(cases: Sequence[Case]) -> list[Job]:
     return [*found.values()]
 
 
-def product_jobs(cases: Sequence[Case]) -> list[Job]:
-    """The same for products."""
-    found: dict[object, Job] = {}
-    for case in cases:
-        for number, group in enumerate(groups_of(case)):
-            for product in candidates(case, group):
-                if product:
-                    found[product, case.tokens, group, case.width] = (case, product, number, 1)
-    return [*found.values()]
-
-
 def compile_one(job: Job) -> None:
     """Run a piece once."""
     case, piece, group, planes = job
     layers = Layers(case, num_layers=1)
     with contextlib.suppress(OutOfResources):
-        if isinstance(piece, Product):
-            layers.products[group] = piece
-            layers.both(0, group)
-        else:
-            run_piece(layers, group, piece, planes)
+        run_piece(layers, group, piece, planes)
     torch.cuda.synchronize()
 
 
@@ -266,7 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--table", type=Path, nargs="+")
-    parser.add_argument("--products", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--tokens", type=int, nargs="+", help="only cases of these numbers of tokens")
     parser.add_argument("--ranks", type=int, nargs="+", help="only cases of these numbers of ranks")
@@ -277,23 +198,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TABLE.write_text(table(files))
         return
     begin = time.monotonic()
-    known, prepare, run = (
-        (WITH_PRODUCTS, product_jobs, measure_products) if options.products else (CASES, jobs, measure)
-    )
     cases = [
         case
-        for case in known
+        for case in CASES
         if (not options.tokens or case.tokens in options.tokens) and (not options.ranks or case.ranks in options.ranks)
     ]
     if options.workers > 1:
-        in_processes(compile_one, prepare(cases), options.workers)
+        in_processes(compile_one, jobs(cases), options.workers)
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     with options.rows.open("w") as file:
         for case in cases:
             if time.monotonic() - begin > options.seconds:
                 print(f"time is up before {case}")
                 break
-            for row in run(case):
+            for row in measure(case):
                 file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{time.monotonic() - begin:.0f} s: {case}", flush=True)

@@ -3,13 +3,12 @@
     Before:  y = linear(x, W);  h = shrink(x, A);  y2 = expand(y, h, B)          y2 is used where y was
     After:   order, segments = lora_work(x, token_slot)                once a forward: tokens grouped by slot
              y = linear(x, W);  lora_apply_(x, y, A, B, order, segments)              y is used itself
-    On GPUs: counters = lora_counters(token_slot)                      once a forward
-             y = lora_linear(x, W, A, B, order, segments, counters)    where y has no bias
+    On GPUs: y = lora_linear(x, W, A, B, order, segments)             where y has no bias
     and where a collective lies between the factors:
              h = lora_shrink_grouped(x, A, order, segments);  lora_expand_(y, collective(h), B, order, segments)
 
 Legal where nothing else reads y: then nobody sees that it changed. The operators are Triton kernels on GPUs;
-`lora_linear` has LoRA inside the product for few tokens, and is the two before it for more.
+`lora_linear` has LoRA beside the product for few tokens, and is the two before it for more.
 """
 
 import operator
@@ -62,7 +61,6 @@ class Fuse:
             elif not reason:
                 _fuse(graph, expand, work, on_gpu)
                 matches += 1
-        erase_unused(graph, [shared.counters for shared in work.values() if shared.counters is not None])
         return PassStats(matches=matches, refusals=refusals)
 
     def verify(self, captured: Captured, context: PassContext) -> None:
@@ -84,30 +82,29 @@ def _refusal(expand: Node) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the operators of a forward share; ``counters`` on GPUs only."""
+    """What the operators of a forward share."""
 
     order: Node
     segments: Node
-    counters: Node | None
 
 
 def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -> None:
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
-    shared = _work_of(graph, second.h, work, on_gpu)
-    if shared.counters is not None and _is_product(second.y, first.x):
+    shared = _work_of(graph, second.h, work)
+    if on_gpu and _is_product(second.y, first.x):
         _insert_product(graph, expand, first, second, shared)
     else:
         _insert_apply(graph, expand, first, second, shared)
 
 
-def _work_of(graph: Graph, shrink: Node, work: dict[object, _Work], on_gpu: bool) -> _Work:
+def _work_of(graph: Graph, shrink: Node, work: dict[object, _Work]) -> _Work:
     """What the path of a shrink shares with the others, made where it is needed first."""
     first = ShrinkArguments.of(shrink)
     # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each choice.
     tokens = (first.token_slot, *(number_key(size) for size in fake_tensor(first.x).shape[:-1]))
     if tokens not in work:
-        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or shrink, on_gpu)
+        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or shrink)
     return work[tokens]
 
 
@@ -116,7 +113,7 @@ def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:
     shrink, _ = bridge_of(expand)
     if is_lookup(shrink):
         return
-    shared = _work_of(graph, shrink, work, on_gpu=True)
+    shared = _work_of(graph, shrink, work)
     first, second = ShrinkArguments.of(shrink), ExpandArguments.of(expand)
     with graph.inserting_before(shrink):
         grouped = ShrinkGroupedArguments.taken_from(first, shared).insert(graph)
@@ -140,7 +137,6 @@ def _is_product(y: Node, x: Node) -> bool:
 def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:
     y, weight = second.y, second.y.args[1]
     assert isinstance(weight, Node), "a linear layer's weight is a placeholder"
-    assert work.counters is not None, "asked before"
     with graph.inserting_before(expand):
         product = LinearArguments.taken_from(first, second, work, weight=weight).insert(graph)
     product.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
@@ -169,14 +165,12 @@ def _before_layers(graph: Graph, x: Node) -> Node | None:
     return boundary if same and carried.dtype == own.dtype else None
 
 
-def _insert_work(graph: Graph, first: ShrinkArguments, before: Node, on_gpu: bool) -> _Work:
+def _insert_work(graph: Graph, first: ShrinkArguments, before: Node) -> _Work:
     x = before.args[0] if is_boundary(before) else first.x
     with graph.inserting_before(before):
         pair = graph.call_function(torch.ops.bdlora.lora_work.default, (x, first.token_slot))
         order, segments = (graph.call_function(operator.getitem, (pair, index)) for index in (0, 1))
-        counters = graph.call_function(torch.ops.bdlora.lora_counters.default, (first.token_slot,)) if on_gpu else None
-    for node in (pair, order, segments, counters):
-        if node is not None:
-            node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")
-            set_record(node, origin=Origin.LORA, stage="fuse")
-    return _Work(order, segments, counters)
+    for node in (pair, order, segments):
+        node.meta["nn_module_stack"] = None if is_boundary(before) else before.meta.get("nn_module_stack")
+        set_record(node, origin=Origin.LORA, stage="fuse")
+    return _Work(order, segments)

@@ -1,4 +1,4 @@
-"""A base product and its LoRA as one operator: by one kernel where a plan says so, two operators elsewhere."""
+"""A base product and its LoRA as one operator: side by side on two streams of a GPU for few tokens, else in turn."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,28 +8,11 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.beside import product_beside
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, Call, Product, product_for
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.ops import has_kernels, lora_apply, lora_apply_
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels import launch
-
-NUM_COUNTERS = 1024
-"""Counters of a forward: two, and one for each tile of a product's columns."""
-
-
-@torch.library.custom_op("bdlora::lora_counters", mutates_args=())
-def lora_counters(token_slot: Tensor) -> Tensor:
-    """int32 [NUM_COUNTERS], zero: what the programs of one launch count each other by.
-
-    Made once a forward; every `lora_linear` leaves them zero.
-    """
-    return token_slot.new_zeros(NUM_COUNTERS)
-
-
-@lora_counters.register_fake
-def _(token_slot: Tensor) -> Tensor:
-    return token_slot.new_empty(NUM_COUNTERS)
 
 
 @torch.library.custom_op("bdlora::lora_linear", mutates_args=())
@@ -42,7 +25,6 @@ def lora_linear(
     token_slot: Tensor,
     order: Tensor,
     segments: Tensor,
-    counters: Tensor,
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
@@ -51,13 +33,11 @@ def lora_linear(
 
     Args:
         x: [..., D]. weight: W [O, D], O the sum of ``out_features``.
-        counters: from `lora_counters`. Calls that share them must not run at the same time.
         pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `ops.lora_apply_`; the
             kernel ahead in the stream may write x, but neither W nor these.
 
     Returns:
-        [..., O] like x. By one kernel the sum is rounded once; by two operators the base product is rounded before LoRA
-        is added.
+        [..., O] like x; the base product is rounded before LoRA is added.
     """
     bank = (pool, slots, scales, token_slot)
     return _in_two(x, weight, bank, order, segments, sites, width, out_features)
@@ -78,19 +58,16 @@ def _(
     token_slot: Tensor,
     order: Tensor,
     segments: Tensor,
-    counters: Tensor,
     sites: Sequence[int],
     width: int,
     out_features: Sequence[int],
 ) -> Tensor:
-    plan = _product_of(Call(math.prod(x.shape[:-1]), x.shape[-1], tuple(out_features), width), x, weight)
-    if plan is None:
-        return _in_two(x, weight, (pool, slots, scales, token_slot), order, segments, sites, width, out_features)
-    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
-
-    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    y = launch.linear(rows, weight, factors, scales, counters, width, out_features, plan)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    bank = (pool, slots, scales, token_slot)
+    writes_all = len(sites) == 1 or sum(out_features) == weight.shape[0]
+    if not (has_delta(x) and writes_all):
+        return _in_two(x, weight, bank, order, segments, sites, width, out_features)
+    y, delta = _beside(x, weight, bank, sites, width, out_features)
+    return y.add_(delta[: math.prod(y.shape[:-1])].view_as(y))
 
 
 @torch.library.custom_op("bdlora::lora_linear_beside", mutates_args=())
@@ -144,11 +121,24 @@ def _(
     width: int,
     out_features: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
+    bank = (pool, slots, scales, token_slot)
     if not has_delta(x):
-        bank = (pool, slots, scales, token_slot)
         return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+    return _beside(x, weight, bank, sites, width, out_features)
+
+
+def _beside(
+    x: Tensor,
+    weight: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    sites: Sequence[int],
+    width: int,
+    out_features: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """(y, delta) on a GPU, for few tokens; ``bank`` as for `_in_two`."""
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
+    pool, slots, scales, token_slot = bank
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
     path = launch.Beside(factors, scales, out_features, 1)
     return product_and_lora(x, weight, path, lambda: launch.make_h_beside(rows, factors, width))
@@ -218,12 +208,3 @@ def _in_two(
     y = torch.nn.functional.linear(x, weight)
     lora_apply_(x, y, *bank, order, segments, sites, width, out_features)
     return y
-
-
-def _product_of(call: Call, x: Tensor, weight: Tensor) -> Product | None:
-    """The plan of a product with LoRA inside; None where the product and LoRA are two operators."""
-    if not has_kernels(x.dtype) or not weight.is_contiguous():
-        return None
-    plan = product_for(call)
-    covers = plan is not None and weight.shape[0] == sum(call.out_features)
-    return plan if plan and covers and weight.shape[0] // plan.columns + 2 <= NUM_COUNTERS else None

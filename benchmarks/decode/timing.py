@@ -26,9 +26,9 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
         *("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
         "delta_tokens",
     ),
-    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel", "linear_tokens"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel"),
 }
-"""Parts by what names of kernels have in them, in this order; ``linear_tokens`` is a product with its LoRA."""
+"""Parts by what names of kernels have in them, in this order."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
-from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
@@ -25,7 +24,6 @@ from bdlora_compile.runtime.kernels.tiles import (
     Expand,
     OneLaunch,
     Plan,
-    Product,
     Shrink,
     can_overlap,
     default_launches,
@@ -33,7 +31,6 @@ from bdlora_compile.runtime.kernels.tiles import (
     h_width,
     plan_for,
     segment_tokens,
-    shrink_ahead,
     shrink_beside,
 )
 
@@ -117,64 +114,13 @@ def _apply_by_token(
     )  # fmt: skip
 
 
-_ROWS_OF_A = 8
-"""Rows of A that a program of `linear` holds at once, at most; 64 elements a thread."""
-
-_ELEMENTS_OF_B = 2048
-"""Elements of B that a warp of `linear` holds from the start, at most: 64 a thread."""
-
-_ELEMENTS_A_TURN = 512
-"""Elements of B that it holds at once where they are more than that: several turns, their loads in shared memory."""
-
-
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    factors: Factors,
-    scales: Tensor,
-    counters: Tensor,
-    width: int,
-    out_features: Sequence[int],
-    plan: Product,
-) -> Tensor:
-    """x W^T + scale * (B (A x)) as a new tensor; W is contiguous, and ``counters`` are zero before and after."""
-    overlap = can_overlap()
-    tokens, in_features = x.shape
-    columns, n_sites = sum(out_features), len(factors.sites)
-    width = h_width(width)
-    rows = min(width, _ROWS_OF_A)
-    a_columns = min(triton.next_power_of_2(in_features), 64 * 32 * plan.warps // rows)
-    parts = 0
-    if plan.ahead:
-        h = _shrink_ahead(x, factors, width, shrink_ahead(in_features, width))
-    else:
-        h = x.new_empty(triton.cdiv(in_features, a_columns), tokens, n_sites, width, dtype=torch.float32)
-        parts = tokens * n_sites * (width // rows) * h.shape[0]
-    y = x.new_empty(tokens, columns)
-    shares = x.new_empty(plan.splits if plan.splits > 1 else 0, tokens, columns, dtype=torch.float32)
-    block_t = max(16, triton.next_power_of_2(tokens))
-    grid = (parts + columns // plan.columns * plan.splits,)
-    linear_tokens[grid](
-        x, weight, y, shares, h, counters, factors.pool, factors.slots, scales, factors.token_slot,
-        tokens, x.stride(0), factors.num_slots, *_three(factors.sites), n_sites, in_features, *_three(out_features),
-        WIDTH=width, A_ROWS=rows, PLANES=h.shape[0], A_COLUMNS=a_columns,
-        B_ROWS=_rows_of_b(width, block_t, plan),
-        BLOCK_T=block_t, BLOCK_O=plan.columns, BLOCK_K=plan.depth, SPLITS=plan.splits,
-        STAGES=plan.stages, AHEAD=plan.ahead, OVERLAP=overlap,
-        num_warps=plan.warps, **pdl(overlap),
-    )  # fmt: skip
-    return y
-
-
 def make_h_beside(x: Tensor, factors: Factors, width: int) -> Tensor:
-    """h of few tokens beside their product, [planes, T, n, `h_width`]."""
-    width = h_width(width)
-    return _shrink_ahead(x, factors, width, shrink_beside(x.shape[0], x.shape[1], width))
+    """h of few tokens beside their product, [planes, T, n, `h_width`].
 
-
-def _shrink_ahead(x: Tensor, factors: Factors, width: int, tiles: Shrink) -> Tensor:
-    """The launch starts while the kernel that writes x ends."""
-    overlap = can_overlap()
+    The launch starts while the kernel that writes x ends.
+    """
+    overlap, width = can_overlap(), h_width(width)
+    tiles = shrink_beside(x.shape[0], x.shape[1], width)
     return shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
 
 
@@ -216,18 +162,6 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
         BLOCK_O=tiles.columns, OVERLAP=overlap, num_warps=tiles.warps, **pdl(overlap),
     )  # fmt: skip
     return made
-
-
-def _rows_of_b(width: int, block_t: int, plan: Product) -> int:
-    """Rows of B that a program of `linear` holds at once.
-
-    All, or few: as many as fit at first, and few in the turns behind them, took up to twice as long (docs/kernels.md).
-    """
-    rows = triton.next_power_of_2(triton.cdiv(width, plan.splits))
-    elements_a_warp = block_t * plan.columns // plan.warps
-    if rows * elements_a_warp <= _ELEMENTS_OF_B:
-        return rows
-    return min(rows, max(1, _ELEMENTS_A_TURN // elements_a_warp))
 
 
 def shrink(

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED, Key
+from bdlora_compile.runtime.kernels.tuned import TUNED, Key
 
 Row = TypeVar("Row")
 
@@ -130,111 +130,8 @@ _MOST_OF_A = 65536
 """Elements of A that a program of 8 warps can hold: 256 a thread."""
 
 
-PRODUCT_LIMIT = 16
-"""Tokens of a product with LoRA inside whatever the width: the rows of one tensor-core instruction."""
-
-_FEW_ROWS = 2
-"""Largest width of such a product for more tokens, up to `BY_TOKEN_LIMIT`, where nothing was measured."""
-
-_PRODUCT_SIZE = 27_000_000
-"""Most elements of W where the same launch makes h. A larger product is near memory's speed, and waits for no h."""
-
-_FEWEST_PROGRAMS = 128
-"""Of a product: about one for each multiprocessor of an H100."""
-
-_FEWEST_AHEAD = 200
-"""The same where h is made ahead."""
-
-_WIDEST_IN_TABLE = 64
-"""Largest width that the table of products has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """`linear_tokens`: tile sizes of the base product; see `product_for` for how they are chosen.
-
-    Attributes:
-        columns, depth: rows and columns of W that a program multiplies at once.
-        splits: programs that share the sum of a tile.
-        stages: 1 more than the tiles of W under way.
-        warps: of a program.
-        ahead: h is made by a launch of its own ahead of this one, not by its first programs.
-    """
-
-    columns: int
-    depth: int
-    splits: int
-    stages: int
-    warps: int = 4
-    ahead: bool = False
-
-
-def product_for(call: Call) -> Product | None:
-    """The plan of a base product with its LoRA inside; None where launches of their own serve better or must.
-
-    The table's for this GPU and shape, of the next larger width that it has; or the default.
-    """
-    table, width = _products(), _power_of_two(call.width)
-    while width <= _WIDEST_IN_TABLE and call.tokens <= BY_TOKEN_LIMIT:
-        key = (bucket_of(call.tokens), call.in_features, call.out_features, width)
-        if key in table:
-            return table[key]
-        width *= 2
-    return default_product(call)
-
-
-def default_product(call: Call) -> Product | None:
-    """What is good where nothing was measured: h made here where that is little work, else ahead, else no product."""
-    width = _power_of_two(call.width)
-    few_tokens = call.tokens <= PRODUCT_LIMIT
-    is_small = sum(call.out_features) * call.in_features <= _PRODUCT_SIZE
-    if few_tokens and is_small and width <= NARROW:
-        return _product_making_h(call)
-    if few_tokens or (width <= _FEW_ROWS and call.tokens <= BY_TOKEN_LIMIT):
-        return _product_behind_h(call)
-    return None
-
-
-def _product_making_h(call: Call) -> Product | None:
-    """Programs enough that memory is kept busy, few enough that all are on the GPU at once, and sums not too long."""
-    rows, columns = sum(call.out_features), call.in_features
-    tile = 64 if min(rows, columns) >= 2048 else 32 if rows >= 1024 else 16
-    # Each program reads its part of x: narrow tiles read it more often.
-    depth, most_programs = {64: (64, 512), 32: (128, 256), 16: (256, 256)}[tile]
-    tiles, splits = rows // tile, 1
-    while tiles * splits < _FEWEST_PROGRAMS or (columns // splits > 1024 and 2 * tiles * splits <= most_programs):
-        splits *= 2
-        if columns % (splits * depth):
-            return None
-    return _product_of(call, Product(tile, depth, splits, min(5, columns // (splits * depth) + 1)))
-
-
-def _product_behind_h(call: Call) -> Product | None:
-    """Narrow tiles and long sums: few shares to add up, and a long part of a row of W at once."""
-    rows, columns = sum(call.out_features), call.in_features
-    tile, depth, splits = 64 if rows >= 64 * _FEWEST_AHEAD else 32, 128, 1
-    while rows // tile * splits < _FEWEST_AHEAD or columns // splits > 4096:
-        splits *= 2
-        if columns % (splits * depth):
-            return None
-    stages = min(5 if call.tokens <= PRODUCT_LIMIT else 4, columns // (splits * depth) + 1)
-    return _product_of(call, Product(tile, depth, splits, stages, ahead=True))
-
-
-def _product_of(call: Call, product: Product) -> Product | None:
-    """The product, if its tiles divide the call's sizes."""
-    divides = call.in_features % (product.splits * product.depth) == 0
-    return product if divides and not any(size % product.columns for size in call.out_features) else None
-
-
-def shrink_ahead(in_features: int, width: int) -> Shrink:
-    """The launch of h ahead of a product with LoRA inside; ``width``: of h.
-
-    64 elements of A a thread, and few planes of h.
-    """
-    rows = min(width, 8)
-    depth = min(_power_of_two(in_features), 16384 // rows)
-    return Shrink(rows, depth, max(2, rows * depth // 2048))
+_SHORT = 16
+"""Tokens whose factors are little enough that the time of a launch counts, not of its bytes."""
 
 
 def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
@@ -243,7 +140,7 @@ def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
     The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So few
     tokens have few programs, of 128 elements of A a thread; of more that would take too long, and 64 serve better.
     """
-    is_short = tokens <= PRODUCT_LIMIT
+    is_short = tokens <= _SHORT
     rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
     return Shrink(rows, depth, max(2, rows * depth // (4096 if is_short else 2048)))
 
@@ -284,13 +181,6 @@ def _table() -> dict[Key, Plan]:
     if not torch.cuda.is_available():
         return {}
     return {key: _plan(*fields) for key, fields in _rows_of(TUNED).items()}
-
-
-@cache
-def _products() -> dict[Key, Product | None]:
-    if not torch.cuda.is_available():
-        return {}
-    return {key: Product(*fields) if fields else None for key, fields in _rows_of(PRODUCTS).items()}
 
 
 def _rows_of(table: Mapping[str, Mapping[Key, Row]]) -> dict[Key, Row]:

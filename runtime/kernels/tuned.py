@@ -1,6 +1,5 @@
 """Plans by GPU: (tokens, in_features, out_features, width) -> fields of `tiles.OneLaunch` or `tiles.TwoLaunches`.
 
-PRODUCTS: the same for `tiles.Product`, a product with LoRA inside; None where launches of their own cost less.
 Written by `benchmarks/tune.py`; do not edit.
 """
 
@@ -8,7 +7,6 @@ Key = tuple[int, int, tuple[int, ...], int]
 OneFields = tuple[int, int, bool] | tuple[int, int, bool, int]
 TwoFields = tuple[tuple[int, ...], tuple[int, ...], bool]
 Fields = OneFields | TwoFields
-ProductFields = tuple[int, int, int, int, int, bool]
 
 TUNED: dict[str, dict[Key, Fields]] = {
     "NVIDIA H200": {
@@ -112,84 +110,5 @@ TUNED: dict[str, dict[Key, Fields]] = {
         (2048, 4096, (1792, 1792), 8): ((32, 128, 4, 4, 4), (16, 64, 4, 8, 0), True),  # layer 61.7 us
         (2048, 4096, (1792, 1792), 16): ((32, 128, 4, 2, 4), (16, 128, 4, 4, 0), True),  # layer 65.3 us
         (2048, 4096, (1792, 1792), 64): ((64, 128, 8, 2, 3), (64, 128, 4, 4, 0), True),  # layer 109.6 us
-    },
-}
-
-PRODUCTS: dict[str, dict[Key, ProductFields | None]] = {
-    "NVIDIA H100 80GB HBM3": {
-        (16, 512, (4096,), 16): (32, 128, 2, 3, 4, True),  # layer 11.8 us
-        (16, 1792, (4096,), 16): (64, 64, 4, 5, 4, True),  # layer 11.6 us
-        (16, 4096, (512, 128, 128), 16): (32, 128, 16, 3, 4, True),  # layer 14.8 us
-        (16, 4096, (1792, 1792), 16): (64, 64, 4, 5, 4, False),  # layer 11.8 us
-        (16, 4096, (4096,), 16): (64, 64, 4, 5, 4, True),  # layer 31.3 us
-        (16, 4096, (4096, 1024, 1024), 16): (64, 64, 4, 5, 4, False),  # layer 32.4 us
-        (16, 4096, (14336, 14336), 16): (64, 128, 1, 5, 4, True),  # layer 30.0 us
-        (16, 14336, (4096,), 16): (32, 128, 4, 5, 4, True),  # layer 25.2 us
-    },
-    "NVIDIA H200": {
-        (16, 512, (4096,), 2): (32, 128, 1, 5, 4, False),  # layer 7.3 us
-        (16, 512, (4096,), 8): None,  # layer 13.0 us
-        (16, 512, (4096,), 16): None,  # layer 22.7 us
-        (16, 512, (4096,), 64): (64, 64, 4, 3, 4, True),  # layer 43.3 us
-        (16, 1024, (8192,), 2): None,  # layer 10.8 us
-        (16, 1024, (8192,), 8): (32, 128, 1, 5, 4, False),  # layer 19.2 us
-        (16, 1792, (4096,), 2): (32, 128, 2, 5, 4, False),  # layer 7.1 us
-        (16, 1792, (4096,), 8): None,  # layer 12.4 us
-        (16, 1792, (4096,), 16): None,  # layer 20.3 us
-        (16, 1792, (4096,), 64): (64, 64, 4, 5, 4, True),  # layer 40.2 us
-        (16, 3584, (8192,), 2): None,  # layer 6.9 us
-        (16, 3584, (8192,), 8): None,  # layer 14.5 us
-        (16, 4096, (512, 128, 128), 2): (16, 256, 4, 5, 4, False),  # layer 7.7 us
-        (16, 4096, (512, 128, 128), 8): (16, 256, 4, 5, 4, False),  # layer 14.2 us
-        (16, 4096, (512, 128, 128), 16): (32, 128, 16, 3, 4, True),  # layer 23.9 us
-        (16, 4096, (512, 128, 128), 64): (32, 128, 16, 3, 4, True),  # layer 44.0 us
-        (16, 4096, (1792, 1792), 2): (64, 64, 4, 5, 4, False),  # layer 7.7 us
-        (16, 4096, (1792, 1792), 8): (64, 64, 4, 5, 4, False),  # layer 12.7 us
-        (16, 4096, (1792, 1792), 16): (64, 64, 4, 5, 4, True),  # layer 22.4 us
-        (16, 4096, (1792, 1792), 64): (64, 64, 4, 5, 4, True),  # layer 42.1 us
-        (16, 4096, (4096,), 16): (32, 128, 2, 5, 4, True),  # layer 32.0 us
-        (16, 4096, (4096,), 64): (64, 128, 4, 5, 4, True),  # layer 91.7 us
-        (16, 4096, (4096, 1024, 1024), 16): None,  # layer 31.6 us
-        (16, 4096, (4096, 1024, 1024), 64): (64, 64, 4, 5, 4, True),  # layer 91.5 us
-        (16, 4096, (14336, 14336), 16): None,  # layer 29.8 us
-        (16, 4096, (14336, 14336), 64): (64, 64, 1, 5, 4, True),  # layer 88.8 us
-        (16, 8192, (1024, 128, 128), 2): (32, 128, 4, 5, 4, False),  # layer 11.1 us
-        (16, 8192, (1024, 128, 128), 8): (32, 128, 8, 5, 4, True),  # layer 19.4 us
-        (16, 8192, (3584, 3584), 2): (64, 64, 2, 5, 4, True),  # layer 7.3 us
-        (16, 8192, (3584, 3584), 8): (32, 128, 1, 5, 4, True),  # layer 16.6 us
-        (16, 14336, (4096,), 16): (64, 128, 4, 5, 4, True),  # layer 29.1 us
-        (16, 14336, (4096,), 64): (64, 128, 4, 5, 4, True),  # layer 70.6 us
-        (64, 512, (4096,), 2): None,  # layer 20.3 us
-        (64, 512, (4096,), 8): None,  # layer 25.5 us
-        (64, 512, (4096,), 16): None,  # layer 41.7 us
-        (64, 512, (4096,), 64): None,  # layer 101.6 us
-        (64, 1024, (8192,), 2): None,  # layer 33.0 us
-        (64, 1024, (8192,), 8): None,  # layer 32.6 us
-        (64, 1792, (4096,), 2): None,  # layer 15.0 us
-        (64, 1792, (4096,), 8): None,  # layer 26.2 us
-        (64, 1792, (4096,), 16): None,  # layer 42.0 us
-        (64, 1792, (4096,), 64): None,  # layer 101.7 us
-        (64, 2048, (4096,), 16): None,  # layer 45.7 us
-        (64, 3584, (8192,), 2): None,  # layer 17.6 us
-        (64, 3584, (8192,), 8): None,  # layer 32.5 us
-        (64, 4096, (512, 128, 128), 2): None,  # layer 22.8 us
-        (64, 4096, (512, 128, 128), 8): (32, 128, 8, 4, 4, True),  # layer 25.2 us
-        (64, 4096, (512, 128, 128), 16): None,  # layer 42.1 us
-        (64, 4096, (512, 128, 128), 64): None,  # layer 101.8 us
-        (64, 4096, (1792, 1792), 2): None,  # layer 18.1 us
-        (64, 4096, (1792, 1792), 8): None,  # layer 25.4 us
-        (64, 4096, (1792, 1792), 16): None,  # layer 41.5 us
-        (64, 4096, (1792, 1792), 64): None,  # layer 101.5 us
-        (64, 4096, (2048, 512, 512), 16): None,  # layer 45.6 us
-        (64, 4096, (4096,), 16): None,  # layer 69.7 us
-        (64, 4096, (4096, 1024, 1024), 16): None,  # layer 69.8 us
-        (64, 4096, (7168, 7168), 16): (64, 64, 1, 5, 4, True),  # layer 44.0 us
-        (64, 4096, (14336, 14336), 16): None,  # layer 69.7 us
-        (64, 7168, (4096,), 16): None,  # layer 44.2 us
-        (64, 8192, (1024, 128, 128), 2): None,  # layer 35.5 us
-        (64, 8192, (1024, 128, 128), 8): None,  # layer 32.3 us
-        (64, 8192, (3584, 3584), 2): None,  # layer 21.0 us
-        (64, 8192, (3584, 3584), 8): None,  # layer 32.3 us
-        (64, 14336, (4096,), 16): None,  # layer 69.9 us
     },
 }

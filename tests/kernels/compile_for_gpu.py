@@ -21,17 +21,16 @@ from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.cache import write_tokens
 from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
-from bdlora_compile.runtime.kernels.linear import linear_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.rotary import rotate_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
-    **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed", "matrix"), "*bf16"),
+    **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed"), "*bf16"),
     **dict.fromkeys(("keys", "values", "k", "v", "gate_up", "m", "q", "cos", "sin", "delta"), "*bf16"),
-    **dict.fromkeys(("scales", "h", "shares"), "*fp32"),
-    **dict.fromkeys(("token_slot", "order", "segments", "counters"), "*i32"),
+    **dict.fromkeys(("scales", "h"), "*fp32"),
+    **dict.fromkeys(("token_slot", "order", "segments"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
     "epsilon": "fp32",
 }
@@ -58,18 +57,12 @@ APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K"
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
 DELTA = {
     **{"OUT0": 2048, "OUT1": 512, "OUT2": 512, "ROOM0": 2048, "ROOM1": 512, "ROOM2": 512},
-    **{"PLANES": 2, "PARTS": 1, "BLOCK_R": 16, "BLOCK_O": 512},
+    **{"PLANES": 2, "PARTS": 1, "BLOCK_R": 16, "BLOCK_O": 1024},
 }
 NORM = {"RANK": 1, "RANKS": 4, "COLUMNS": 4096, "BLOCK": 4096, "HAS_DELTA": False}
 SWIGLU = {"FEATURES": 7168, "BLOCK": 1024, "HAS_DELTA": True}
 ROTARY = {"HEADS": 16, "KV_HEADS": 4, "DIM": 128, "BLOCK_H": 2, "HALF": 64, "HAS_DELTA": True}
 CACHE = {"HEADS": 4, "DIM": 128, "BLOCK_H": 4, "BLOCK_D": 128}
-PRODUCT = {
-    "N_SITES": 3, "IN": 4096, "OUT0": 2048, "OUT1": 512, "OUT2": 512,
-    "WIDTH": 16, "A_ROWS": 8, "PLANES": 2, "A_COLUMNS": 1024, "B_ROWS": 4,
-    "BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_K": 128, "SPLITS": 4, "STAGES": 5, "AHEAD": True,
-}  # fmt: skip
-WIDE = {"WIDTH": 64, "B_ROWS": 2, "SPLITS": 1}
 KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, SHRINK, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
@@ -79,8 +72,6 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),
     "apply, rank 8, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 8}, 8),
     "apply": (apply_tokens, {**APPLY}, 4),
-    "product behind h": (linear_tokens, PRODUCT, 4),
-    "product of wide ranks": (linear_tokens, {**PRODUCT, **WIDE}, 4),
     "delta": (delta_tokens, DELTA, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
     "norm and delta": (all_reduce_add_norm_rows, {**NORM, "HAS_DELTA": True}, 16),

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bdlora_compile.runtime import bridged_ops, linear_op
+from bdlora_compile.runtime import bridged_ops
 from bdlora_compile.runtime.beside import product_beside
 from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_linear_bridged
 from bdlora_compile.runtime.bridged_ops import lora_shrink_grouped as grouped
 from bdlora_compile.runtime.cache_ops import cache_write_
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, Product
-from bdlora_compile.runtime.linear_op import lora_counters, lora_linear, lora_linear_beside, with_delta
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
+from bdlora_compile.runtime.linear_op import lora_linear, lora_linear_beside, with_delta
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from bdlora_compile.runtime.ops import lora_apply_, lora_expand, lora_shrink, lora_work
 from bdlora_compile.runtime.rotary_op import rotate_and_cache
@@ -62,7 +62,7 @@ class Call:
         return order, segments
 
     def linear(self, run: Callable[..., Any]) -> Tensor:
-        arguments = (*self.bank, *self.work(), lora_counters(self.token_slot), SITES, 8, self.case.out_features)
+        arguments = (*self.bank, *self.work(), SITES, 8, self.case.out_features)
         result: Tensor = run(self.x, self.weight, *arguments)
         return result
 
@@ -92,12 +92,7 @@ def test_apply(call: Call) -> None:
     assert not error(call.y, wanted.double()) < 0.02
 
 
-@pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "apart"])
-def test_linear(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one kernel, and by two operators."""
-    by_token = call.case.tokens <= 64
-    product = Product(columns=16, depth=16, splits=2, stages=1)
-    monkeypatch.setattr(linear_op, "product_for", lambda _: product if is_inside and by_token else None)
+def test_linear(call: Call) -> None:
     wanted = call.linear(plain(lora_linear)).double()
     assert error(call.linear(on_gpu(lora_linear)), wanted) < TOLERANCE
     assert not error(call.x @ call.weight.t(), wanted) < 0.02
@@ -105,7 +100,7 @@ def test_linear(call: Call, is_inside: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(params=[0, 5, 64, 65], ids=str)
 def any_call(request: pytest.FixtureRequest) -> Call:
-    """Up to 16 tokens have their LoRA beside the product, up to 64 the first half of it."""
+    """Up to 64 tokens have their LoRA beside the product."""
     return Call(request.param)
 
 

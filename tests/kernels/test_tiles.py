@@ -1,13 +1,10 @@
 """Which kernels serve a call: every shape has a plan that fits it, and the table's entries are plans."""
 
-from collections.abc import Callable, Iterator
-
 import pytest
 
 from bdlora_compile.runtime.kernels import tiles
-from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, Product, TwoLaunches, default_plan
-from bdlora_compile.runtime.kernels.tuned import PRODUCTS, TUNED
-from bdlora_compile.runtime.linear_op import NUM_COUNTERS
+from bdlora_compile.runtime.kernels.tiles import Call, OneLaunch, TwoLaunches, default_plan
+from bdlora_compile.runtime.kernels.tuned import TUNED
 
 MOST_ELEMENTS = 16384
 """Elements of a tile: 128 a thread with 4 warps; more would leave the registers."""
@@ -37,25 +34,15 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
             assert plan.shrink.splits <= max(1, in_features // 512)
 
 
-@pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
-def test_a_shrink_ahead_is_by_token(width: int) -> None:
-    """No stages, tiles of 64 elements a thread, and no more planes than a reader can sum at once."""
-    for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
-        shrink = tiles.shrink_ahead(in_features, tiles.h_width(width))
-        assert -(-in_features // shrink.depth) <= 16
-        assert (shrink.splits, shrink.stages) == (1, 1)
-        assert shrink.rows * shrink.depth <= 64 * 32 * shrink.warps
-
-
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
 def test_a_shrink_beside_a_product_is_by_token(tokens: int, width: int) -> None:
-    """As one ahead, with up to 128 elements a thread for so few tokens as one instruction takes."""
+    """No stages, few elements a thread, and no more planes than a reader can sum at once."""
     for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
         shrink = tiles.shrink_beside(tokens, in_features, tiles.h_width(width))
         assert -(-in_features // shrink.depth) <= 16
         assert (shrink.splits, shrink.stages) == (1, 1)
-        assert shrink.rows * shrink.depth <= (128 if tokens <= tiles.PRODUCT_LIMIT else 64) * 32 * shrink.warps
+        assert shrink.rows * shrink.depth <= (128 if tokens <= 16 else 64) * 32 * shrink.warps
 
 
 @pytest.mark.parametrize(("width", "rows"), [(1, 2), (2, 2), (3, 4), (8, 8), (16, 16), (17, 16), (64, 16), (512, 16)])
@@ -105,47 +92,3 @@ def test_an_h100_takes_the_plans_of_an_h200(monkeypatch: pytest.MonkeyPatch) -> 
             assert (tiles.plan_for(Call(*key)) == tiles._plan(*fields)) is is_like
         finally:
             tiles._table.cache_clear()
-
-
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Choose as on a GPU of this name."""
-
-    def choose(device: str) -> None:
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
-        tiles._products.cache_clear()
-
-    yield choose
-    tiles._products.cache_clear()
-
-
-@pytest.mark.parametrize("device", PRODUCTS)
-def test_the_table_of_products_holds_plans_for_its_keys(device: str, on_device: Callable[[str], None]) -> None:
-    """Tiles divide the sizes, and there are counters enough; a width that is not there takes the next larger one's."""
-    on_device(device)
-    for tokens, in_features, out_features, width in PRODUCTS[device]:
-        product = tiles.product_for(Call(tokens, in_features, out_features, width))
-        assert product == tiles.product_for(Call(tokens - 1, in_features, out_features, width - width // 4))
-        if product is None:
-            continue
-        assert not any(size % product.columns for size in out_features)
-        assert in_features % (product.splits * product.depth) == 0
-        assert sum(out_features) // product.columns + 2 <= NUM_COUNTERS
-        assert tokens <= tiles.BY_TOKEN_LIMIT
-
-
-def test_an_h100_has_products_of_its_own(on_device: Callable[[str], None]) -> None:
-    """They count where an H200 has others; where it has none, the H200's do."""
-    own, like = PRODUCTS["NVIDIA H100 80GB HBM3"], PRODUCTS["NVIDIA H200"]
-    assert own.keys() < like.keys()
-    assert any(own[key] != like[key] for key in own)
-    on_device("NVIDIA H100 80GB HBM3")
-    for key, fields in (like | own).items():
-        assert tiles.product_for(Call(*key)) == (Product(*fields) if fields else None)
-
-
-def test_products_off_the_table_take_the_default(on_device: Callable[[str], None]) -> None:
-    on_device("a GPU that nobody measured")
-    call = Call(16, 4096, (512, 128, 128), 2)
-    assert tiles.product_for(call) == tiles.default_product(call)

@@ -28,6 +28,6 @@ def row(plan: Plan, us: float, error: float = 2e-3) -> dict[str, Any]:
 )
 def test_the_table_takes(files: list[list[dict[str, Any]]], wanted: Plan) -> None:
     """And its entries are read back as plans."""
-    found = eval(plan_table.entries(files, "plan"))["a GPU"]
+    found = eval(plan_table.entries(files))["a GPU"]
     assert [*found] == [(64, 4096, (768,), 8)]
     assert tiles._plan(*found[64, 4096, (768,), 8]) == wanted

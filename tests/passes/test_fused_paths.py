@@ -378,7 +378,6 @@ def rotation() -> Captured:
         "token_slot": bank.token_slot,
         "order": bank.token_slot,
         "segments": bank.token_slot.new_empty(6, 3),
-        "counters": bank.token_slot.new_empty(1024),
     }
     nodes = {}
     for name, value in inputs.items():

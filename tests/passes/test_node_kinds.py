@@ -7,8 +7,8 @@ from torch.fx import Graph
 import bdlora_compile.backend  # noqa: F401  # registers the operators
 from bdlora_compile.node_kinds import kernel_of, kind_of
 
-HELPERS = {"bdlora::lora_work", "bdlora::lora_counters"}
-"""They read no factor."""
+HELPERS = {"bdlora::lora_work"}
+"""It reads no factor."""
 LORA = sorted({found.name for found in torch._C._jit_get_all_schemas() if found.name.startswith("bdlora::lora_")})
 
 
