@@ -130,17 +130,17 @@ _MOST_OF_A = 65536
 """Elements of A that a program of 8 warps can hold: 256 a thread."""
 
 
-_SHORT = 16
-"""Tokens whose factors are little enough that the time of a launch counts, not of its bytes."""
+_SHORT = 256
+"""Rows of factors, of all tokens together, that are few enough that the time of a launch counts, not of its bytes."""
 
 
 def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
     """The launch of h beside a product without LoRA; ``width``: of h.
 
-    The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So few
-    tokens have few programs, of 128 elements of A a thread; of more that would take too long, and 64 serve better.
+    The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So
+    little work is done by few programs, of 128 elements of A a thread; more would take too long so, and 64 serve better.
     """
-    is_short = tokens <= _SHORT
+    is_short = tokens * width <= _SHORT
     rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
     return Shrink(rows, depth, max(2, rows * depth // (4096 if is_short else 2048)))
 
