@@ -138,7 +138,7 @@ def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
     """The launch of h beside a product without LoRA; ``width``: of h.
 
     The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So
-    little work is done by few programs, of 128 elements of A a thread; more would take too long so, and 64 serve better.
+    little work is done by few programs, of 128 elements of A a thread; more takes less time with 64.
     """
     is_short = tokens * width <= _SHORT
     rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
