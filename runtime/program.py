@@ -32,9 +32,8 @@ from bdlora_compile.runtime.step_graphs import StepGraphs, launch
 RECORDED_TOKENS = 2048
 """Tokens of the largest forward that is recorded: larger ones keep a GPU busy while the host launches them."""
 
-GROWTH = 2
-"""Regions of a piece of a recorded forward for each region before it. The host needs less than half as long to launch a
-region of 8B on eight GPUs as they do to run it, with adapters too."""
+FIRST_PIECE = 8
+"""One in so many regions makes a recorded forward's first graph: launched soon, and long enough to cover the other."""
 
 Callee = Callable[..., Any]
 CallSource = InputSource | CacheSource | CarriedSource | SharedSource
@@ -174,16 +173,12 @@ class Program:
 
 
 def pieces(regions: Sequence[BoundRegion], args: Sequence[Any]) -> list[Callable[[], Any]]:
-    """One forward: its first region, then pieces that grow with what lies before them.
+    """One forward: its first regions, where it has many, and the others.
 
-    The host needs long to launch a recorded graph of hundreds of kernels. While it does, the GPU works on those before.
+    The host needs as long to launch a recorded graph of 500 kernels as the GPU for some of them.
     """
-    flow, parts = Flow(args), list[Callable[[], Any]]()
-    begin, end = 0, 1
-    while begin < len(regions):
-        parts.append(partial(flow.through, regions[begin:end]))
-        begin, end = end, end * (1 + GROWTH)
-    return parts
+    flow, first = Flow(args), len(regions) // FIRST_PIECE
+    return [partial(flow.through, part) for part in (regions[:first], regions[first:]) if part]
 
 
 def _is_captured_by_caller() -> bool:

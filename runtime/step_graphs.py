@@ -1,7 +1,7 @@
-"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and a few launches.
+"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and two launches.
 
 Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before. A
-forward comes in pieces, a graph each: the GPU works on a short piece while the host launches the longer one behind it.
+forward comes in pieces, a graph each: the GPU works on a short first piece while the host launches the long second one.
 """
 
 import logging

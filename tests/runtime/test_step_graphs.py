@@ -191,9 +191,9 @@ def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest
     assert told == ["handle", "recording begins", "forward"]
 
 
-@pytest.mark.parametrize(("count", "ends"), [(1, [1]), (3, [1, 3]), (7, [1, 3, 7]), (33, [1, 3, 9, 27, 33])])
-def test_a_forward_begins_with_a_short_piece(count: int, ends: list[int]) -> None:
-    """Run in pieces or at once, regions hand on the same; each piece has twice as many as all before it."""
+@pytest.mark.parametrize("count", [1, 7, 8, 33])
+def test_a_forward_begins_with_a_short_piece(count: int) -> None:
+    """Run in pieces or at once, regions hand on the same; the first piece has an eighth of them."""
 
     def start(x: int) -> tuple[int, int]:
         return x + 1, 10 * x
@@ -204,7 +204,10 @@ def test_a_forward_begins_with_a_short_piece(count: int, ends: list[int]) -> Non
     first = BoundRegion(start, [InputSource(0)])
     regions = [first, *[BoundRegion(add, [CarriedSource(0), SharedSource(1)])] * (count - 1)]
     parts = pieces(regions, [2])
-    assert [part()[0] for part in parts] == [3 + 20 * (end - 1) for end in ends]
+    assert len(parts) == (2 if count >= 8 else 1)
+    if count >= 8:
+        assert parts[0]()[0] == 3 + 20 * (count // 8 - 1)
+    assert parts[-1]()[0] == 3 + 20 * (count - 1)
 
 
 def test_a_forward_that_the_caller_records_is_not_replayed(
