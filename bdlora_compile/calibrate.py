@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bdlora_compile.calibrate_symmetric import Symmetric, measure_symmetric
 from bdlora_compile.census import wire_share
 from bdlora_compile.errors import BdloraError
 from bdlora_compile.machine import CollectiveKind, Link, Machine, fit_link
@@ -39,6 +40,7 @@ class Settings:
         groups: timed groups of calls, whose median is taken.
         calls: calls of a group.
         sizes: payloads of collectives in bytes.
+        symmetric_sizes: the same of all-reduces through symmetric memory, on GPUs.
         copied: bytes of the tensor that memory is measured with.
         side: of the square matrices that products are measured with.
     """
@@ -46,6 +48,7 @@ class Settings:
     groups: int
     calls: int
     sizes: Sequence[int]
+    symmetric_sizes: Sequence[int]
     copied: int
     side: int
 
@@ -54,9 +57,10 @@ class Settings:
         """Sizes beyond caches, and times of seconds in all."""
         if device.type == "cuda":
             sizes = [2**power for power in range(10, 26, 3 if quick else 1)]
-            return cls(3 if quick else 9, 20, sizes, 2**30, 8192)
+            shared = [2**power for power in range(13, 25)]
+            return cls(3 if quick else 9, 20, sizes, shared, 2**30, 8192)
         sizes = [2**power for power in range(10, 23, 6 if quick else 2)]
-        return cls(3 if quick else 7, 5 if quick else 20, sizes, 2**24 if quick else 2**26, 256 if quick else 1024)
+        return cls(3 if quick else 7, 5 if quick else 20, sizes, [], 2**24 if quick else 2**26, 256 if quick else 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +132,11 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     flops = 2 * settings.side**3 / timer.seconds(lambda: torch.mm(square, square, out=product))
     points = [point for ranks in _group_sizes() for point in _collectives(timer, device, settings, ranks)]
     links = {kind: {ranks: _link(points, kind, ranks) for ranks in _group_sizes()} for kind in _KINDS}
-    machine = Machine(name, _source(device), memory, flops, launch, links[_KINDS[0]], links[_KINDS[1]])
-    return machine, points
+    sizes = settings.symmetric_sizes
+    shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in _group_sizes() if sizes}
+    limits = {ranks: found.limits for ranks, found in shared.items() if found.limits is not None}
+    source = _source(device, shared)
+    return Machine(name, source, memory, flops, launch, links[_KINDS[0]], links[_KINDS[1]], limits), points
 
 
 def _group_sizes() -> list[int]:
@@ -177,10 +184,11 @@ def _link(points: Sequence[Point], kind: CollectiveKind, ranks: int) -> Link:
     return fit_link([(one.wire_bytes, one.seconds) for one in points if (one.kind, one.ranks) == (kind, ranks)])
 
 
-def _source(device: torch.device) -> str:
+def _source(device: torch.device, shared: Mapping[int, Symmetric]) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     how = "CUDA graphs, NCCL" if device.type == "cuda" else f"{torch.get_num_threads()} threads a rank, gloo"
-    return f"bdlora calibrate, {today}, {_processor(device)}, torch {torch.__version__}, {how}"
+    obstacles = [f"; no symmetric memory on {n} ranks: {one.obstacle}" for n, one in shared.items() if one.obstacle]
+    return f"bdlora calibrate, {today}, {_processor(device)}, torch {torch.__version__}, {how}{''.join(obstacles)}"
 
 
 def _processor(device: torch.device) -> str:
@@ -199,6 +207,9 @@ def show(machine: Machine, points: Sequence[Point], console: Console) -> None:
         for ranks, link in links.items():
             row = f"{link.latency * 1e6:,.1f} us + bytes / {link.bandwidth / 1e9:,.2f} GB/s"
             table.add_row(f"{kind}, {ranks} ranks", row)
+    for ranks, found in machine.symmetric.items():
+        row = f"one-shot to {found.one_shot:,} bytes, two-shot to {found.two_shot:,}"
+        table.add_row(f"all_reduce in symmetric memory, {ranks} ranks", row)
     console.print(table)
     if not points:
         return

@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bdlora_compile.runtime.all_reduce import all_reduce
+from bdlora_compile.calibrate_symmetric import WAYS, fastest_limits
+from bdlora_compile.runtime.all_reduce import all_reduce, symmetric_buffer
 from benchmarks.replays import captured
 
 SIZES = [1 << power for power in range(13, 25)]
@@ -94,11 +96,7 @@ def pair_us(call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, 
 
 def limits(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Up to which size each way through symmetric memory is the fastest of the three."""
-    fastest = [min(("one_shot", "two_shot", "nccl"), key=lambda way: line[f"{way}_us"]) for line in lines]
-    sizes = [line["bytes"] for line in lines]
-    one = max((size for size, way in zip(sizes, fastest, strict=True) if way == "one_shot"), default=0)
-    two = max((size for size, way in zip(sizes, fastest, strict=True) if way != "nccl"), default=0)
-    return {"one_shot": one, "two_shot": two}
+    return asdict(fastest_limits({line["bytes"]: {way: line[f"{way}_us"] for way in WAYS} for line in lines}))
 
 
 def joined(description: str | None, arguments: Sequence[str] | None) -> Path:
@@ -113,13 +111,9 @@ def joined(description: str | None, arguments: Sequence[str] | None) -> Path:
 
 def shared_buffer(size: int) -> tuple[Tensor, Any]:
     """Symmetric memory of all ranks, uint8 [size], and the name of their group."""
-    from torch.distributed import _symmetric_memory as symmetric_memory  # needs CUDA's driver
-
     assert dist.group.WORLD is not None, "initialized by `joined`"
     group = dist.group.WORLD.group_name
-    buffer = symmetric_memory.empty(size, dtype=torch.uint8, device="cuda")
-    symmetric_memory.rendezvous(buffer, group)
-    return buffer, group
+    return symmetric_buffer(size, group, torch.device("cuda", torch.cuda.current_device())), group
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -87,7 +87,7 @@ class Bench:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.is_fake = dist.is_initialized() and dist.get_backend() == "fake"
         self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
-        self.machine = find_machine(None, self.device)
+        self.machine = find_machine(options.machine, self.device)
         self.base_step: dict[int, float] = {}
 
     def say(self, text: str) -> None:
@@ -315,6 +315,7 @@ def parse() -> argparse.Namespace:
         help="device: each rank makes its own, nothing large is written; without logits to compare, and transformers",
     )
     parser.add_argument("--inner", choices=["eager", "inductor"], default="inductor")
+    parser.add_argument("--machine", help="a known one, or a file of `bdlora calibrate`: how all-reduces go, prices")
     parser.add_argument("--fake-tp", type=int, default=0, help="be rank 0 of so many, on one GPU")
     parser.add_argument("--no-check", action="store_true", help="do not compare logits")
     parser.add_argument("--no-baseline", dest="baseline", action="store_false", help="leave transformers' own out")

@@ -79,7 +79,7 @@ class AllReduce:
         buffer = mailbox = None
         if limits is not None and not obstacle:
             size = limits.two_shot
-            buffer, obstacle = _on_all(agreement, lambda: _symmetric_buffer(size, mesh, device), limits)
+            buffer, obstacle = _on_all(agreement, lambda: symmetric_buffer(size, mesh.group, device), limits)
         if limits is not None and not obstacle:
             apart = _agreed(agreement, _norm_obstacle(mesh, device), limits)
             if not apart:
@@ -147,16 +147,23 @@ def _size_of(group: str) -> int:
 
 
 def _obstacle(mesh: Mesh, limits: SymmetricLimits | None, dtype: torch.dtype, device: torch.device) -> str:
-    """Why this rank cannot use symmetric memory; empty if it may be able to."""
+    """Why a model on this rank does not use symmetric memory; empty if it may be able to."""
+    if of_group := group_obstacle(device):
+        return of_group
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"PyTorch's kernels add bfloat16 and float32, not {dtype}"
+    return "" if limits is not None else "it was not measured on this machine (`bdlora calibrate --tp N` does that)"
+
+
+def group_obstacle(device: torch.device) -> str:
+    """Why the ranks of this process group cannot use symmetric memory; empty if they may be able to."""
     if not dist.is_available() or not dist.is_initialized():
         return "the ranks are in one process"
     if device.type != "cuda":
         return f"symmetric memory is for GPUs, not {device.type}"
     if dist.get_backend() != "nccl":
         return f"the process group is of {dist.get_backend()}, not nccl"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"PyTorch's kernels add bfloat16 and float32, not {dtype}"
-    return "" if limits is not None else "it was not measured on this machine"
+    return ""
 
 
 def _on_all(agreement: Agreement, allocate: Callable[[], Tensor], limits: SymmetricLimits) -> tuple[Tensor | None, str]:
@@ -184,12 +191,17 @@ def _agreed(agreement: Agreement, own: str, limits: SymmetricLimits | None) -> s
     return ""
 
 
-def _symmetric_buffer(size: int, mesh: Mesh, device: torch.device) -> Tensor:
+def symmetric_buffer(size: int, group: str, device: torch.device) -> Tensor:
+    """uint8 [size] of this rank, which its peers read; all ranks of the group, given by name, call this together.
+
+    Raises:
+        RuntimeError: what PyTorch, the driver or the links lack.
+    """
     from torch.distributed import _symmetric_memory  # needs CUDA's driver
 
     symmetric_memory: Any = _symmetric_memory
     buffer: Tensor = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-    symmetric_memory.rendezvous(buffer, mesh.group)
+    symmetric_memory.rendezvous(buffer, group)
     return buffer
 
 

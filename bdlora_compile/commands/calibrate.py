@@ -17,7 +17,8 @@ def calibrate(
     """Measure memory, products, the cost of a kernel, and collectives over 2, 4, ... TP ranks (--tp 1 has none).
 
     Each collective is fitted as latency + bytes / bandwidth. On GPUs everything is measured inside CUDA graphs, on CPUs
-    call by call. Let nothing else run meanwhile.
+    call by call; on GPUs of one machine also which all-reduces are faster through symmetric memory than through NCCL.
+    Let nothing else run meanwhile.
 
     Example: bdlora calibrate --tp 2 --out machine.json && bdlora explain --config llama-3.1-8b --tp 2
     --machine machine.json --strategy auto

@@ -45,7 +45,7 @@ def choose(wanted: Wanted, agreement: Agreement | None = None, ranks: int = 2) -
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is in this rank's way, and its buffer is ordinary memory."""
     monkeypatch.setattr(all_reduce, "_obstacle", lambda *_: "")
-    monkeypatch.setattr(all_reduce, "_symmetric_buffer", lambda size, *_: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(all_reduce, "symmetric_buffer", lambda size, *_: torch.zeros(size, dtype=torch.uint8))
     monkeypatch.setattr(all_reduce, "new_mailbox", lambda *_: torch.zeros(1, dtype=torch.int64))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
 
@@ -120,7 +120,7 @@ def test_a_failed_rendezvous_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise RuntimeError("CUDA driver error\nmore")
 
-    monkeypatch.setattr(all_reduce, "_symmetric_buffer", fail)
+    monkeypatch.setattr(all_reduce, "symmetric_buffer", fail)
     assert choose("auto", ranks=4).text == "lock-step: RuntimeError: CUDA driver error"
 
 

@@ -1,0 +1,91 @@
+"""Up to which sizes all-reduces through symmetric memory are the fastest; a part of `calibrate.py`, on GPUs.
+
+The operator that served graphs call (`runtime/all_reduce.py`) goes each way in turn, as often as its result is needed.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from bdlora_compile.machine import SymmetricLimits
+from bdlora_compile.runtime.all_reduce import all_reduce, group_obstacle, symmetric_buffer
+
+Seconds = Callable[[Callable[[], object], dist.ProcessGroup], float]
+"""Times a call, over many in a row: seconds on the slowest rank of a group, the same on all of them."""
+
+WAYS = ("one_shot", "two_shot", "nccl")
+
+
+@dataclass(frozen=True, slots=True)
+class Symmetric:
+    """What was found over some ranks.
+
+    Attributes:
+        limits: None where there is no symmetric memory.
+        obstacle: why not.
+    """
+
+    limits: SymmetricLimits | None
+    obstacle: str = ""
+
+
+def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[int], ranks: int) -> Symmetric:
+    """Measure over the first ``ranks`` ranks; the others wait, and get the same result.
+
+    Args:
+        sizes: bytes of messages, in ascending order.
+    """
+    group = dist.group.WORLD if ranks == dist.get_world_size() else dist.new_group(range(ranks))
+    found: list[object] = [None]
+    if dist.get_rank() < ranks:
+        assert isinstance(group, dist.ProcessGroup), "this rank is in the group"
+        found = [_measure(seconds, device, sizes, group)]
+    dist.broadcast_object_list(found, device=device)
+    assert isinstance(found[0], Symmetric), "rank 0's result"
+    return found[0]
+
+
+def fastest_limits(times: Mapping[int, Mapping[str, float]]) -> SymmetricLimits:
+    """The limits that choose what took the least time.
+
+    Args:
+        times: by bytes of a message the time of each of `WAYS`.
+    """
+    fastest = {size: min(WAYS, key=of_way.__getitem__) for size, of_way in times.items()}
+    one = max((size for size, way in fastest.items() if way == "one_shot"), default=0)
+    two = max((size for size, way in fastest.items() if way != "nccl"), default=0)
+    return SymmetricLimits(one, two)
+
+
+def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group: dist.ProcessGroup) -> Symmetric:
+    largest, buffer, obstacle = max(sizes), None, group_obstacle(device)
+    if not obstacle:
+        try:
+            buffer = symmetric_buffer(largest, group.group_name, device)
+        except Exception as error:  # whatever the driver, the links or the build lack
+            obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    obstacle = _agreed(obstacle, group)
+    if obstacle or buffer is None:
+        return Symmetric(None, obstacle)
+    bounds = {"one_shot": (largest, 0), "two_shot": (0, largest), "nccl": (0, 0)}
+    times: dict[int, dict[str, float]] = {}
+    for size in sizes:
+        x = torch.zeros(size // 2, device=device, dtype=torch.bfloat16)
+        times[size] = {
+            way: seconds(partial(all_reduce, x, buffer, *of_way, group.group_name), group)
+            for way, of_way in bounds.items()
+        }
+    return Symmetric(fastest_limits(times))
+
+
+def _agreed(own: str, group: dist.ProcessGroup) -> str:
+    """What is in the way on any rank, the same text on all."""
+    told: list[tuple[str, str]] = [("", "")] * group.size()
+    dist.all_gather_object(told, (socket.gethostname(), own), group)
+    if len({host for host, _ in told}) > 1:
+        return "the ranks are on several machines"
+    return next((f"rank {rank}: {obstacle}" for rank, (_, obstacle) in enumerate(told) if obstacle), "")
