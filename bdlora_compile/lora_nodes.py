@@ -154,6 +154,7 @@ class LinearArguments(_Arguments):
 
     x: Node
     weight: Node
+    bias: Node | None
     pool: Node
     slots: Node
     scales: Node
@@ -173,6 +174,7 @@ class LinearBesideArguments(_Arguments):
 
     x: Node
     weight: Node
+    bias: Node | None
     pool: Node
     slots: Node
     scales: Node
@@ -272,3 +274,11 @@ def bridge_of(expand: Node) -> tuple[Node, list[Node]]:
             pending += node.all_input_nodes
     assert shrink is not None, f"{expand.name}: h comes from a shrink or a lookup"
     return shrink, bridge
+
+
+def weight_and_bias(product: Node) -> tuple[Node, Node | None]:
+    """Of a linear layer's product."""
+    weight, bias = product.args[1], product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")
+    assert isinstance(weight, Node), "a linear layer's weight is a placeholder"
+    assert bias is None or isinstance(bias, Node), "and its bias, where it has one"
+    return weight, bias

@@ -7,6 +7,7 @@ For few tokens alone: that is known when the graph runs, so who makes a delta an
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -19,13 +20,14 @@ from bdlora_compile.lora_nodes import (
     LinearBridgedArguments,
     ShrinkGroupedArguments,
     is_lora_linear,
+    weight_and_bias,
 )
 from bdlora_compile.pass_manager import erase_with_operands
 
 _REDUCE = "bdlora::all_reduce"
-_APART = "its product, which has a bias, and LoRA are two operators"
+_APART = "its product and LoRA are two operators"
 _OTHER_BRIDGE = "what lies between its factors is not one all-reduce through symmetric memory"
-_OTHER_PRODUCT = "its product has a bias, or reads another operand"
+_OTHER_PRODUCT = "its product reads another operand"
 _OTHER_COLUMNS = "its sites do not write all columns of their product"
 
 
@@ -125,7 +127,8 @@ class BridgedPath(Path):
         """By `lora_linear_bridged`."""
         known, product = self.arguments, self.y
         first, (_, buffer, one_shot, two_shot, group) = _shrink_of(known), known.h.args
-        more = {"weight": product.args[1], "parts": known.parts, "part": first.part or 0}
+        weight, bias = weight_and_bias(product)
+        more: dict[str, Any] = {"weight": weight, "bias": bias, "parts": known.parts, "part": first.part or 0}
         more |= {"buffer": buffer, "one_shot": one_shot, "two_shot": two_shot, "group": group}
         # Nobody reads the product before LoRA is added to it.
         with graph.inserting_before(self.expand):
@@ -186,8 +189,7 @@ def _obstacle(path: Path) -> str:
     if operator_name(known.h) != _REDUCE or not ShrinkGroupedArguments.is_of(known.h.all_input_nodes[0]):
         return _OTHER_BRIDGE
     first = _shrink_of(known)
-    operands = [operand for operand in (*known.y.args, *known.y.kwargs.values()) if operand is not None]
-    is_product = operator_name(known.y) == "linear" and operands[0] is first.x and len(operands) == 2
+    is_product = operator_name(known.y) == "linear" and known.y.args[0] is first.x
     return "" if is_product and (first.parts or 1) == known.parts else _OTHER_PRODUCT
 
 

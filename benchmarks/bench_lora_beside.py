@@ -108,9 +108,9 @@ def product(layers: Layers, layer: int, group: int, form: str) -> tuple[Tensor, 
             y = torch.nn.functional.linear(x, weight)
             lora_apply_(x, y, *layers.bank, *sizes)
         case "added":
-            y = lora_linear(x, weight, *layers.bank, *sizes)
+            y = lora_linear(x, weight, None, *layers.bank, *sizes)
         case _:
-            y, delta = lora_linear_beside(x, weight, *layers.bank, *sizes)
+            y, delta = lora_linear_beside(x, weight, None, *layers.bank, *sizes)
     return y, delta
 
 

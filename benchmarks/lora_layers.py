@@ -182,7 +182,7 @@ class Layers:
 
     def both(self, layer: int, group: int) -> Tensor:
         """The product with LoRA, as the operator `lora_linear` does it: side by side for few tokens."""
-        y: Tensor = lora_linear(self.x[group], self.weights[layer][group], *self.bank, *self.sizes(layer, group))
+        y: Tensor = lora_linear(self.x[group], self.weights[layer][group], None, *self.bank, *self.sizes(layer, group))
         return y
 
     def us(self, with_lora: bool, plans: Mapping[int, Plan] | None = None) -> float:

@@ -72,7 +72,8 @@ def _base_product(graph: Graph, node: Node) -> Node:
     """The product that the node computes beside its LoRA."""
     arguments = LinearArguments.of(node)
     with graph.inserting_before(node):
-        y = graph.call_function(torch.nn.functional.linear, (arguments.x, arguments.weight))
+        operands = (arguments.x, arguments.weight, *([] if arguments.bias is None else [arguments.bias]))
+        y = graph.call_function(torch.nn.functional.linear, operands)
     y.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     set_record(y, placement=record(node).placement, site=record(node).site, stage="drop lora")
     return y

@@ -3,7 +3,7 @@
     Before:  y = linear(x, W);  h = shrink(x, A);  y2 = expand(y, h, B)          y2 is used where y was
     After:   order, segments = lora_work(x, token_slot)                once a forward: tokens grouped by slot
              y = linear(x, W);  lora_apply_(x, y, A, B, order, segments)              y is used itself
-    On GPUs: y = lora_linear(x, W, A, B, order, segments)             where y has no bias
+    On GPUs: y = lora_linear(x, W, bias, A, B, order, segments)
     and where a collective lies between the factors:
              h = lora_shrink_grouped(x, A, order, segments);  lora_expand_(y, collective(h), B, order, segments)
 
@@ -29,6 +29,7 @@ from bdlora_compile.lora_nodes import (
     bridge_of,
     is_expand,
     is_lookup,
+    weight_and_bias,
 )
 from bdlora_compile.pass_manager import PassContext, erase_unused
 from bdlora_compile.propagation import number_key
@@ -129,16 +130,14 @@ def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:
 
 
 def _is_product(y: Node, x: Node) -> bool:
-    """Whether y is x times a weight, and nothing more."""
-    operands = [operand for operand in (*y.args, *y.kwargs.values()) if operand is not None]
-    return operator_name(y) == "linear" and operands[0] is x and len(operands) == 2
+    """Whether y is a linear layer's product of x."""
+    return operator_name(y) == "linear" and y.args[0] is x
 
 
 def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:
-    y, weight = second.y, second.y.args[1]
-    assert isinstance(weight, Node), "a linear layer's weight is a placeholder"
+    y, (weight, bias) = second.y, weight_and_bias(second.y)
     with graph.inserting_before(expand):
-        product = LinearArguments.taken_from(first, second, work, weight=weight).insert(graph)
+        product = LinearArguments.taken_from(first, second, work, weight=weight, bias=bias).insert(graph)
     product.meta["nn_module_stack"] = y.meta.get("nn_module_stack")
     set_record(product, placement=record(y).placement, site=record(expand).site, stage="fuse")
     expand.replace_all_uses_with(product)

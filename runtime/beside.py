@@ -11,28 +11,31 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def product_beside(x: Tensor, weight: Tensor, others: Callable[[], T]) -> tuple[Tensor, T]:
-    """(x W^T, what ``others`` returns): on a GPU at the same time, elsewhere one after the other.
+def product_beside(x: Tensor, weight: Tensor, bias: Tensor | None, others: Callable[[], T]) -> tuple[Tensor, T]:
+    """(x W^T + bias, what ``others`` returns): on a GPU at the same time, elsewhere one after the other.
 
     A product of few rows waits for memory, what is beside it for latencies, of launches or of other ranks. Both may be
     recorded in a CUDA graph.
 
     Args:
-        x: [..., D]. weight: W [O, D].
+        x: [..., D]. weight: W [O, D]. bias: [O].
         others: launches on the current stream what reads neither the product nor what it writes.
 
     Returns:
         [..., O] like x, and the other result; what the current stream runs next finds both there.
     """
     if not x.is_cuda:
-        return torch.nn.functional.linear(x, weight), others()
+        return torch.nn.functional.linear(x, weight, bias), others()
     rows = x.reshape(-1, x.shape[-1])
     # Of the current stream's memory, since that stream is where it is read and given back.
     y = x.new_empty(rows.shape[0], weight.shape[0])
     current, beside = torch.cuda.current_stream(x.device), _stream_of(x.device, threading.get_ident())
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
-        torch.mm(rows, weight.t(), out=y)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=y)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=y)
     result = others()
     current.wait_stream(beside)
     return y.view(*x.shape[:-1], weight.shape[0]), result

@@ -112,6 +112,7 @@ def _among_parts(h: Tensor, parts: int, part: int) -> Tensor:
 def lora_linear_bridged(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -131,7 +132,7 @@ def lora_linear_bridged(
     """A base product with a LoRA path that has an all-reduce between its factors: beside it for few tokens.
 
     Args:
-        x: [..., D]. weight: W [O, D].
+        x: [..., D]. weight: W [O, D]. bias: [O].
         pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `linear_op.lora_linear`;
             one site may write fewer columns than W has rows.
         parts, part: as for `lora_shrink_grouped`, whose result is summed over the ranks, and for `ops.lora_expand`.
@@ -142,7 +143,7 @@ def lora_linear_bridged(
     """
     h = lora_shrink_grouped._init_fn(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
     h = all_reduce(h, buffer, one_shot, two_shot, group)
-    y, bank = torch.nn.functional.linear(x, weight), (pool, slots, scales, token_slot)
+    y, bank = torch.nn.functional.linear(x, weight, bias), (pool, slots, scales, token_slot)
     if not has_delta(x):
         return lora_expand(y, h, *bank, sites, out_features, parts), room_for_delta(x, weight)
     return y, as_delta(lora_expand(torch.zeros_like(y), h, *bank, sites, out_features, parts))
@@ -157,6 +158,7 @@ def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -172,7 +174,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     if not has_delta(x):
         h = shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
-        h, y = all_reduce._init_fn(h, *transport), torch.nn.functional.linear(x, weight)
+        h, y = all_reduce._init_fn(h, *transport), torch.nn.functional.linear(x, weight, bias)
         bank = (pool, slots, scales, token_slot)
         expand_by_kernels(y, h, *bank, order, segments, sites, out_features, parts)
         return y, room_for_delta(x, weight)
@@ -184,7 +186,7 @@ def _(
         h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
         return launch.one_plane(all_reduce._init_fn(h, *transport), parts * len(sites))
 
-    return product_and_lora(x, weight, launch.Beside(factors, scales, out_features, parts), exchanged)
+    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, parts), exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def lora_linear(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -29,10 +30,10 @@ def lora_linear(
     width: int,
     out_features: Sequence[int],
 ) -> Tensor:
-    """y = x W^T + scale * (B (A x)), each token with the factors and the scale of its slot.
+    """y = x W^T + bias + scale * (B (A x)), each token with the factors and the scale of its slot.
 
     Args:
-        x: [..., D]. weight: W [O, D], O the sum of ``out_features``.
+        x: [..., D]. weight: W [O, D], O the sum of ``out_features``. bias: [O].
         pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `ops.lora_apply_`; the
             kernel ahead in the stream may write x, but neither W nor these.
 
@@ -40,7 +41,7 @@ def lora_linear(
         [..., O] like x; the base product is rounded before LoRA is added.
     """
     bank = (pool, slots, scales, token_slot)
-    return _in_two(x, weight, bank, order, segments, sites, width, out_features)
+    return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features)
 
 
 @lora_linear.register_fake
@@ -52,6 +53,7 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 def _(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -65,8 +67,8 @@ def _(
     bank = (pool, slots, scales, token_slot)
     writes_all = len(sites) == 1 or sum(out_features) == weight.shape[0]
     if not (has_delta(x) and writes_all):
-        return _in_two(x, weight, bank, order, segments, sites, width, out_features)
-    y, delta = _beside(x, weight, bank, sites, width, out_features)
+        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features)
+    y, delta = _beside(x, weight, bias, bank, sites, width, out_features)
     return y.add_(delta[: math.prod(y.shape[:-1])].view_as(y))
 
 
@@ -74,6 +76,7 @@ def _(
 def lora_linear_beside(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -87,8 +90,8 @@ def lora_linear_beside(
     """`lora_linear`, but of few tokens (`has_delta`) LoRA is a second result, made beside the product.
 
     Args:
-        x, weight, pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for `lora_linear`;
-            one site may write fewer columns than W has rows.
+        x, weight, bias, pool, slots, scales, token_slot, order, segments, sites, width, out_features: as for
+            `lora_linear`; one site may write fewer columns than W has rows.
 
     Returns:
         y: [..., O] like x. delta: [`BY_TOKEN_LIMIT`, O] like x, what y lacks in its first T rows; the other rows hold
@@ -96,8 +99,8 @@ def lora_linear_beside(
     """
     bank = (pool, slots, scales, token_slot)
     if not has_delta(x):
-        return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
-    y = torch.nn.functional.linear(x, weight)
+        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+    y = torch.nn.functional.linear(x, weight, bias)
     added = lora_apply(x, torch.zeros_like(y), *bank, sites, width, out_features)
     return y, as_delta(added)
 
@@ -111,6 +114,7 @@ def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     scales: Tensor,
@@ -123,13 +127,14 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     bank = (pool, slots, scales, token_slot)
     if not has_delta(x):
-        return _in_two(x, weight, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
-    return _beside(x, weight, bank, sites, width, out_features)
+        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+    return _beside(x, weight, bias, bank, sites, width, out_features)
 
 
 def _beside(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     bank: tuple[Tensor, Tensor, Tensor, Tensor],
     sites: Sequence[int],
     width: int,
@@ -141,11 +146,11 @@ def _beside(
     pool, slots, scales, token_slot = bank
     rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
     path = launch.Beside(factors, scales, out_features, 1)
-    return product_and_lora(x, weight, path, lambda: launch.make_h_beside(rows, factors, width))
+    return product_and_lora(x, weight, bias, path, lambda: launch.make_h_beside(rows, factors, width))
 
 
 def product_and_lora(
-    x: Tensor, weight: Tensor, path: "launch.Beside", make_h: Callable[[], Tensor]
+    x: Tensor, weight: Tensor, bias: Tensor | None, path: "launch.Beside", make_h: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(y, delta) of `lora_linear_beside` on a GPU, for few tokens.
 
@@ -153,7 +158,7 @@ def product_and_lora(
     """
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    return product_beside(x, weight, lambda: launch.delta(make_h(), path, weight.shape[0], x.dtype))
+    return product_beside(x, weight, bias, lambda: launch.delta(make_h(), path, weight.shape[0], x.dtype))
 
 
 def has_delta(x: Tensor) -> bool:
@@ -197,6 +202,7 @@ def _(x: Tensor) -> Tensor:
 def _in_two(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     bank: tuple[Tensor, Tensor, Tensor, Tensor],
     order: Tensor,
     segments: Tensor,
@@ -205,6 +211,6 @@ def _in_two(
     out_features: Sequence[int],
 ) -> Tensor:
     """The product, then LoRA added to it; ``bank`` is pool, slots, scales and token_slot."""
-    y = torch.nn.functional.linear(x, weight)
+    y = torch.nn.functional.linear(x, weight, bias)
     lora_apply_(x, y, *bank, order, segments, sites, width, out_features)
     return y

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import Qwen2Config
 
 import bdlora_compile as bd
 from bdlora_compile import fused_norm_paths, fused_norms
@@ -28,6 +29,7 @@ from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
+OF_LLAMA = ("model_type", "architectures", "transformers_version", "attention_bias", "mlp_bias")
 MLP, DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 COLUMNS = 24
 FIRST_LINE = 16
@@ -303,12 +305,18 @@ def answers(
     return found, bd.reports(model)[-1].paths
 
 
+def qwen2(layers: int) -> Qwen2Config:
+    """Sizes of `ModelSpec`, and q, k and v with a bias."""
+    llama = ModelSpec(layers=layers).config().to_dict()
+    return Qwen2Config(**{name: value for name, value in llama.items() if name not in OF_LLAMA})
+
+
 def main() -> int:
     """All checks; a line for each."""
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:
-        save_model(ModelSpec(layers=3), folder / "model")
+        save_model(qwen2(layers=3), folder / "model")
         save_adapter(AdapterSpec(rank=8, nblocks=4), folder / "model", folder / "blocks")
         save_adapter(AdapterSpec(rank=8), folder / "model", folder / "plain")
     dist.barrier()

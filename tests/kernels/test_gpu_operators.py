@@ -56,6 +56,7 @@ class Call:
         self.factors = (bank.pool, bank.slots, self.token_slot)
         self.bank = (bank.pool, bank.slots, bank.scales, self.token_slot)
         self.weight = (torch.randn(128, 64) / 4).to(DEVICE, torch.float16)
+        self.bias = torch.randn(128).to(DEVICE, torch.float16)
 
     def work(self) -> tuple[Tensor, Tensor]:
         order, segments = on_gpu(lora_work)(self.x, self.token_slot)
@@ -63,7 +64,7 @@ class Call:
 
     def linear(self, run: Callable[..., Any]) -> Tensor:
         arguments = (*self.bank, *self.work(), SITES, 8, self.case.out_features)
-        result: Tensor = run(self.x, self.weight, *arguments)
+        result: Tensor = run(self.x, self.weight, self.bias, *arguments)
         return result
 
 
@@ -95,7 +96,7 @@ def test_apply(call: Call) -> None:
 def test_linear(call: Call) -> None:
     wanted = call.linear(plain(lora_linear)).double()
     assert error(call.linear(on_gpu(lora_linear)), wanted) < TOLERANCE
-    assert not error(call.x @ call.weight.t(), wanted) < 0.02
+    assert not error(call.x @ call.weight.t() + call.bias, wanted) < 0.02
 
 
 @pytest.fixture(params=[0, 5, 64, 65], ids=str)
@@ -115,7 +116,7 @@ def check_beside(call: Call, run: Callable[..., Any], wanted: Callable[..., Any]
         ]
     if not (tokens := call.case.tokens):
         return
-    without = (call.x @ call.weight.t()).double()
+    without = (call.x @ call.weight.t() + call.bias).double()
     assert error(y, wanted_y.double()) < TOLERANCE
     assert (error(y, without) < TOLERANCE) is (tokens <= BY_TOKEN_LIMIT), "the twin: LoRA is in y, or beside it"
     assert torch.equal(with_delta(y, delta), y) is (tokens > BY_TOKEN_LIMIT)
@@ -128,7 +129,7 @@ def check_beside(call: Call, run: Callable[..., Any], wanted: Callable[..., Any]
 
 def test_a_product_beside_its_lora(any_call: Call) -> None:
     call = any_call
-    arguments = (call.x, call.weight, *call.bank, *call.work(), SITES, 8, call.case.out_features)
+    arguments = (call.x, call.weight, call.bias, *call.bank, *call.work(), SITES, 8, call.case.out_features)
     check_beside(call, on_gpu(lora_linear_beside), lora_linear_beside, *arguments)
 
 
@@ -149,18 +150,19 @@ def test_a_product_beside_an_exchange(any_call: Call, part: int, monkeypatch: py
     transport = (torch.zeros(64, dtype=torch.uint8, device=DEVICE), 0, 0, "group")
     # Shares of ranks 4 and 2 are all that both ranks have; this one's A of another rank is read up to there.
     lora = (*call.bank, *call.work(), SITES, 8, call.case.out_features, 2, part)
-    check_beside(
-        call, lora_linear_bridged._backend_fns["cuda"], lora_linear_bridged, call.x, call.weight, *lora, *transport
-    )
+    arguments = (call.x, call.weight, call.bias, *lora, *transport)
+    check_beside(call, lora_linear_bridged._backend_fns["cuda"], lora_linear_bridged, *arguments)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are a GPU's")
-def test_a_product_beside_others_is_there_behind_them() -> None:
+@pytest.mark.parametrize("bias", [None, 3.0])
+def test_a_product_beside_others_is_there_behind_them(bias: float | None) -> None:
     """Also recorded, and replayed with other operands: what is launched next reads this replay's product."""
     x, weight = (torch.randn(size, 4096, device=DEVICE).half() for size in (16, 8192))
+    added = None if bias is None else torch.full((8192,), bias, device=DEVICE).half()
 
     def run() -> Tensor:
-        y, doubled = product_beside(x.sin(), weight, lambda: 2 * x)
+        y, doubled = product_beside(x.sin(), weight, added, lambda: 2 * x)
         return y + doubled[:, :1]
 
     run()
@@ -170,7 +172,7 @@ def test_a_product_beside_others_is_there_behind_them() -> None:
     for _ in range(20):
         x.normal_()
         graph.replay()
-        wanted = x.sin().double() @ weight.double().t() + 2 * x[:, :1].double()
+        wanted = x.sin().double() @ weight.double().t() + 2 * x[:, :1].double() + (bias or 0.0)
         assert error(found, wanted) < TOLERANCE
         assert not error(found, wanted + 1) < TOLERANCE
 

@@ -53,7 +53,7 @@ def operands(case: Case, bank: AdapterBank, x: Tensor) -> tuple[Any, ...]:
 def test_product_with_lora_equals_dense_products(name: str, runs: Run) -> None:
     case = CASES[name]
     bank, x, weight, wanted = prepared(case)
-    assert error(runs(lora_linear)(x, weight, *operands(case, bank, x)), wanted) < TOLERANCE
+    assert error(runs(lora_linear)(x, weight, None, *operands(case, bank, x)), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("runs", [on_gpu, plain])
@@ -68,7 +68,7 @@ def test_damage_is_noticed(damage: str, runs: Run) -> None:
         bank.token_slot[: case.tokens] = (bank.token_slot[: case.tokens] + 2) % len(RANKS)
     else:
         bank.slots[0, :, 0] += case.in_features
-    assert not error(runs(lora_linear)(x, weight, *operands(case, bank, x)), wanted) < 0.02
+    assert not error(runs(lora_linear)(x, weight, None, *operands(case, bank, x)), wanted) < 0.02
 
 
 @pytest.mark.parametrize("runs", [on_gpu, plain])
@@ -77,7 +77,7 @@ def test_sites_may_write_some_columns_of_a_product(runs: Run) -> None:
     case = CASES["plain"]
     bank, x, weight, wanted = prepared(case)
     *shared, _, width, outs = operands(case, bank, x)
-    found = runs(lora_linear)(x, weight, *shared, [0, 1], width, outs[:2])
+    found = runs(lora_linear)(x, weight, None, *shared, [0, 1], width, outs[:2])
     written = sum(outs[:2])
     assert error(found[:, :written], wanted[:, :written]) < TOLERANCE
     assert error(found[:, written:], x.double() @ weight[written:].double().t()) < TOLERANCE
@@ -89,7 +89,7 @@ def test_a_product_and_what_lies_beside_it_equal_dense_products(name: str, runs:
     """Of many tokens nothing lies beside it."""
     case = CASES[name]
     bank, x, weight, wanted = prepared(case)
-    y, delta = runs(lora_linear_beside)(x, weight, *operands(case, bank, x))
+    y, delta = runs(lora_linear_beside)(x, weight, None, *operands(case, bank, x))
     assert error(with_delta(y, delta), wanted) < TOLERANCE
     # The twins: left out, and another token's. Of many tokens neither is noticed.
     for found in (y, with_delta(y, delta.roll(1, dims=0))):
@@ -102,7 +102,7 @@ def test_one_site_may_write_some_columns_of_a_product(runs: Run) -> None:
     case = CASES["wide"]
     bank, x, weight, _ = prepared(case)
     *shared, _, width, outs = operands(case, bank, x)
-    y, delta = runs(lora_linear_beside)(x, weight, *shared, [0], width, outs[:1])
+    y, delta = runs(lora_linear_beside)(x, weight, None, *shared, [0], width, outs[:1])
     assert error(y, x.double() @ weight.double().t()) < TOLERANCE
     assert delta[: case.tokens, : case.out_features[0]].any()
     assert not delta[: case.tokens, case.out_features[0] :].any()

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from bdlora_compile.factors import Layout
-from bdlora_compile.ir import Captured, operator_name
+from bdlora_compile.ir import Captured, operator_name, stage_nodes
+from bdlora_compile.lora_nodes import LinearArguments
 from bdlora_compile.passes.drop_lora import DropLora
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.passes.localize import LocalizeLora
@@ -53,15 +54,18 @@ def test_on_gpus_a_path_and_its_product_become_one(golden: GoldenCheck) -> None:
     golden("drop_lora_column_and_row", print_graph(captured.graph))
 
 
-def test_on_gpus_a_product_with_a_bias_stays() -> None:
-    """The twin: a bias is added too."""
+def test_on_gpus_a_product_keeps_its_bias() -> None:
+    """Also where LoRA is dropped again."""
     plan = on_gpu(plan_of(1, (UP,)))
     build = GraphBuilder()
     x, up, bias = build.input("x", 2, 3, 8), build.weight(UP.weight, 12, 8), build.weight(f"{UP.name}.bias", 12)
     captured = merged(build.finish(build.call(torch.relu, build.linear(x, up, bias, site=UP.name))), plan)
     assert run(Fuse(), captured, plan).matches == 1
-    assert count(captured, "bdlora::lora_apply_") == 1
-    assert count(captured, "bdlora::lora_linear") == 0
+    (product,) = stage_nodes(captured.graph, "bdlora::lora_linear")
+    assert LinearArguments.of(product).bias is bias
+    run(DropLora(), captured, plan)
+    (product,) = stage_nodes(captured.graph, "linear")
+    assert product.args == (x, up, bias)
 
 
 def test_on_gpus_paths_with_a_collective_share_their_grouping(golden: GoldenCheck) -> None:

@@ -26,7 +26,7 @@ from bdlora_compile.ir import (
     set_record,
     stage_nodes,
 )
-from bdlora_compile.lora_nodes import LinearArguments, RotateArguments
+from bdlora_compile.lora_nodes import LinearArguments, LinearBesideArguments, LinearBridgedArguments, RotateArguments
 from bdlora_compile.lora_paths import Path
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.placement import Mesh
@@ -243,17 +243,29 @@ def test_other_activations_stay_and_say_why(activation: Activation, reason: str)
     assert print_graph(captured.graph) == before
 
 
-@pytest.mark.parametrize("reads", ["bias", "another operand"])
-def test_other_products_with_an_exchange_stay_and_say_why(reads: str) -> None:
+def test_other_products_with_an_exchange_stay_and_say_why() -> None:
     captured = a_layer(2, layout=Layout.SLORA)
     (product,) = [node for node in stage_nodes(captured.graph, "linear") if record(node).site == OUT.name]
     x, weight = product.args[:2]
     with captured.graph.inserting_before(product):
-        other = captured.graph.call_function(torch.neg, (x,))
-    bias = placeholders(captured.graph)[1]
-    product.args = (x, weight, bias) if reads == "bias" else (other, weight)
+        product.args = (captured.graph.call_function(torch.neg, (x,)), weight)
     reasons = {refusal.where: refusal.reason for refusal in fuse_paths(captured).refusals}
-    assert reasons == {OUT.name: "its product has a bias, or reads another operand"}
+    assert reasons == {OUT.name: "its product reads another operand"}
+
+
+def test_a_product_beside_its_lora_keeps_its_bias() -> None:
+    """In either layout."""
+    for layout, operator_of, known in (
+        (Layout.LOCAL, "bdlora::lora_linear", LinearBesideArguments),
+        (Layout.SLORA, "linear", LinearBridgedArguments),
+    ):
+        captured = a_layer(2, layout=layout)
+        (product,) = [node for node in stage_nodes(captured.graph, operator_of) if record(node).site == OUT.name]
+        bias = placeholders(captured.graph)[1]
+        product.args = (*product.args[:2], bias, *product.args[3:])
+        assert fuse_paths(captured).matches == 3
+        pairs = {record(node).site: node for node in stage_nodes(captured.graph, f"bdlora::{known.OPERATOR}")}
+        assert [known.of(pair).bias is bias for pair in pairs.values()] == [site == OUT.name for site in pairs]
 
 
 def test_sites_that_write_a_part_of_their_product_stay_and_say_why() -> None:
@@ -353,18 +365,6 @@ def test_the_graph_computes_the_same(
         bank.scales.copy_(kept)
 
 
-def test_a_product_with_a_bias_says_so() -> None:
-    build = GraphBuilder()
-    x, bias = build.input("x", 2, 3, 8), build.weight(f"{GATE.name}.bias", 12)
-    y = build.linear(x, build.weight(f"{GATE.name}.weight", 12, 8), bias, site=GATE.name)
-    plan = plan_of(1, (GATE,))
-    captured = merged(build.finish(y), plan)
-    run(Fuse(), captured, on_gpu(plan))
-    stats = fuse_paths(captured)
-    assert (stats.matches, stats.notes["paths"]) == (0, 1)
-    assert "has a bias" in stats.refusals[0].reason
-
-
 def rotation() -> Captured:
     """Attention's half of a layer behind a product with LoRA, rotations and the cache in one operator."""
     captured = RotaryLayer().finish()
@@ -386,7 +386,7 @@ def rotation() -> Captured:
             nodes[name].meta["example_value"] = torch.empty(value.shape, dtype=value.dtype)
     with graph.inserting_before(product):
         x, weight = product.args
-        more = {"x": x, "weight": weight, "sites": (0, 1, 2), "width": 4, "out_features": (32, 16, 16)}
+        more = {"x": x, "weight": weight, "bias": None, "sites": (0, 1, 2), "width": 4, "out_features": (32, 16, 16)}
         path = LinearArguments.taken_from(**nodes, **more).insert(graph)
     set_record(path, site="q, k and v")
     product.replace_all_uses_with(path)
