@@ -62,12 +62,13 @@ def fastest_limits(times: Mapping[int, Mapping[str, float]]) -> SymmetricLimits:
 
 
 def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group: dist.ProcessGroup) -> Symmetric:
-    largest, buffer, obstacle = max(sizes), None, group_obstacle(device)
-    if not obstacle:
-        try:
-            buffer = symmetric_buffer(largest, group.group_name, device)
-        except Exception as error:  # whatever the driver, the links or the build lack
-            obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    if obstacle := _agreed(group_obstacle(device), group):
+        return Symmetric(None, obstacle)
+    largest, buffer = max(sizes), None
+    try:
+        buffer = symmetric_buffer(largest, group.group_name, device)
+    except Exception as error:  # whatever the driver, the links or the build lack
+        obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     obstacle = _agreed(obstacle, group)
     if obstacle or buffer is None:
         return Symmetric(None, obstacle)
