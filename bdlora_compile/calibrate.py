@@ -57,7 +57,7 @@ class Settings:
         """Sizes beyond caches, and times of seconds in all."""
         if device.type == "cuda":
             sizes = [2**power for power in range(10, 26, 3 if quick else 1)]
-            shared = [2**power for power in range(13, 25)]
+            shared = [2**power for power in range(13, 25, 3 if quick else 1)]
             return cls(3 if quick else 9, 20, sizes, shared, 2**30, 8192)
         sizes = [2**power for power in range(10, 23, 6 if quick else 2)]
         return cls(3 if quick else 7, 5 if quick else 20, sizes, [], 2**24 if quick else 2**26, 256 if quick else 1024)

@@ -3,7 +3,6 @@
 The operator that served graphs call (`runtime/all_reduce.py`) goes each way in turn, as often as its result is needed.
 """
 
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from bdlora_compile.machine import SymmetricLimits
-from bdlora_compile.runtime.all_reduce import all_reduce, group_obstacle, symmetric_buffer
+from bdlora_compile.runtime.agreement import agreement_of
+from bdlora_compile.runtime.all_reduce import all_reduce, buffer_on_all, group_obstacle
 
 Seconds = Callable[[Callable[[], object], dist.ProcessGroup], float]
 """Times a call, over many in a row: seconds on the slowest rank of a group, the same on all of them."""
@@ -62,15 +62,10 @@ def fastest_limits(times: Mapping[int, Mapping[str, float]]) -> SymmetricLimits:
 
 
 def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group: dist.ProcessGroup) -> Symmetric:
-    if obstacle := _agreed(group_obstacle(device), group):
-        return Symmetric(None, obstacle)
-    largest, buffer = max(sizes), None
-    try:
-        buffer = symmetric_buffer(largest, group.group_name, device)
-    except Exception as error:  # whatever the driver, the links or the build lack
-        obstacle = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    obstacle = _agreed(obstacle, group)
-    if obstacle or buffer is None:
+    largest = max(sizes)
+    agreement = agreement_of([group])
+    buffer, obstacle = buffer_on_all(agreement, group_obstacle(device), largest, group.group_name, device)
+    if buffer is None:
         return Symmetric(None, obstacle)
     bounds = {"one_shot": (largest, 0), "two_shot": (0, largest), "nccl": (0, 0)}
     times: dict[int, dict[str, float]] = {}
@@ -81,12 +76,3 @@ def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group
             for way, of_way in bounds.items()
         }
     return Symmetric(fastest_limits(times))
-
-
-def _agreed(own: str, group: dist.ProcessGroup) -> str:
-    """What is in the way on any rank, the same text on all."""
-    told: list[tuple[str, str]] = [("", "")] * group.size()
-    dist.all_gather_object(told, (socket.gethostname(), own), group)
-    if len({host for host, _ in told}) > 1:
-        return "the ranks are on several machines"
-    return next((f"rank {rank}: {obstacle}" for rank, (_, obstacle) in enumerate(told) if obstacle), "")

@@ -60,15 +60,15 @@ def _into_layers(captured: Captured, paths: Sequence[Path]) -> Mapping[str, str]
 
 def _fuse(graph: Graph, path: Path) -> str | None:
     """Why a path stays, empty if it does not, None where what reads it is not known."""
-    activation, norm, rotation = activation_behind(path), norm_behind(path), _rotation_behind(path)
-    reader = norm if norm is not None else rotation
-    if reader is None and not isinstance(activation, Node):
-        return activation or None
+    activation = activation_behind(path)
     if isinstance(activation, Node):
         fuse_activation(graph, path, activation)
-    elif reader is not None:
-        _, delta = path.put_beside(graph)
-        reader.args = (*reader.args, delta)
+        return ""
+    reader = norm_behind(path) or _rotation_behind(path)
+    if reader is None:
+        return activation or None
+    _, delta = path.put_beside(graph)
+    reader.args = (*reader.args, delta)
     return ""
 
 

@@ -276,6 +276,11 @@ def bridge_of(expand: Node) -> tuple[Node, list[Node]]:
     return shrink, bridge
 
 
+def is_product_of(y: Node, x: Node) -> bool:
+    """Whether y is a linear layer's product of x."""
+    return operator_name(y) == "linear" and y.args[0] is x
+
+
 def weight_and_bias(product: Node) -> tuple[Node, Node | None]:
     """Of a linear layer's product."""
     weight, bias = product.args[1], product.args[2] if len(product.args) > 2 else product.kwargs.get("bias")

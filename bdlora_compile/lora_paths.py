@@ -1,7 +1,7 @@
 """LoRA paths of a finished graph of GPUs, and how each is put beside its base product.
 
 For few tokens alone: that is known when the graph runs, so who makes a delta and who adds it ask the same question
-(`linear_op.is_served_by_token`).
+(`linear_op.has_delta`).
 """
 
 import operator
@@ -20,6 +20,7 @@ from bdlora_compile.lora_nodes import (
     LinearBridgedArguments,
     ShrinkGroupedArguments,
     is_lora_linear,
+    is_product_of,
     weight_and_bias,
 )
 from bdlora_compile.pass_manager import erase_with_operands
@@ -189,8 +190,8 @@ def _obstacle(path: Path) -> str:
     if operator_name(known.h) != _REDUCE or not ShrinkGroupedArguments.is_of(known.h.all_input_nodes[0]):
         return _OTHER_BRIDGE
     first = _shrink_of(known)
-    is_product = operator_name(known.y) == "linear" and known.y.args[0] is first.x
-    return "" if is_product and (first.parts or 1) == known.parts else _OTHER_PRODUCT
+    fits = is_product_of(known.y, first.x) and (first.parts or 1) == known.parts
+    return "" if fits else _OTHER_PRODUCT
 
 
 def _label(node: Node) -> str:

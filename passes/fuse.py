@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, Node
 
-from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, operator_name, record, set_record
+from bdlora_compile.ir import Captured, Fact, Origin, fake_tensor, record, set_record
 from bdlora_compile.lora_nodes import (
     ApplyArguments,
     ExpandArguments,
@@ -29,6 +29,7 @@ from bdlora_compile.lora_nodes import (
     bridge_of,
     is_expand,
     is_lookup,
+    is_product_of,
     weight_and_bias,
 )
 from bdlora_compile.pass_manager import PassContext, erase_unused
@@ -93,7 +94,7 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
     shared = _work_of(graph, second.h, work)
-    if on_gpu and _is_product(second.y, first.x):
+    if on_gpu and is_product_of(second.y, first.x):
         _insert_product(graph, expand, first, second, shared)
     else:
         _insert_apply(graph, expand, first, second, shared)
@@ -127,11 +128,6 @@ def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:
     shrink.replace_all_uses_with(grouped)
     expand.replace_all_uses_with(second.y)
     erase_unused(graph, [expand, shrink])
-
-
-def _is_product(y: Node, x: Node) -> bool:
-    """Whether y is a linear layer's product of x."""
-    return operator_name(y) == "linear" and y.args[0] is x
 
 
 def _insert_product(graph: Graph, expand: Node, first: ShrinkArguments, second: ExpandArguments, work: _Work) -> None:

@@ -75,11 +75,9 @@ class AllReduce:
         if wanted == "nccl":
             return cls(_own_text("asked for"))
         limits = machine.symmetric_limits(mesh.size)
-        obstacle = _agreed(agreement, _obstacle(mesh, limits, dtype, device), limits)
-        buffer = mailbox = None
-        if limits is not None and not obstacle:
-            size = limits.two_shot
-            buffer, obstacle = _on_all(agreement, lambda: symmetric_buffer(size, mesh.group, device), limits)
+        own = _obstacle(mesh, limits, dtype, device)
+        buffer, obstacle = buffer_on_all(agreement, own, limits.two_shot if limits else 0, mesh.group, device, limits)
+        mailbox = None
         if limits is not None and not obstacle:
             apart = _agreed(agreement, _norm_obstacle(mesh, device), limits)
             if not apart:
@@ -166,7 +164,23 @@ def group_obstacle(device: torch.device) -> str:
     return ""
 
 
-def _on_all(agreement: Agreement, allocate: Callable[[], Tensor], limits: SymmetricLimits) -> tuple[Tensor | None, str]:
+def buffer_on_all(
+    agreement: Agreement, own: str, size: int, group: str, device: torch.device, limits: SymmetricLimits | None = None
+) -> tuple[Tensor | None, str]:
+    """This rank's symmetric memory, uint8 [size], if all ranks of a group have theirs; or None, and why not.
+
+    Args:
+        own: what is in this rank's way; empty if nothing is.
+        limits: what the ranks go by, which must be the same on all.
+    """
+    if obstacle := _agreed(agreement, own, limits):
+        return None, obstacle
+    return _on_all(agreement, lambda: symmetric_buffer(size, group, device), limits)
+
+
+def _on_all(
+    agreement: Agreement, allocate: Callable[[], Tensor], limits: SymmetricLimits | None
+) -> tuple[Tensor | None, str]:
     """This rank's memory of something that all ranks have; or nothing, and why some rank has none."""
     memory, obstacle = None, ""
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce
 from bdlora_compile.runtime.kernels.tiles import can_overlap, one_plane_shrink
-from bdlora_compile.runtime.linear_op import as_delta, has_delta, product_and_lora, room_for_delta
+from bdlora_compile.runtime.linear_op import Lora, as_delta, has_delta, product_and_lora, room_for_delta
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
 if TYPE_CHECKING:
@@ -155,28 +155,13 @@ def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @lora_linear_bridged.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-    parts: int,
-    part: int,
-    *transport: Any,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    lora, (parts, part, *transport) = Lora(*others[: len(Lora._fields)]), others[len(Lora._fields) :]
+    pool, slots, scales, token_slot, order, segments, sites, width, out_features = lora
     if not has_delta(x):
         h = shrink_by_kernels(x, pool, slots, token_slot, order, segments, sites, width, parts, part)
         h, y = all_reduce._init_fn(h, *transport), torch.nn.functional.linear(x, weight, bias)
-        bank = (pool, slots, scales, token_slot)
-        expand_by_kernels(y, h, *bank, order, segments, sites, out_features, parts)
+        expand_by_kernels(y, h, pool, slots, scales, token_slot, order, segments, sites, out_features, parts)
         return y, room_for_delta(x, weight)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from bdlora_compile.runtime.ops import has_kernels, lora_apply, lora_apply_
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels import launch
+
+
+class Lora(NamedTuple):
+    """What the operators here take behind W and its bias, in the order of `ops.lora_apply_`; see there."""
+
+    pool: Tensor
+    slots: Tensor
+    scales: Tensor
+    token_slot: Tensor
+    order: Tensor
+    segments: Tensor
+    sites: Sequence[int]
+    width: int
+    out_features: Sequence[int]
 
 
 @torch.library.custom_op("bdlora::lora_linear", mutates_args=())
@@ -40,8 +54,8 @@ def lora_linear(
     Returns:
         [..., O] like x; the base product is rounded before LoRA is added.
     """
-    bank = (pool, slots, scales, token_slot)
-    return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features)
+    lora = Lora(pool, slots, scales, token_slot, order, segments, sites, width, out_features)
+    return _in_two(x, weight, bias, lora)
 
 
 @lora_linear.register_fake
@@ -50,26 +64,12 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 
 
 @lora_linear.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> Tensor:
-    bank = (pool, slots, scales, token_slot)
-    writes_all = len(sites) == 1 or sum(out_features) == weight.shape[0]
-    if not (has_delta(x) and writes_all):
-        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features)
-    y, delta = _beside(x, weight, bias, bank, sites, width, out_features)
-    return y.add_(delta[: math.prod(y.shape[:-1])].view_as(y))
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> Tensor:
+    lora = Lora(*others)
+    writes_all = len(lora.sites) == 1 or sum(lora.out_features) == weight.shape[0]
+    if has_delta(x) and writes_all:
+        return with_delta(*_beside(x, weight, bias, lora))
+    return _in_two(x, weight, bias, lora)
 
 
 @torch.library.custom_op("bdlora::lora_linear_beside", mutates_args=())
@@ -97,11 +97,11 @@ def lora_linear_beside(
         y: [..., O] like x. delta: [`BY_TOKEN_LIMIT`, O] like x, what y lacks in its first T rows; the other rows hold
             anything, and so do all where tokens are more than few.
     """
-    bank = (pool, slots, scales, token_slot)
+    lora = Lora(pool, slots, scales, token_slot, order, segments, sites, width, out_features)
     if not has_delta(x):
-        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
+        return _in_two(x, weight, bias, lora), room_for_delta(x, weight)
     y = torch.nn.functional.linear(x, weight, bias)
-    added = lora_apply(x, torch.zeros_like(y), *bank, sites, width, out_features)
+    added = lora_apply(x, torch.zeros_like(y), pool, slots, scales, token_slot, sites, width, out_features)
     return y, as_delta(added)
 
 
@@ -111,42 +111,20 @@ def _(x: Tensor, weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @lora_linear_beside.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pool: Tensor,
-    slots: Tensor,
-    scales: Tensor,
-    token_slot: Tensor,
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    bank = (pool, slots, scales, token_slot)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    lora = Lora(*others)
     if not has_delta(x):
-        return _in_two(x, weight, bias, bank, order, segments, sites, width, out_features), room_for_delta(x, weight)
-    return _beside(x, weight, bias, bank, sites, width, out_features)
+        return _in_two(x, weight, bias, lora), room_for_delta(x, weight)
+    return _beside(x, weight, bias, lora)
 
 
-def _beside(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """(y, delta) on a GPU, for few tokens; ``bank`` as for `_in_two`."""
+def _beside(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple[Tensor, Tensor]:
+    """(y, delta) on a GPU, for few tokens."""
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    pool, slots, scales, token_slot = bank
-    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
-    path = launch.Beside(factors, scales, out_features, 1)
-    return product_and_lora(x, weight, bias, path, lambda: launch.make_h_beside(rows, factors, width))
+    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(lora.pool, lora.slots, lora.token_slot, lora.sites)
+    path = launch.Beside(factors, lora.scales, lora.out_features, 1)
+    return product_and_lora(x, weight, bias, path, lambda: launch.make_h_beside(rows, factors, lora.width))
 
 
 def product_and_lora(
@@ -199,18 +177,8 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(BY_TOKEN_LIMIT, x.shape[-1])
 
 
-def _in_two(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
-    order: Tensor,
-    segments: Tensor,
-    sites: Sequence[int],
-    width: int,
-    out_features: Sequence[int],
-) -> Tensor:
-    """The product, then LoRA added to it; ``bank`` is pool, slots, scales and token_slot."""
+def _in_two(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> Tensor:
+    """The product, then LoRA added to it."""
     y = torch.nn.functional.linear(x, weight, bias)
-    lora_apply_(x, y, *bank, order, segments, sites, width, out_features)
+    lora_apply_(x, y, *lora)
     return y

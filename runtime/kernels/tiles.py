@@ -137,8 +137,8 @@ _SHORT = 256
 def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
     """The launch of h beside a product without LoRA; ``width``: of h.
 
-    The product's programs take a multiprocessor each, for themselves, and those that find none free come late. So
-    little work is done by few programs, of 128 elements of A a thread; more takes less time with 64.
+    Little work is done by few programs, of 128 elements of A a thread: the product beside them is then slowed least.
+    More work takes less time with 64.
     """
     is_short = tokens * width <= _SHORT
     rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
@@ -149,7 +149,7 @@ def delta_tiles(width: int) -> Expand:
     """A program of `delta_tokens`; ``width``: of h, all parts together.
 
     A thread has 8 columns of y, 16 bytes, and all rows of B at them: no sums across threads, which took longer than
-    all else.
+    the rest of the kernel.
     """
     warps = 4
     return Expand(min(max(2, _power_of_two(width)), 16), ELEMENTS_OF_A_WARP * warps, warps)
@@ -233,7 +233,7 @@ def default_launches(call: Call) -> TwoLaunches:
 
 
 def h_width(width: int) -> int:
-    """Columns of h for a site where a kernel that does something else makes h: a power of two."""
+    """Columns of h for a site, beside a product: a power of two."""
     return max(2, _power_of_two(width))
 
 

@@ -51,7 +51,7 @@ def found(ranks: int, allocate: Callable[..., Tensor], obstacle: str = "") -> Sy
     """By the first ranks of all."""
     with (
         patch.object(calibrate_symmetric, "group_obstacle", lambda _: obstacle),
-        patch.object(calibrate_symmetric, "symmetric_buffer", allocate),
+        patch("bdlora_compile.runtime.all_reduce.symmetric_buffer", allocate),
         patch.object(calibrate_symmetric, "all_reduce", stand_in),
     ):
         return measure_symmetric(seconds, torch.device("cpu"), SIZES, ranks)
