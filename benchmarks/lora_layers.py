@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.kernels import launch
-from bdlora_compile.runtime.kernels.tiles import Call, Plan, segment_tokens
+from bdlora_compile.runtime.kernels.tiles import Call, Plan
 from bdlora_compile.runtime.linear_op import lora_linear
 from bdlora_compile.runtime.ops import SlotField, lora_work
 from benchmarks.replays import replay_us
@@ -120,9 +120,9 @@ class Layers:
         self.slots, self.pool = self._fill_pool(next(number))
         self.scales = torch.full(self.slots.shape[:2], 0.5, device=device)
         self.token_slot = (torch.arange(case.tokens, device=device) % case.active).sort().values.to(torch.int32)
-        size = segment_tokens(case.tokens)
-        self.work = launch.segment_work(self.token_slot, size) if size else None
-        self.bank = (self.pool, self.slots, self.scales, self.token_slot, *lora_work(self.x[0], self.token_slot))
+        order, segments = lora_work(self.x[0], self.token_slot)
+        self.work = launch.work_for(case.tokens, order, segments)
+        self.bank = (self.pool, self.slots, self.scales, self.token_slot, order, segments)
         """What operators take between W and `sizes`."""
 
     def _random(self, *shape: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""A base product on a stream beside the current one, while what needs its operand alone is launched on that one."""
+"""A base product on a stream beside the current one, while what needs its operand alone is launched on that one.
+
+And launches that must have ended before any kernel starts that is launched behind them.
+"""
 
 import threading
 from collections.abc import Callable
@@ -39,6 +42,22 @@ def product_beside(x: Tensor, weight: Tensor, bias: Tensor | None, others: Calla
     result = others()
     current.wait_stream(beside)
     return y.view(*x.shape[:-1], weight.shape[0]), result
+
+
+def ended_before_others(device: torch.device, launch: Callable[[], None]) -> None:
+    """Launch what the current stream's next kernels read at once, also those that start early.
+
+    A kernel that may start before the one ahead in its stream has ended (programmatic dependent launch) still waits for
+    another stream's.
+    """
+    if device.type != "cuda":
+        launch()
+        return
+    current, beside = torch.cuda.current_stream(device), _stream_of(device, threading.get_ident())
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        launch()
+    current.wait_stream(beside)
 
 
 @cache

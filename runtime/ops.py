@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.tiles import segment_tokens
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, segment_tokens
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels.launch import Work
@@ -195,8 +195,8 @@ def lora_work(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         order: int32 [T], tokens sorted by slot.
-        segments: int32 [T, 3], see `kernels.launch.segment_work`. Both hold nothing where T is so small that kernels
-        work token by token, and on devices without kernels.
+        segments: int32 [T, 3], see `kernels.launch.segment_work`. Both hold nothing where T is so small that no kernel
+        wants tokens grouped, and on devices without kernels.
     """
     tokens = math.prod(x.shape[:-1])
     return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
@@ -214,9 +214,9 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 @lora_work.register_kernel("cuda")
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
-    work = _own_work(tokens, token_slot) if has_kernels(x.dtype) else None
-    if work is None:
+    if not has_kernels(x.dtype) or not segment_tokens(tokens):
         return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    work = _grouped(tokens, token_slot)
     return work.order, work.segments
 
 
@@ -287,10 +287,13 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 def _own_work(tokens: int, token_slot: Tensor) -> "Work | None":
     """The tokens grouped by slot; None where kernels work token by token."""
+    return _grouped(tokens, token_slot) if tokens > BY_TOKEN_LIMIT else None
+
+
+def _grouped(tokens: int, token_slot: Tensor) -> "Work":
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    size = segment_tokens(tokens)
-    return launch.segment_work(token_slot[:tokens], size) if size else None
+    return launch.segment_work(token_slot[:tokens], segment_tokens(tokens))
 
 
 # --- plain PyTorch --------------------------------------------------------------------------------------------------

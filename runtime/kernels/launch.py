@@ -1,8 +1,8 @@
 """Launching the kernels: plans, grids, buffers. Arguments as in `runtime/ops.py`; columns of x and y are contiguous.
 
 ``overlap`` asks for programmatic dependent launch: a kernel may be started before the one ahead of it in the stream has
-ended, and reads the slot table, the pool and (by token) the tokens' slots at once. So the kernel directly ahead must
-not write them; x and y it may write.
+ended, and reads the slot table, the pool and the tokens' slots (beside a product also their grouping) at once. So the
+kernel directly ahead must not write them; x and y it may write.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from bdlora_compile.runtime.beside import ended_before_others
 from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
+from bdlora_compile.runtime.kernels.shrink_mixed import shrink_mixed
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
     Call,
@@ -68,7 +70,12 @@ class Work(NamedTuple):
 
 
 def work_for(tokens: int, order: Tensor, segments: Tensor) -> Work | None:
-    """The work of a call, as `ops.lora_work` made it; None where programs work by token."""
+    """The work of a launch behind a product, as `ops.lora_work` made it; None where programs work by token."""
+    return work_beside(tokens, order, segments) if tokens > BY_TOKEN_LIMIT else None
+
+
+def work_beside(tokens: int, order: Tensor, segments: Tensor) -> Work | None:
+    """The same of a launch beside a product; None where tokens are not grouped."""
     size = segment_tokens(tokens)
     return Work(order, segments, size) if size else None
 
@@ -114,14 +121,26 @@ def _apply_by_token(
     )  # fmt: skip
 
 
-def make_h_beside(x: Tensor, factors: Factors, width: int) -> Tensor:
+def make_h_beside(x: Tensor, factors: Factors, work: Work | None, width: int) -> Tensor:
     """h of few tokens beside their product, [planes, T, n, `h_width`].
 
     The launch starts while the kernel that writes x ends.
     """
     overlap, width = can_overlap(), h_width(width)
     tiles = shrink_beside(x.shape[0], x.shape[1], width)
-    return shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
+    if work is None:
+        return shrink(x, factors, None, width, tiles, overlap=overlap, early=overlap)
+    (tokens, in_features), n_sites = x.shape, len(factors.sites)
+    planes = triton.cdiv(in_features, tiles.depth)
+    h = x.new_empty(planes, tokens, n_sites, width, dtype=torch.float32)
+    grid = (num_segments(tokens, factors.num_slots, work.size), n_sites, planes * triton.cdiv(width, tiles.rows))
+    sizes = (x.stride(0), in_features, factors.num_slots, tokens, width, n_sites, *_three(factors.sites))
+    shrink_mixed[grid](
+        x, factors.pool, factors.slots, work.order, work.segments, h, *sizes, SPLITS=planes, ROWS=tiles.rows,
+        BLOCK_K=tiles.depth, PART_K=min(tiles.depth, 256), BLOCK_T=work.size, OVERLAP=overlap, num_warps=tiles.warps,
+        num_stages=tiles.stages, **pdl(overlap),
+    )  # fmt: skip
+    return h
 
 
 class Beside(NamedTuple):
@@ -272,6 +291,8 @@ def num_segments(tokens: int, num_slots: int, size: int) -> int:
 def segment_work(token_slot: Tensor, size: int) -> Work:
     """Group tokens by slot, on the device and in shapes that do not depend on the mix.
 
+    Kernels that start early may be launched directly behind, for up to 1,024 tokens.
+
     Args:
         token_slot: int32 [T], -1 for no adapter.
         size: tokens of a segment at most.
@@ -287,7 +308,11 @@ def segment_work(token_slot: Tensor, size: int) -> Work:
     order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
     scratch = token_slot.new_empty(3, tokens)
     block = max(32, triton.next_power_of_2(tokens))
-    group_tokens[(1,)](token_slot, order, segments, scratch, tokens, SIZE=size, BLOCK=block, num_warps=8)
+
+    def group() -> None:
+        group_tokens[(1,)](token_slot, order, segments, scratch, tokens, SIZE=size, BLOCK=block, num_warps=8)
+
+    ended_before_others(token_slot.device, group)
     return Work(order, segments, size)
 
 

@@ -3,7 +3,7 @@
     h [SPLITS, T, n, width] float32      n sites, width columns for each
 
 Two forms: by token (decode: a vector product, bound by the bytes of A) and by segment (prefill: up to BLOCK_T tokens of
-one slot share a read of A and use the tensor cores).
+one slot share a read of A and use the tensor cores). `shrink_mixed.py` is either, segment by segment.
 """
 
 import triton
@@ -54,35 +54,12 @@ def _h_of_packed_rows(
     return tl.sum(total, axis=1)
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def shrink_tokens(
-    x, pool, slots, token_slot, h,
-    x_stride, in_features, num_slots, tokens, width, n_sites,
-    site0, site1, site2,
-    SPLITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
+@triton.jit
+def h_of_token(
+    x_row, a, rows, is_row, rank, blocks, in_features, split,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
-
-    One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
-
-    PARTS: h is [SPLITS, T, PARTS, n, width], and what is made is part PART of it; the same rows of others are zero.
-    """
-    token, index = tl.program_id(0), tl.program_id(1)
-    group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
-    chosen = tl.load(token_slot + token)
-    slot = tl.maximum(chosen, 0)
-    fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
-    rank = tl.load(fields + A_RANK).to(tl.int32)
-    blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
-    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
-    rows = group * ROWS + tl.arange(0, ROWS)
-    if (chosen < 0) | (group * ROWS >= rank):
-        wait_for_kernel_ahead(OVERLAP)
-        return
-    is_row = rows < rank
-    x_row = x + token.to(tl.int64) * x_stride
-    plane = h + ((split * tokens + token).to(tl.int64) * (PARTS * n_sites) + index) * width
+    """[ROWS] of h: a split's share of the columns of A. A is read before x is waited for."""
     if (blocks == 1) & (in_features % 8 == 0):
         # Known to be a multiple of 8: loads of 16 bytes.
         columns = known_multiple_of_8(in_features)
@@ -110,13 +87,48 @@ def shrink_tokens(
             total = _h_of_packed_rows(
                 x_row, a, rows, is_row, first_column, columns, begin, end, ROWS, NARROW, OVERLAP
             )  # fmt: skip
+    return total
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def shrink_tokens(
+    x, pool, slots, token_slot, h,
+    x_stride, in_features, num_slots, tokens, width, n_sites,
+    site0, site1, site2,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, sites, groups of ROWS rows x SPLITS). x [T, D] with rows ``x_stride`` apart.
+
+    One block of A: a program holds ROWS rows of BLOCK_K columns at once, and the splits cover all columns.
+
+    PARTS: h is [SPLITS, T, PARTS, n, width], and what is made is part PART of it; the same rows of others are zero.
+    """
+    token, index = tl.program_id(0), tl.program_id(1)
+    group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    chosen = tl.load(token_slot + token)
+    slot = tl.maximum(chosen, 0)
+    fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
+    rank = tl.load(fields + A_RANK).to(tl.int32)
+    blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
+    a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
+    rows = group * ROWS + tl.arange(0, ROWS)
+    if (chosen < 0) | (group * ROWS >= rank):
+        wait_for_kernel_ahead(OVERLAP)
+        return
+    is_row = rows < rank
+    plane = h + ((split * tokens + token).to(tl.int64) * (PARTS * n_sites) + index) * width
+    total = h_of_token(
+        x + token.to(tl.int64) * x_stride, a, rows, is_row, rank, blocks, in_features, split,
+        SPLITS, ROWS, BLOCK_K, OVERLAP,
+    )  # fmt: skip
     for part in tl.static_range(PARTS):
         value = total if part == PART else tl.zeros([ROWS], dtype=tl.float32)
         tl.store(plane + part * n_sites * width + rows, value, mask=is_row)
 
 
 @triton.jit
-def _segment_sums(
+def segment_sums(
     x_rows, is_token, a, is_row, first_column, columns, begin, end, total,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -178,11 +190,11 @@ def shrink_segments(
         # Known to be multiples: loads of 16 bytes.
         columns = known_multiple_of_8(columns)
         first_column = known_multiple_of_8(first_column)
-        total = _segment_sums(
+        total = segment_sums(
             x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K, None
         )  # fmt: skip
     else:
-        total = _segment_sums(
+        total = segment_sums(
             x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, NARROW, 1
         )  # fmt: skip
     planes = h + (split * tokens + token) * (n_sites * width)

@@ -57,13 +57,13 @@ class OneLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """`shrink_tokens` and `shrink_segments`.
+    """`shrink_tokens`, `shrink_segments` and `shrink_mixed`.
 
     Attributes:
         rows, depth: rows and columns of A that a program holds at once.
         warps: of a program.
-        splits, stages: by segment only: planes of h, each a share of A's columns; tiles under way. By token a plane is
-            ``depth`` columns.
+        splits: by segment only: planes of h, each a share of A's columns. Else a plane is ``depth`` columns.
+        stages: tiles under way, where tokens share a slot.
     """
 
     rows: int
@@ -109,9 +109,12 @@ class TwoLaunches:
 Plan = OneLaunch | TwoLaunches
 
 BY_TOKEN_LIMIT = 64
-"""Tokens up to which a program works for one token; above it for a segment of tokens that share a slot.
+"""Tokens up to which a launch behind a product works token by token; above it by segments of tokens that share a slot.
 
 LoRA of so many, which the project calls few, may lie beside its product."""
+
+ALONE_LIMIT = 16
+"""Tokens up to which none are grouped by slot: there is little that they could share."""
 
 ELEMENTS_OF_A_WARP = 256
 """Of bf16, 16 bytes for each thread."""
@@ -138,10 +141,16 @@ def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
     """The launch of h beside a product without LoRA; ``width``: of h.
 
     Little work is done by few programs, of 128 elements of A a thread: the product beside them is then slowed least.
-    More work takes less time with 64.
+    More work takes less time with 64. Where tokens are grouped, programs have rows for the tensor cores.
     """
+    columns = _power_of_two(in_features)
+    if tokens > ALONE_LIMIT:
+        rows = min(width, 16)
+        # No more than 16 planes, which readers sum.
+        depth = min(columns, 4096, max(16384 // rows, columns // 16))
+        return Shrink(rows, depth, max(2, rows * depth // 4096), stages=4)
     is_short = tokens * width <= _SHORT
-    rows, depth = min(width, 8 if is_short else 4), min(_power_of_two(in_features), 4096)
+    rows, depth = min(width, 8 if is_short else 4), min(columns, 4096)
     return Shrink(rows, depth, max(2, rows * depth // (4096 if is_short else 2048)))
 
 
@@ -156,8 +165,8 @@ def delta_tiles(width: int) -> Expand:
 
 
 def segment_tokens(tokens: int) -> int:
-    """Tokens of a segment at most; 0 where programs work by token."""
-    if tokens <= BY_TOKEN_LIMIT:
+    """Tokens of a segment at most; 0 where tokens are not grouped."""
+    if tokens <= ALONE_LIMIT:
         return 0
     return 16 if tokens <= 256 else 64
 
@@ -219,7 +228,7 @@ def default_plan(call: Call) -> Plan:
 def default_launches(call: Call) -> TwoLaunches:
     """The same where a collective lies between the factors."""
     width = _power_of_two(call.width)
-    if segment_tokens(call.tokens) == 0:
+    if call.tokens <= BY_TOKEN_LIMIT:
         rows = min(max(width, 2), 64)
         columns = max(128, min(1024, 16384 // rows))
         return TwoLaunches(Shrink(min(rows, 8), 2048, 8), Expand(rows, columns, 4))

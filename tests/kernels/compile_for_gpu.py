@@ -24,6 +24,7 @@ from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.rotary import rotate_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
+from bdlora_compile.runtime.kernels.shrink_mixed import shrink_mixed
 from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 
 TYPES = {
@@ -52,6 +53,7 @@ KINDS = {
 }
 
 SHRINK = {"SPLITS": 4, "PARTS": 1, "PART": 0, "ROWS": 8, "BLOCK_K": 1024}
+MIXED = {"SPLITS": 4, "ROWS": 16, "BLOCK_K": 1024, "PART_K": 256, "BLOCK_T": 16}
 EXPAND = {"PLANES": 2, "PARTS": 1}
 APPLY = {"IN": 1024, "OUT0": 512, "OUT1": 128, "OUT2": 128, "ROWS": 8, "BLOCK_K": 1024, "BLOCK_O": 1024}
 GATE_UP = {"IN": 4096, "OUT0": 1792, "OUT1": 1792, "OUT2": 0, "BLOCK_K": 4096, "BLOCK_O": 2048}
@@ -67,6 +69,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "shrink": (shrink_tokens, SHRINK, 4),
     "expand": (expand_tokens, {**EXPAND, "BLOCK_R": 8, "BLOCK_O": 1024}, 4),
     "shrink by segment": (shrink_segments, {"SPLITS": 4, "BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_K": 128}, 4),
+    "shrink, mixed": (shrink_mixed, MIXED, 4),
     "expand by segment": (expand_segments, {**EXPAND, "BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_O": 64, "REPEAT": 8}, 4),
     "expand in wide rows": (expand_tokens, {**EXPAND, "BLOCK_R": 16, "BLOCK_O": 512}, 4),
     "apply, rank 2, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 2}, 8),

@@ -28,6 +28,9 @@ CASES = {
     "wide": Case(((16, 12, 9),), 64, (64, 32, 32), 1, 1, 3, 6, torch.float16, False),
     "many rows of B": Case(((64, 3, 33), (2, 0, 5)), 32, (64, 32, 32), 1, 1, 4, 8, torch.float16, False),
     "many rows of B, packed": Case(((64, 4, 32), (2, 0, 8)), 32, (64, 32, 32), 1, 2, 3, 9, torch.float16, False),
+    "grouped": Case(RANKS, 64, (64, 32, 32), 1, 1, 40, 11, torch.float16, True),
+    "grouped, packed A": Case(RANKS, 64, (64, 32, 32), 2, 1, 17, 12, torch.float16, False),
+    "grouped, wide": Case(((16, 12, 9),), 64, (64, 32, 32), 1, 1, BY_TOKEN_LIMIT, 13, torch.float16, False),
     "many tokens": Case(RANKS, 32, (64, 32, 32), 1, 1, BY_TOKEN_LIMIT + 2, 10, torch.float16, True),
 }
 

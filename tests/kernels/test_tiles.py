@@ -28,7 +28,7 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
         assert all(size & (size - 1) == 0 for size in sizes)
         assert plan.shrink.rows * plan.shrink.depth <= MOST_ELEMENTS * plan.shrink.warps // 4
         assert plan.expand.rows * plan.expand.columns <= MOST_ELEMENTS
-        if tiles.segment_tokens(tokens) and not plan.by_token:
+        if tokens > tiles.BY_TOKEN_LIMIT and not plan.by_token:
             # Tensor cores take at least 16 rows.
             assert min(plan.shrink.rows, plan.expand.rows) >= 16
             assert plan.shrink.splits <= max(1, in_features // 512)
@@ -36,12 +36,17 @@ def test_every_call_has_a_default_plan(tokens: int, width: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 64])
-def test_a_shrink_beside_a_product_is_by_token(tokens: int, width: int) -> None:
-    """No stages, few elements a thread, and no more planes than a reader can sum at once."""
+def test_tiles_of_a_shrink_beside_a_product(tokens: int, width: int) -> None:
+    """Few elements a thread, and no more planes than a reader can sum at once; stages where tokens share a slot."""
     for in_features in (*(shape[0] for shape in SHAPES), 96, 5120, 6144, 14336):
         shrink = tiles.shrink_beside(tokens, in_features, tiles.h_width(width))
         assert -(-in_features // shrink.depth) <= 16
-        assert (shrink.splits, shrink.stages) == (1, 1)
+        is_grouped = tiles.segment_tokens(tokens) > 0
+        assert (shrink.splits, shrink.stages) == (1, 4 if is_grouped else 1)
+        if is_grouped:
+            assert shrink.rows * shrink.depth <= 128 * 32 * shrink.warps
+            assert shrink.rows <= 16, "what the tensor cores take at least"
+            continue
         is_short = tokens * tiles.h_width(width) <= 256
         assert shrink.rows * shrink.depth <= (128 if is_short else 64) * 32 * shrink.warps
         assert shrink.rows <= (8 if is_short else 4), "a sum across the program for each"
@@ -77,7 +82,7 @@ def test_the_table_holds_plans_for_its_keys(device: str, monkeypatch: pytest.Mon
                 assert width <= plan.rows
             else:
                 assert isinstance(plan, TwoLaunches)
-                assert (plan.shrink.stages > 1) == (tiles.segment_tokens(tokens) > 0)
+                assert (plan.shrink.stages > 1) == (tokens > tiles.BY_TOKEN_LIMIT)
         assert tiles.plan_for(Call(16, 24, (24,), 2)) == default_plan(Call(16, 24, (24,), 2))
     finally:
         tiles._table.cache_clear()
