@@ -96,7 +96,9 @@ def shrink_mixed(
     blocks = tl.load(fields + A_BLOCKS).to(tl.int32)
     a = pool + tl.multiple_of(tl.load(fields + A_OFFSET), 16)
     if (count == 0) | (group * ROWS >= rank):
-        wait_for_kernel_ahead(OVERLAP)
+        # Who waits for this kernel waits for the one ahead, too, if some programs do; the others make room at once.
+        if segment == 0:
+            wait_for_kernel_ahead(OVERLAP)
         return
     token_stride = n_sites * width
     plane = h + split * tokens.to(tl.int64) * token_stride + index * width
