@@ -94,7 +94,7 @@ def _fuse(graph: Graph, expand: Node, work: dict[object, _Work], on_gpu: bool) -
     second = ExpandArguments.of(expand)
     first = ShrinkArguments.of(second.h)
     shared = _work_of(graph, second.h, work)
-    if on_gpu and is_product_of(second.y, first.x):
+    if on_gpu and is_product_of(second.y, first.x) and _is_given(first.token_slot):
         _insert_product(graph, expand, first, second, shared)
     else:
         _insert_apply(graph, expand, first, second, shared)
@@ -106,8 +106,18 @@ def _work_of(graph: Graph, shrink: Node, work: dict[object, _Work]) -> _Work:
     # All layers of a forward see the same tokens; a graph in which some see fewer has a grouping for each choice.
     tokens = (first.token_slot, *(number_key(size) for size in fake_tensor(first.x).shape[:-1]))
     if tokens not in work:
-        work[tokens] = _insert_work(graph, first, _before_layers(graph, first.x) or shrink)
+        before = _before_layers(graph, first.x) if _is_given(first.token_slot) else None
+        work[tokens] = _insert_work(graph, first, before or shrink)
     return work[tokens]
+
+
+def _is_given(token_slot: Node) -> bool:
+    """Whether the forward takes the tokens' slots as they are.
+
+    Those of some tokens alone (kept for logits) are made where they are read: there is nothing to group earlier, and
+    what LoRA beside a product reads at once must not be written by the kernel ahead (`runtime/kernels/launch.py`).
+    """
+    return token_slot.op == "placeholder"
 
 
 def _share_work(graph: Graph, expand: Node, work: dict[object, _Work]) -> None:

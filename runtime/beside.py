@@ -39,16 +39,19 @@ def product_beside(x: Tensor, weight: Tensor, bias: Tensor | None, others: Calla
             torch.mm(rows, weight.t(), out=y)
         else:
             torch.addmm(bias, rows, weight.t(), out=y)
-    result = others()
-    current.wait_stream(beside)
+    try:
+        result = others()
+    finally:
+        # Also where they fail: y's memory is given back to the current stream.
+        current.wait_stream(beside)
     return y.view(*x.shape[:-1], weight.shape[0]), result
 
 
 def ended_before_others(device: torch.device, launch: Callable[[], None]) -> None:
-    """Launch what the current stream's next kernels read at once, also those that start early.
+    """Launch what the current stream's next kernels read at once, also those that start early, on the other stream.
 
-    A kernel that may start before the one ahead in its stream has ended (programmatic dependent launch) still waits for
-    another stream's.
+    A kernel that may start before the one ahead in its stream has ended (programmatic dependent launch) waits for other
+    streams' kernels in any case.
     """
     if device.type != "cuda":
         launch()

@@ -83,9 +83,9 @@ def shrink_by_kernels(
         return _among_parts(lora_shrink(x, pool, slots, token_slot, sites, width), parts, part)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = launch.rows_of(x)
     work = launch.work_for(rows.shape[0], order, segments)
-    factors = launch.Factors(pool, slots, token_slot, sites)
+    factors = launch.Factors.of(pool, slots, token_slot, sites)
     if work is None:
         return _shrink_by_token(rows, factors, width, parts, part, overlap=False)
     planes = launch.shrink(rows, factors, work, width)
@@ -165,7 +165,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Ten
         return y, room_for_delta(x, weight)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    rows, factors = x.reshape(-1, x.shape[-1]), launch.Factors(pool, slots, token_slot, sites)
+    rows, factors = launch.rows_of(x), launch.Factors.of(pool, slots, token_slot, sites)
 
     def exchanged() -> Tensor:
         h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
@@ -225,4 +225,4 @@ def expand_by_kernels(
     rows = y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
     planes = launch.one_plane(h, parts * len(sites))
-    launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
+    launch.expand(rows, planes, launch.Factors.of(pool, slots, token_slot, sites), scales, work, out_features, parts)

@@ -238,9 +238,9 @@ def _(
         return lora_apply_._init_fn(x, y, pool, slots, scales, token_slot, order, segments, sites, width, out_features)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    rows, out = launch.rows_of(x), y.view(-1, y.shape[-1])
     work = launch.work_for(rows.shape[0], order, segments)
-    launch.apply_(rows, out, launch.Factors(pool, slots, token_slot, sites), scales, work, width, out_features)
+    launch.apply_(rows, out, launch.Factors.of(pool, slots, token_slot, sites), scales, work, width, out_features)
 
 
 @lora_shrink.register_kernel("cuda")
@@ -249,10 +249,10 @@ def _(x: Tensor, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequenc
         return lora_shrink._init_fn(x, pool, slots, token_slot, sites, width)
     from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = launch.rows_of(x)
     work = _own_work(rows.shape[0], token_slot)
     # A collective follows: what no slot writes must be zero.
-    planes = launch.shrink(rows, launch.Factors(pool, slots, token_slot, sites), work, width, zeroed=True)
+    planes = launch.shrink(rows, launch.Factors.of(pool, slots, token_slot, sites), work, width, zeroed=True)
     return planes.sum(0).flatten(1)
 
 
@@ -276,7 +276,7 @@ def _(
     rows = out.view(-1, out.shape[-1])
     work = _own_work(rows.shape[0], token_slot)
     planes = launch.one_plane(h, parts * len(sites))
-    launch.expand(rows, planes, launch.Factors(pool, slots, token_slot, sites), scales, work, out_features, parts)
+    launch.expand(rows, planes, launch.Factors.of(pool, slots, token_slot, sites), scales, work, out_features, parts)
     return out
 
 

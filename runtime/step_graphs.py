@@ -193,6 +193,9 @@ class StepGraphs:
             replays, outcomes = zip(*[self._recorder(piece) for piece in forward(static)], strict=True)
         except RuntimeError as error:
             self._seen[key] = False
+            if not self._recorded:
+                # As in `forget`: its pieces have gone, and with them all graphs of the memory pool.
+                self._recorder = self._new_recorder()
             cause = _first_error(error)
             self.stats.refusals += (f"{type(cause).__name__}: {cause}".partition("\n")[0],)
             _LOG.warning("a forward runs operator by operator, since it cannot be recorded: %s", cause, exc_info=error)

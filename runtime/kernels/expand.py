@@ -131,7 +131,8 @@ def _h_of_segment(
     value = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     for plane in tl.static_range(PLANES):
         value += tl.load(at + plane * plane_stride, mask=is_token[:, None] & (row < end)[None, :], other=0.0)
-    large = value.to(DTYPE)
+    # fp16 ends at 65504: beyond, the large part would be infinite, and so the rest.
+    large = (tl.minimum(tl.maximum(value, -65504.0), 65504.0) if DTYPE.is_fp16() else value).to(DTYPE)
     return large, (value - large.to(tl.float32)).to(DTYPE)
 
 

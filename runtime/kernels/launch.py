@@ -60,6 +60,27 @@ class Factors(NamedTuple):
         """S."""
         return self.slots.shape[1]
 
+    @classmethod
+    def of(cls, pool: Tensor, slots: Tensor, token_slot: Tensor, sites: Sequence[int]) -> "Factors":
+        """What an operator was given, checked.
+
+        Raises:
+            ValueError: a tensor is not contiguous, as kernels take for granted.
+        """
+        for name, tensor in (("pool", pool), ("slots", slots), ("token_slot", token_slot)):
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}; the LoRA kernels "
+                    "expect it contiguous: keep a contiguous one, written before the kernel ahead of the call"
+                )
+        return cls(pool, slots, token_slot, sites)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., D] as [T, D] with contiguous columns; a copy only where it has to be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
 
 class Work(NamedTuple):
     """Tokens grouped by slot: ``order`` and ``segments`` of `segment_work`, segments of up to ``size`` tokens."""
@@ -135,10 +156,11 @@ def make_h_beside(x: Tensor, factors: Factors, work: Work | None, width: int) ->
     h = x.new_empty(planes, tokens, n_sites, width, dtype=torch.float32)
     grid = (num_segments(tokens, factors.num_slots, work.size), n_sites, planes * triton.cdiv(width, tiles.rows))
     sizes = (x.stride(0), in_features, factors.num_slots, tokens, width, n_sites, *_three(factors.sites))
+    # The tensor cores take 16 columns at least.
+    columns = {"BLOCK_K": tiles.depth, "PART_K": max(16, min(tiles.depth, 256))}
     shrink_mixed[grid](
-        x, factors.pool, factors.slots, work.order, work.segments, h, *sizes, SPLITS=planes, ROWS=tiles.rows,
-        BLOCK_K=tiles.depth, PART_K=min(tiles.depth, 256), BLOCK_T=work.size, OVERLAP=overlap, num_warps=tiles.warps,
-        num_stages=tiles.stages, **pdl(overlap),
+        x, factors.pool, factors.slots, work.order, work.segments, h, *sizes, SPLITS=planes, ROWS=tiles.rows, **columns,
+        BLOCK_T=work.size, OVERLAP=overlap, num_warps=tiles.warps, num_stages=tiles.stages, **pdl(overlap),
     )  # fmt: skip
     return h
 

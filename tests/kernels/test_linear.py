@@ -5,6 +5,7 @@ y and what is added to it are rounded. fp16, since the interpreter multiplies th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from bdlora_compile.runtime.bank import AdapterBank
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.linear_op import lora_linear, lora_linear_beside, lora_no_delta, with_delta
-from bdlora_compile.runtime.ops import lora_work
+from bdlora_compile.runtime.ops import lora_apply_, lora_shrink, lora_work
 from tests.kernels.test_gpu_operators import on_gpu, plain
 from tests.kernels.test_kernels import DEVICE, Case, bank_of, error, expected, inputs
 
@@ -109,6 +110,42 @@ def test_one_site_may_write_some_columns_of_a_product(runs: Run) -> None:
     assert error(y, x.double() @ weight.double().t()) < TOLERANCE
     assert delta[: case.tokens, : case.out_features[0]].any()
     assert not delta[: case.tokens, case.out_features[0] :].any()
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "many tokens"])
+def test_columns_of_x_may_be_strided(name: str) -> None:
+    bank, x, weight, wanted = prepared(CASES[name])
+    turned = x.t().contiguous().t()
+    assert turned.stride(-1) > 1
+    assert error(on_gpu(lora_linear)(turned, weight, None, *operands(CASES[name], bank, x)), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "pool"), (1, "slots"), (3, "token_slot")])
+def test_strides_that_kernels_do_not_expect_are_refused(place: int, name: str) -> None:
+    """They would read other elements."""
+    case = CASES["plain"]
+    bank, x, weight, _ = prepared(case)
+    arguments = list(operands(case, bank, x))
+    arguments[place] = torch.stack([arguments[place]] * 2, dim=-1)[..., 0]
+    with pytest.raises(ValueError, match=f"{name} has shape .* and strides .*expect it contiguous"):
+        on_gpu(lora_linear)(x, weight, None, *arguments)
+
+
+@pytest.mark.parametrize("tokens", [BY_TOKEN_LIMIT, BY_TOKEN_LIMIT + 2])
+def test_h_may_be_larger_than_fp16(tokens: int) -> None:
+    """Whatever form kernels take, and so whatever else is in the batch."""
+    case = replace(CASES["many tokens"], tokens=tokens)
+    bank, x, weight, _ = prepared(case)
+    x, largest = 400 * x, torch.finfo(torch.float16).max
+    bank.pool *= 64
+    bank.scales /= 64**2
+    h = on_gpu(lora_shrink)(x, bank.pool, bank.slots, bank.token_slot[:tokens], [0, 1, 2], case.width)
+    assert largest < h.abs().max() < 2 * largest
+    found = x @ weight.t()
+    wanted = found.clone()
+    for y, run in ((found, on_gpu(lora_apply_)), (wanted, plain(lora_apply_))):
+        run(x, y, *operands(case, bank, x))
+    assert error(found, wanted.double()) < TOLERANCE
 
 
 def test_what_lacks_nothing_has_a_delta_of_zeros() -> None:

@@ -6,6 +6,9 @@ Tolerance: x and A are taken as they are by the reference; products are exact in
 of terms of one size.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ class Call:
         self.width = h_width(case.width)
         self.x, _, _ = inputs(case)
         self.token_slot = torch.tensor(mix, dtype=torch.int32, device=DEVICE)
+        self.factors = launch.Factors.of(self.bank.pool, self.bank.slots, self.token_slot, [0, 1, 2])
         self.work = launch.segment_work(self.token_slot, segment_tokens(TOKENS))
 
     def wanted(self) -> Tensor:
@@ -53,8 +57,7 @@ class Call:
 
     def error(self) -> float:
         """Of all that a reader reads, largest."""
-        factors = launch.Factors(self.bank.pool, self.bank.slots, self.token_slot, [0, 1, 2])
-        h, wanted = launch.make_h_beside(self.x, factors, self.work, self.width).double().sum(0), self.wanted()
+        h, wanted = launch.make_h_beside(self.x, self.factors, self.work, self.width).double().sum(0), self.wanted()
         rank = self.bank.slots[:, self.token_slot.clamp(min=0).long(), 2].t()[..., None]
         is_read = (torch.arange(self.width, device=DEVICE) < rank) & (self.token_slot >= 0)[:, None, None]
         assert not wanted[~is_read].any()
@@ -86,6 +89,21 @@ def test_damage_is_noticed(damage: str) -> None:
         case "count":
             segments[segments[:, 2] == segments[:, 2].max(), 2] -= 1
     assert not call.error() < TOLERANCE
+
+
+def test_the_tensor_cores_have_sixteen_columns_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the interpreter does not ask for."""
+    launched: dict[str, int] = {}
+
+    class Recorded:
+        def __getitem__(self, _: object) -> Callable[..., None]:
+            return lambda *_, **constants: launched.update(constants)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "shrink_mixed", Recorded())
+    call = Call(replace(SHAPES["plain"], in_features=8), MIXES["one adapter"])
+    launch.make_h_beside(call.x, call.factors, call.work, call.width)
+    assert (launched["BLOCK_K"], launched["PART_K"]) == (8, 16)
 
 
 def test_usual_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,17 @@ def test_tokens_whose_logits_are_asked_for(write: Write, kept: int | list[int]) 
     assert relative_error(found, torch.stack(rows)[:, positions]) < TOLERANCE
 
 
+@pytest.mark.parametrize("kept", [[0], [3, 1, 0, 2]], ids=str)
+def test_kept_tokens_that_look_like_all(write: Write, kept: list[int]) -> None:
+    """Their slots are made where they are read, so nothing can be grouped before the layers."""
+    model, paths = write(ModelSpec(layers=2, vocabulary=131), {"both": SPECS["both"]})
+    loaded, adapters = compiled(model, paths, 2, "local")
+    ids, rows = torch.randint(3, 131, (2, len(kept))), ["both", None]
+    with adapters.use(rows), torch.no_grad(), traced_with(is_dynamic=False):
+        found = loaded(ids, logits_to_keep=torch.tensor(kept)).logits
+    assert relative_error(found, Reference(model, paths, torch.float64).logits(ids, rows)[:, kept]) < TOLERANCE
+
+
 def test_inductor_in_one_process(write: Write) -> None:
     """The operators go through the CPU Inductor."""
     model, paths = write(ModelSpec(layers=1, vocabulary=131), {"both": SPECS["both"]})

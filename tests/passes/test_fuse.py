@@ -6,7 +6,7 @@ import torch
 
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Captured, operator_name, stage_nodes
-from bdlora_compile.lora_nodes import LinearArguments
+from bdlora_compile.lora_nodes import LinearArguments, ShrinkArguments
 from bdlora_compile.passes.drop_lora import DropLora
 from bdlora_compile.passes.fuse import Fuse
 from bdlora_compile.passes.localize import LocalizeLora
@@ -66,6 +66,22 @@ def test_on_gpus_a_product_keeps_its_bias() -> None:
     run(DropLora(), captured, plan)
     (product,) = stage_nodes(captured.graph, "linear")
     assert product.args == (x, up, bias)
+
+
+def test_on_gpus_slots_that_are_made_on_the_way_keep_the_path_behind_its_product() -> None:
+    """Beside the product its kernels would read them while the kernel ahead may still write them."""
+    plan = on_gpu(plan_of(2, (UP, DOWN)))
+    captured = merged(column_and_row(), plan)
+    shrink, *_ = stage_nodes(captured.graph, "bdlora::lora_shrink")
+    expand, *_ = stage_nodes(captured.graph, "bdlora::lora_expand")
+    given = ShrinkArguments.of(shrink).token_slot
+    with captured.graph.inserting_before(shrink):
+        made = captured.graph.call_function(torch.clone, (given,))
+    made.meta.update(given.meta)
+    for node in (shrink, expand):
+        node.replace_input_with(given, made)
+    assert run(Fuse(), captured, plan).matches == 2
+    assert (count(captured, "bdlora::lora_apply_"), count(captured, "bdlora::lora_linear")) == (1, 1)
 
 
 def test_on_gpus_paths_with_a_collective_share_their_grouping(golden: GoldenCheck) -> None:

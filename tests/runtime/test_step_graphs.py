@@ -175,6 +175,28 @@ def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCa
     assert "refused: ValueError: a value is read" in steps.stats.text()
 
 
+def test_a_first_recording_that_fails_half_way_leaves_no_pool_behind() -> None:
+    """A memory pool whose graphs have gone cannot be recorded into: the next forward gets a recorder of its own."""
+    made: list[StandIn] = []
+
+    class FailsOnce(StandIn):
+        def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            self.calls = getattr(self, "calls", 0) + 1
+            if self is made[0] and self.calls == 2:
+                raise RuntimeError("out of memory")
+            return super().__call__(run)
+
+    def new() -> StandIn:
+        made.append(FailsOnce())
+        return made[-1]
+
+    steps = StepGraphs(frozenset({0, 2}), frozenset({2}), new)
+    for total in (torch.zeros(1), torch.zeros(1)):
+        for _ in range(3):
+            run(steps, 1.0, total)
+    assert (len(made), steps.stats.recorded, steps.stats.refusals) == (2, 1, ("RuntimeError: out of memory",))
+
+
 def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may have warmed the forward up, and inside a recording the handle cannot be made."""
     told: list[str] = []
