@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bdlora_compile.errors import AdapterError, BdloraError
 from bdlora_compile.factors import Layout, LocalShape, local_shape
 from bdlora_compile.placement import Mesh, site_pieces
-from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.plan import ModelPlan, check_degree, plan_model
 from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_agreement import BaseName, check_pair, factor_names, pair_factors
 from bdlora_compile.runtime.adapter_config import AdapterConfig, check_config, parse_config, read_config
@@ -73,6 +73,7 @@ def plan_for(model: str | Path, tp: int, layout: Layout) -> ModelPlan:
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(config, dtype=dtype)
     sites = in_module_order(hollow, {**sites_of(hollow), **vocabulary_sites(hollow)})
+    check_degree(hollow, sites, Mesh(tp))
     return plan_model(hollow, sites, Mesh(tp), dict.fromkeys(sites, layout), 1, dtype, torch.device("meta"))
 
 

@@ -181,7 +181,8 @@ def _collective(
 
 
 def _link(points: Sequence[Point], kind: CollectiveKind, ranks: int) -> Link:
-    return fit_link([(one.wire_bytes, one.seconds) for one in points if (one.kind, one.ranks) == (kind, ranks)])
+    measured = [(one.wire_bytes, one.seconds) for one in points if (one.kind, one.ranks) == (kind, ranks)]
+    return fit_link(measured, f"{kind} over {ranks} ranks")
 
 
 def _source(device: torch.device, shared: Mapping[int, Symmetric]) -> str:

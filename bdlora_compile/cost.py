@@ -138,7 +138,7 @@ def lora(role: Role, layout: Layout) -> Formula:
     x = E * T * (D if role is Role.COLUMN else length(role))
     if layout is Layout.LOCAL:
         y = E * T * (length(role) if role is Role.COLUMN else O)
-        # One launch where programs work by token, a shrink and an expand with more tokens.
+        # More than one on GPUs, too, but beside the product; a shrink and an expand behind it with more tokens.
         launches = sympy.Piecewise((Integer(1), T <= BY_TOKEN_LIMIT), (Integer(2), True))
         return Formula(x, factors + y, y, flops, launches)
     if role is Role.COLUMN:

@@ -23,7 +23,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from bdlora_compile.errors import BdloraError
+from bdlora_compile.commands.common import parse_adapters
+from bdlora_compile.errors import BdloraError, ConfigError
 from bdlora_compile.ir import Origin
 from bdlora_compile.model import load, release_graphs, reports
 from bdlora_compile.report import Report
@@ -232,7 +233,10 @@ def _parse(arguments: Sequence[str] | None) -> Job:
     parser.add_argument("--inner", choices=("eager", "inductor"), default=None)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    adapters = dict(pair.split("=", 1) for pair in options.adapter)
+    try:
+        adapters = {name: str(path) for name, path in parse_adapters(options.adapter).items()}
+    except ConfigError as error:
+        parser.error(str(error))
     model = str(Path(options.model)) if Path(options.model).is_dir() else options.model
     settings = (options.new_tokens, options.strategy, options.machine, options.inner, options.check)
     return Job(model, adapters, options.prompt, *settings)

@@ -11,7 +11,7 @@ from bdlora_compile.errors import ConfigError, PlacementError
 from bdlora_compile.hollow import hollow_out
 from bdlora_compile.ir import layer_of
 from bdlora_compile.placement import Mesh
-from bdlora_compile.plan import ModelPlan, plan_model
+from bdlora_compile.plan import ModelPlan, check_degree, plan_model
 from bdlora_compile.ranks import Ranks
 from bdlora_compile.roles import sites_of
 from bdlora_compile.runtime.adapter_capacity import Capacity
@@ -96,6 +96,7 @@ def served_sites(model: PreTrainedModel, mesh: Mesh, strict: bool) -> dict[str, 
     sites = sites_of(model)
     whole = unsplit_layers(model, sites)
     if not whole or mesh.size == 1 or not strict:
+        check_degree(model, sites, mesh)
         return sites
     raise PlacementError(
         whole[0] + (f" and {len(whole) - 1} more" if len(whole) > 1 else ""),

@@ -229,7 +229,11 @@ def _show_estimates(told: Explanation, console: Console) -> None:
             f"collectives over {told.tp_size} ranks were not measured on it: their latency is extrapolated with the "
             "square root of the number of ranks, which is a guess"
         )
-    console.print("not counted: norms, activation functions, rotary angles, sampling, the host")
+    console.print("not counted: norms, activation functions, rotary angles, sampling, the host, overlap")
+    console.print(
+        "overlap: on GPUs LoRA of up to 64 tokens lies beside products, and so do its collectives through symmetric "
+        "memory: S-LoRA is overestimated most"
+    )
 
 
 def _estimate_cells(one: ExplainedEstimate) -> list[str]:

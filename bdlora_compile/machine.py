@@ -144,10 +144,10 @@ def known_machines() -> Sequence[str]:
     return sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir() if entry.name.endswith(".json"))
 
 
-def fit_link(points: Sequence[tuple[float, float]]) -> Link:
+def fit_link(points: Sequence[tuple[float, float]], what: str) -> Link:
     """Latency and bandwidth from measured (wire bytes, seconds), by least squares of relative errors.
 
-    Relative errors, so that a collective of a few bytes counts as much as a large one.
+    Relative errors, so that a collective of a few bytes counts as much as a large one. ``what`` is named by errors.
 
     Raises:
         ConfigError: fewer than two sizes, or times that do not grow with size.
@@ -157,7 +157,7 @@ def fit_link(points: Sequence[tuple[float, float]]) -> Link:
     unit = max((size for size, _ in points), default=0.0)
     if unit <= 0 or len({size for size, _ in points}) < 2:
         raise ConfigError(
-            "fit of a collective",
+            f"fit of {what}",
             found=f"sizes {[size for size, _ in points]}",
             expected="two or more",
             remedy="add sizes",
@@ -167,10 +167,10 @@ def fit_link(points: Sequence[tuple[float, float]]) -> Link:
     latency, per_unit = solution
     if per_unit <= 0:
         raise ConfigError(
-            "fit of a collective",
+            f"fit of {what}",
             found=f"times that do not grow with size: {[round(seconds * 1e6, 1) for _, seconds in points]} us",
             expected="a line with a positive slope",
-            remedy="measure larger sizes, or on a machine that does nothing else",
+            remedy="end other work on this machine and run it again, or try --quick",
         )
     # A negative latency is noise of the largest sizes: the smallest measured time bounds it.
     return Link(max(latency, min(seconds for _, seconds in points) / 10), unit / per_unit)

@@ -91,13 +91,16 @@ def load(
         The model and its adapters.
 
     Raises:
-        ConfigError: the folder or an argument cannot be honoured.
+        ConfigError: the folder or an argument cannot be honoured, or torchrun's processes have no process group.
         PlacementError: the number of ranks does not divide the model.
         AdapterError: an adapter cannot be served.
         AgreementError: with "auto", a rank came to another choice.
     """
     attention.register()
+    _check_dtype(dtype)
+    _check_adapters(adapters)
     choice = Choice.parse(strategy, workload, machine)
+    ranks = ranks or Ranks.of_process_group()
     folder = _folder_of(path_or_id)
     config = AutoConfig.from_pretrained(folder)
     attention.require_plain_scores(config)
@@ -110,7 +113,6 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     source = SafetensorsSource(folder)
     _check_weights(model, source, str(folder))
-    ranks = ranks or Ranks.of_process_group()
     layers = served_sites(model, ranks.mesh, strict)
     offered = offered_sites(model, layers, vocabulary_lora, target_modules)
     base_model = config.name_or_path or str(path_or_id)
@@ -148,18 +150,20 @@ def attach(
     model, which is returned, and its loaded adapters, which are in the set under their own names.
 
     Raises:
-        ConfigError: not a Hugging Face causal language model, or a PEFT model with merged adapters.
+        ConfigError: not a Hugging Face causal language model, a PEFT model with merged adapters, or as for `load`.
         PlacementError, AdapterError: as for `load`.
     """
     attention.register()
+    _check_adapters(adapters)
     choice = Choice.parse(strategy, workload, machine)
+    # What is refused is refused before the model is taken apart.
+    ranks = ranks or Ranks.of_process_group()
     base, peft_adapters = _take_apart(model)
     attention.require_plain_scores(base.config)
     base.set_attn_implementation(attention.NAME)
     base.eval()
     parameter = next(base.parameters())
     source = MemorySource(dict(base.named_parameters()))
-    ranks = ranks or Ranks.of_process_group()
     layers = served_sites(base, ranks.mesh, strict)
     offered = offered_sites(base, layers, vocabulary_lora, target_modules)
     base_model = base.config.name_or_path or None
@@ -186,6 +190,28 @@ def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
             remedy="load the model with `bdlora_compile.load`",
         )
     return LocalCache(model.bdlora_cache_shape, batch, length)
+
+
+def _check_dtype(dtype: object) -> None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return
+    raise ConfigError(
+        "dtype",
+        found=repr(dtype),
+        expected="a floating-point torch.dtype, or None for the checkpoint's own",
+        remedy="pass one like torch.bfloat16",
+    )
+
+
+def _check_adapters(adapters: object) -> None:
+    if adapters is None or isinstance(adapters, Mapping):
+        return
+    raise ConfigError(
+        "adapters",
+        found=f"a {type(adapters).__name__}",
+        expected="folders by name",
+        remedy="pass a dict like {'math': 'adapters/math'}",
+    )
 
 
 def _default_device() -> torch.device:

@@ -3,6 +3,7 @@
 Legend: N ranks, k this rank, M pieces (M = N, or M < N with each piece held by N/M neighbouring ranks).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from bdlora_compile.errors import PlacementError
@@ -120,18 +121,35 @@ def site_pieces(site: Site, mesh: Mesh) -> int:
     Raises:
         PlacementError: neither of heads and N divides the other, or a row site would be held more than once.
     """
+    check_split([site], mesh)
+    return mesh.size if site.vocabulary else min(mesh.size, site.num_units)
+
+
+def check_split(sites: Collection[Site], mesh: Mesh, model: str = "") -> None:
+    """Refuse a mesh that cannot share all of ``sites``; the error names the degrees that can.
+
+    ``model`` says in words which model it is.
+
+    Raises:
+        PlacementError: a site cannot be split over the ranks.
+    """
+    for site in sites:
+        if _can_split(site, mesh.size):
+            continue
+        what = "heads" if site.unit > 1 else "features"
+        degrees = [str(degree) for degree in range(1, 65) if all(_can_split(one, degree) for one in sites)]
+        raise PlacementError(
+            site.name,
+            found=f"{site.num_units} {what} on the dim that {mesh.size} ranks split{model and f' of {model}'}",
+            expected=f"{what} that the tensor-parallel degree {mesh.size} divides",
+            remedy=f"choose a degree among {', '.join(degrees)}",
+        )
+
+
+def _can_split(site: Site, degree: int) -> bool:
     units = site.num_units
-    if site.vocabulary or units % mesh.size == 0:
-        return mesh.size
+    if site.vocabulary or units % degree == 0:
+        return True
     # Fewer kv heads than ranks: neighbouring ranks hold the same head. A row site may not be held twice,
     # since its partial results are summed over all ranks.
-    if mesh.size % units == 0 and site.role is Role.COLUMN:
-        return units
-    what = "heads" if site.unit > 1 else "features"
-    degrees = ", ".join(str(n) for n in range(1, units + 1) if units % n == 0 and n <= 64)
-    raise PlacementError(
-        site.name,
-        found=f"{units} {what} on the dim that {mesh.size} ranks split",
-        expected=f"{what} that the tensor-parallel degree divides",
-        remedy=f"choose a degree among {degrees}",
-    )
+    return degree % units == 0 and site.role is Role.COLUMN

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bdlora_compile.factors import Layout
-from bdlora_compile.placement import Mesh, Placement, Replicate, Shard, site_pieces
+from bdlora_compile.placement import Mesh, Placement, Replicate, Shard, check_split, site_pieces
 from bdlora_compile.sites import Role, Site
 from bdlora_compile.strategy import Decision
 
@@ -62,6 +62,17 @@ class ModelPlan:
     def row(self, site: str, layer: str | None) -> int:
         """Row of a site among the `rows` of a layer."""
         return list(self.sites).index(site) - self.rows(layer).start
+
+
+def check_degree(model: PreTrainedModel, sites: Mapping[str, Site], mesh: Mesh) -> None:
+    """Whether the ranks can share all of a model's ``sites``.
+
+    Raises:
+        PlacementError: the mesh does not divide a layer.
+    """
+    heads = getattr(model.config, "num_attention_heads", None)
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    check_split(sites.values(), mesh, f"a model with {heads} heads and {kv_heads} kv heads" if heads else "")
 
 
 def plan_model(

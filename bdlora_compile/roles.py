@@ -130,5 +130,5 @@ def _no_roles(config: PretrainedConfig, found: str) -> PlacementError:
         f"tensor-parallel plan of {type(config).__name__}",
         found=f"none, and in the traced model: {found}",
         expected="`config.base_model_tp_plan`, or decoder layers whose linear layers begin and end blocks",
-        remedy="use a Llama-like model, or run it on one rank",
+        remedy="use a Llama-like model",
     )

@@ -44,7 +44,7 @@ from benchmarks.decode.files import (
 )
 from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
-from benchmarks.decode.reference import STEPS, Expected, prompts, references
+from benchmarks.decode.reference import NO_ADAPTER, ROWS, STEPS, Expected, prompts, references
 from benchmarks.decode.timing import PARTS, Times, measure, prefill_times
 
 KINDS = {
@@ -60,7 +60,7 @@ KINDS = {
 USUAL = [kind for kind in KINDS if kind != "bd64"]
 
 LOADS: dict[Strategy, Sequence[str]] = {
-    "local": ("bd32", "bd24", "bd64", "plain16", "bd32attn"),
+    "local": ("bd32", "bd24", "bd64", "plain16", "bd32attn", "plain16attn"),
     "slora": ("plain16", "plain16attn"),
 }
 """What each strategy is measured with; "local" with ordinary adapters holds one factor whole on every rank."""
@@ -89,6 +89,11 @@ class Bench:
         self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
         self.machine = find_machine(options.machine, self.device)
         self.base_step: dict[int, float] = {}
+
+    @property
+    def prompts(self) -> torch.Tensor:
+        """Those whose logits are compared."""
+        return prompts().to(self.device)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -203,15 +208,16 @@ class Bench:
             seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
             self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
             start = time.perf_counter()
-            logits = loop.logits(prompts().to(self.device), [names[0], names[1], None, names[2]], STEPS)
+            logits = loop.logits(self.prompts, [None if i is None else names[i] for i in ROWS], STEPS)
             self.say(f"  first forwards {time.perf_counter() - start:.0f} s")
             if self.makes_weights:
                 loop.fill_weights()
             if kind in expected:
-                line = expected[kind].check(logits)
-                self.say(f"  {line}")
-                self.write("check", strategy=strategy, kind_of_adapters=KINDS[kind].text, result=line)
+                self.check(strategy, KINDS[kind].text, expected[kind], logits)
             if not self.base_step:
+                if expected:
+                    without = loop.logits(self.prompts, [None] * len(ROWS), STEPS)
+                    self.check("base", "none", expected[NO_ADAPTER], without)
                 for case in self.cases(only_base=True):
                     self.row("base", "none", case, loop, 0)
             for case in self.cases():
@@ -224,6 +230,13 @@ class Bench:
                 self.write("prefill", strategy=strategy, kind_of_adapters=KINDS[kind].text, **asdict(times))
         self.write("report", strategy=strategy, text=loop.report_text())
         release_graphs(loop.model)
+
+    def check(self, strategy: str, adapters: str, expected: Expected, logits: torch.Tensor) -> None:
+        """Compare a column's logits, print a line, keep it."""
+        found = expected.check(logits)
+        self.say(f"  {strategy}, {adapters}: {found.text}")
+        self.write("check", strategy=strategy, kind_of_adapters=adapters, **asdict(found))
+        found.verify()
 
     def run_baseline(self, model: Path) -> None:
         """transformers' tensor parallelism with ``mode="reduce-overhead"``."""
@@ -249,9 +262,10 @@ class Bench:
         if isinstance(loop, OurLoop):
             num_bytes = loop.weight_bytes() + loop.cache_bytes() + adapter_bytes * case.adapters
             floor = num_bytes / self.machine.memory_bandwidth * 1e3
-            per_layer = loop.collectives()
+            with_lora = strategy != "base"
+            per_layer = loop.collectives(case.batch, with_lora=with_lora)
             if self.is_fake:
-                estimate = priced(loop.model, case.batch, self.machine, with_lora=strategy != "base")
+                estimate = priced(loop.census(case.batch, with_lora=with_lora), case.batch, self.machine)
         else:
             per_layer = (2, 0)
         if strategy == "base":
@@ -266,7 +280,7 @@ class Bench:
         ratio = times.step / self.base_step[case.batch] if case.batch in self.base_step else float("nan")
         parts = " ".join(f"{times.parts.get(part, 0.0):6.2f}" for part in PARTS)
         above = f"{times.gpu / floor:5.2f}" if floor else "     "
-        extra = f" +{estimate:.2f} priced" if estimate else ""
+        extra = f" +{estimate:.2f} of collectives, an estimate" if estimate else ""
         return (
             f"{strategy:<12} {adapters:<24} {case.batch:>3} {case.adapters:>3}  {times.step:7.3f} {ratio:6.3f}"
             f" {times.gpu:7.3f} {times.host:6.3f} {above}  {parts}{extra}"

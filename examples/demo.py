@@ -21,7 +21,7 @@ def main() -> int:
         arguments += ["--adapter", f"{folder.name}={folder}"]
     for prompt in PROMPTS:
         arguments += ["--prompt", prompt]
-    # The model has nine heads: it runs on one, three or nine ranks.
+    # The model has nine heads and an intermediate size of 1,536: it runs on one or three ranks.
     status = launch("bdlora_compile.decode", arguments, 3)
     print(f"demo took {time.perf_counter() - start:.0f} s")
     return status

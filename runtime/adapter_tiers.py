@@ -76,12 +76,15 @@ class Tiers:
         """
         if name in self.current:
             return self.current[name]
+        raise self._unknown(name, "load it with `adapters.load(name, path)`")
+
+    def _unknown(self, name: str, remedy: str) -> UnknownAdapterError:
         known = ", ".join(list(self.current)[:10]) or "none"
-        raise UnknownAdapterError(
+        return UnknownAdapterError(
             f"adapter {name!r:.60}",
             found="no adapter of this name",
             expected=f"one of the loaded adapters ({known}{', ...' if len(self.current) > 10 else ''})",
-            remedy="load it with `adapters.load(name, path)`",
+            remedy=remedy,
         )
 
     def all_known(self, names: str | Sequence[str]) -> list[Version]:
@@ -145,10 +148,11 @@ class Tiers:
         """
         problem: BdloraError | None = None
         digest = ""
-        try:
-            digest = self.known(name).digest
-        except UnknownAdapterError as error:
-            problem = error
+        if name in self.current:
+            digest = self.current[name].digest
+        else:
+            # To load it first is no remedy for who wants it gone.
+            problem = self._unknown(name, "name one of these" if self.current else "leave it out: nothing is loaded")
         agree(self._agreement, f"unload of adapter {name!r:.150}", problem, {"version": digest})
         self._retire(self.current.pop(name))
 

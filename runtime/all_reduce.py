@@ -73,7 +73,7 @@ class AllReduce:
         if mesh.size == 1:
             return cls("none: one rank")
         if wanted == "nccl":
-            return cls(_own_text("asked for"))
+            return cls(_own_text("asked for", device))
         limits = machine.symmetric_limits(mesh.size)
         own = _obstacle(mesh, limits, dtype, device)
         buffer, obstacle = buffer_on_all(agreement, own, limits.two_shot if limits else 0, mesh.group, device, limits)
@@ -91,7 +91,7 @@ class AllReduce:
                 expected="symmetric memory on all ranks",
                 remedy="use all_reduce='auto', which falls back to the process group's own all-reduce",
             )
-        return cls(_own_text(obstacle))
+        return cls(_own_text(obstacle, device))
 
 
 @torch.library.custom_op("bdlora::all_reduce", mutates_args=())
@@ -159,9 +159,15 @@ def group_obstacle(device: torch.device) -> str:
         return "the ranks are in one process"
     if device.type != "cuda":
         return f"symmetric memory is for GPUs, not {device.type}"
-    if dist.get_backend() != "nccl":
-        return f"the process group is of {dist.get_backend()}, not nccl"
+    if (backend := _backend_of(device)) != "nccl":
+        return f"the process group is of {backend}, not nccl"
     return ""
+
+
+def _backend_of(device: torch.device) -> str:
+    """What the process group sends a device's tensors by: without a name it has one for each kind of device."""
+    backends = dict(entry.split(":") for entry in dist.get_backend_config().split(",") if ":" in entry)
+    return backends.get(device.type, dist.get_backend())
 
 
 def buffer_on_all(
@@ -264,7 +270,7 @@ def _symmetric_text(limits: SymmetricLimits, machine: Machine, ranks: int) -> st
     )
 
 
-def _own_text(reason: str) -> str:
+def _own_text(reason: str, device: torch.device) -> str:
     """The process group's own all-reduce, or that of the lock-step interpreter."""
-    backend = dist.get_backend() if dist.is_available() and dist.is_initialized() else "lock-step"
+    backend = _backend_of(device) if dist.is_available() and dist.is_initialized() else "lock-step"
     return f"{backend}: {reason}"

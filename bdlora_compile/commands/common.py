@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
+from bdlora_compile.errors import ConfigError
+
 
 class StrategyName(StrEnum):
     """How LoRA factors lie on the ranks."""
@@ -71,12 +73,47 @@ def check_model(model: str) -> None:
         refuse(f"{model}: found no such folder, expected a Hugging Face model folder or an id on the hub")
 
 
-def parse_adapter(pair: str) -> tuple[str, Path]:
-    """Name and folder of ``NAME=PATH``."""
+def parse_adapters(pairs: Sequence[str]) -> dict[str, Path]:
+    """Folders by name, from what ``--adapter NAME=PATH`` said each time.
+
+    Raises:
+        ConfigError: one is not NAME=PATH of a folder, or two have one name.
+    """
+    folders: dict[str, Path] = {}
+    for pair in pairs:
+        name, path = _parse_adapter(pair)
+        if name in folders:
+            raise ConfigError(
+                f"--adapter {name!r}",
+                found=f"two folders, {folders[name]} and {path}",
+                expected="one folder for each name",
+                remedy="rename one",
+            )
+        folders[name] = path
+    return folders
+
+
+def checked_adapters(pairs: Sequence[str] | None) -> dict[str, Path]:
+    """`parse_adapters` of a command's option; what is wrong ends the command."""
+    try:
+        return parse_adapters(pairs or [])
+    except ConfigError as error:
+        refuse(str(error))
+
+
+def _parse_adapter(pair: str) -> tuple[str, Path]:
     name, separator, path = pair.partition("=")
-    if not separator or not name or not Path(path).is_dir():
-        refuse(
-            f"--adapter {pair!r}: found {'no folder ' + path if separator else 'no ='}, expected NAME=PATH of a folder "
-            "that PEFT's save_pretrained wrote; check the path"
-        )
-    return name, Path(path)
+    if separator and name and Path(path).is_dir():
+        return name, Path(path)
+    if not separator:
+        found, remedy = "no =", f"write NAME={pair}"
+    elif not Path(path).is_dir():
+        found, remedy = f"no folder {path}", "check the path"
+    else:
+        found, remedy = "no name", f"write NAME={path}"
+    raise ConfigError(
+        f"--adapter {pair!r}",
+        found=found,
+        expected="NAME=PATH of a folder that PEFT's save_pretrained wrote",
+        remedy=remedy,
+    )

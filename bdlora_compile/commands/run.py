@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bdlora_compile.commands.common import StrategyName, check_model, launch, parse_adapter
+from bdlora_compile.commands.common import StrategyName, check_model, checked_adapters, launch
 
 
 class InnerName(StrEnum):
@@ -39,8 +39,7 @@ def run(
     Example: bdlora run ./SmolLM2 --adapter pirate=examples/adapters/pirate --tp 3 --prompt "What is the sun?"
     """
     check_model(model)
-    for pair in adapter or []:
-        parse_adapter(pair)
+    checked_adapters(adapter)
     arguments = [model, "--new-tokens", str(new_tokens), "--strategy", strategy.value]
     arguments += [part for text in prompt for part in ("--prompt", text)]
     arguments += [part for pair in adapter or [] for part in ("--adapter", pair)]

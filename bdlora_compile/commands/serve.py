@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bdlora_compile.commands.common import StrategyName, check_model, launch, parse_adapter, refuse
+from bdlora_compile.commands.common import StrategyName, check_model, checked_adapters, launch, refuse
 from bdlora_compile.commands.run import InnerName
 
 
@@ -46,7 +46,7 @@ def serve(
     Example: bdlora serve ./SmolLM2 --tp 3 --adapter pirate=examples/adapters/pirate --port 8000
     """
     check_model(model)
-    adapters = dict(parse_adapter(pair) for pair in adapter or [])
+    adapters = checked_adapters(adapter)
     try:
         from bdlora_compile.errors import ConfigError  # importing torch takes seconds
         from bdlora_compile.serving.http.settings import ServeSettings, Tokens

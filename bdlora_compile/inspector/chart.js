@@ -42,7 +42,7 @@ function decodeView(app) {
       h("div.fields", {}, Object.keys(CONSTANTS).filter((name) => name in state.values).map(field),
         h("label.field", {}, h("span", {}, "distinct adapters"), adapters, h("small", {}, "0: one for each row"))),
       h("p.note", {}, record.machine.source, record.is_extrapolated ? ` Collectives over ${record.tp_size} ranks were not measured on it: their latency is extrapolated.` : "",
-        " Not counted: norms, activation functions, rotary angles, sampling, the host. The layouts of auto are those chosen for the explained load.")),
+        " Not counted: norms, activation functions, rotary angles, sampling, the host, and that LoRA of up to 64 tokens and its collectives lie beside products on GPUs. The layouts of auto are those chosen for the explained load.")),
     h("details.block", {}, h("summary", {}, "The formulas"), names.map((name) => [h("h3", {}, name), h("pre.formula", {}, record.formulas.find((one) => one.strategy === name).expression)])));
 }
 

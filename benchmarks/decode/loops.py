@@ -15,9 +15,11 @@ from transformers.distributed import DistributedConfig
 
 import bdlora_compile as bd
 from bdlora_compile.backend import bdlora
+from bdlora_compile.census import Census
 from bdlora_compile.ir import Origin
 from bdlora_compile.placement import local_shape
 from bdlora_compile.strategy import Strategy
+from benchmarks.decode.pricing import step_census
 
 ROOM = 128
 """Tokens that a cache holds beyond the context: steps are measured inside it."""
@@ -141,7 +143,7 @@ class OurLoop(DecodeLoop):
         self.cache = self.new_cache(ids.shape[0], ids.shape[1] + ROOM)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids).contiguous()
         start = ids.shape[1] - steps
-        with self.adapters.use(names):
+        with self.chosen(names):
             found = [self.prefill(ids[:, :start].contiguous(), positions[:, :start].contiguous())]
             for place in range(start, ids.shape[1]):
                 token = slice(place, place + 1)
@@ -162,9 +164,13 @@ class OurLoop(DecodeLoop):
         """Bytes of keys and values that a step reads on this rank at the context."""
         return int(self.cache.store.nbytes * self.context / self.cache.length)
 
-    def collectives(self) -> tuple[int, int]:
-        """Of the last graph: base and LoRA collectives of a layer."""
-        census = bd.reports(self.model)[-1].stages[-1].census
+    def census(self, batch: int, *, with_lora: bool) -> Census:
+        """The collectives of a step."""
+        return step_census(bd.reports(self.model), batch, with_lora=with_lora)
+
+    def collectives(self, batch: int, *, with_lora: bool) -> tuple[int, int]:
+        """Of a step: base and LoRA collectives of a layer."""
+        census = self.census(batch, with_lora=with_lora)
         return max(census.per_layer(Origin.BASE), default=0), max(census.per_layer(Origin.LORA), default=0)
 
     def report_text(self) -> str:

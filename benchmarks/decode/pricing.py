@@ -1,20 +1,34 @@
 """Collectives of a step by a machine's table, where one rank runs alone."""
 
-from typing import Any
+import re
+from collections.abc import Sequence
 
-import bdlora_compile as bd
-from bdlora_compile.census import number_of
-from bdlora_compile.ir import Origin
+from bdlora_compile.census import Census, number_of
 from bdlora_compile.machine import Machine
+from bdlora_compile.report import Report
 
 
-def priced(model: Any, batch: int, machine: Machine, *, with_lora: bool) -> float:
+def step_census(reports: Sequence[Report], batch: int, *, with_lora: bool) -> Census:
+    """The collectives of the last graph that a decode step of ``batch`` rows runs through, with LoRA or without.
+
+    Sizes that a graph was made for are numbers in it: one of a single row does not tell what more rows send.
+
+    Raises:
+        LookupError: no such step has run.
+    """
+    own = re.compile(rf"i64\[({batch}|s\d+), 1\]")
+    found = [report for report in reports if own.fullmatch(report.inputs[0])]
+    exact = [report for report in found if report.inputs[0] == f"i64[{batch}, 1]"]
+    if not found:
+        raise LookupError(f"no graph is a step of {batch} rows; there are {[report.inputs[0] for report in reports]}")
+    report = (exact or found)[-1]
+    return (report.stages if with_lora or not report.base_only else report.base_only)[-1].census
+
+
+def priced(census: Census, batch: int, machine: Machine) -> float:
     """Milliseconds of the collectives in a decode step of ``batch`` rows: latency plus bytes over bandwidth, each."""
-    census = bd.reports(model)[-1].stages[-1].census
     seconds = 0.0
     for one in census.collectives:
-        if one.origin is Origin.LORA and not with_lora:
-            continue
         link = machine.link("all_reduce" if one.kind == "all_reduce" else "all_gather_into_tensor", one.group_size)
         seconds += one.runs * link.seconds(number_of(one.wire_bytes, batch, 1))
     return seconds * 1e3

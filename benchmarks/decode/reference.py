@@ -17,43 +17,88 @@ STEPS = 6
 """So many of them come by decode steps; logits of these and of the token before are compared."""
 
 
+ROWS = (0, 1, None, 2)
+"""Which adapter of a kind each row of the prompts has; None for none."""
+OTHERS = (1, None, 2, 0)
+"""Another for each."""
+NO_ADAPTER = "none"
+"""What rows without adapters are called among the kinds."""
+
+
 @dataclass(frozen=True)
-class Expected:
-    """Logits of the prompts by kind of adapter.
+class Check:
+    """How far off a column's logits are, relative to the largest of float32.
 
     Attributes:
-        exact: in float32, [rows, STEPS + 1, vocabulary].
-        rounding: the relative error of PEFT's own eager result in the dtype of the runs.
-        unit: relative error of one rounding in that dtype.
+        error: largest distance from float32.
+        rounding: the same of PEFT's own eager result in the dtype of the runs.
+        allowed: twice that (sums are rounded in another order on several ranks), and one rounding.
+        swapped: distance from float32 with another adapter for each row, of the row where it is smallest.
+        gap: how far the greedy tokens are behind float32's likeliest.
+        gap_allowed: twice what PEFT's own are in the dtype of the runs, and one rounding.
+        equal, tokens: greedy tokens that are float32's, and all of them.
+    """
+
+    error: float
+    rounding: float
+    allowed: float
+    swapped: float
+    gap: float
+    gap_allowed: float
+    equal: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return (
+            f"relative error {self.error:.2e} (PEFT's own {self.rounding:.2e}, allowed {self.allowed:.2e}; with other "
+            f"adapters {self.swapped:.2e}), {self.equal} of {self.tokens} greedy tokens equal, the others at most "
+            f"{self.gap:.2e} of the largest logit behind (allowed {self.gap_allowed:.2e})"
+        )
+
+    def verify(self) -> None:
+        """Hold it against what is allowed.
+
+        Raises:
+            AssertionError: the logits or the greedy tokens are off, or another adapter would not have been noticed.
+        """
+        assert self.error < self.allowed, f"the logits are off: {self.text}"
+        assert self.gap <= self.gap_allowed, f"a greedy token is off: {self.text}"
+        assert self.swapped > self.allowed, f"other adapters would not be noticed: {self.text}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Logits of the prompts with a kind of adapter, [rows, STEPS + 1, vocabulary].
+
+    Attributes:
+        exact: in float32.
+        rounded: in the dtype of the runs, by transformers and PEFT.
+        swapped: in float32, with another adapter for each row.
+        unit: relative error of one rounding in the dtype of the runs.
     """
 
     exact: Tensor
-    rounding: float
+    rounded: Tensor
+    swapped: Tensor
     unit: float
 
-    @property
-    def tolerance(self) -> float:
-        """Twice PEFT's own error (sums are rounded in another order on several ranks), and one rounding."""
-        return 2 * self.rounding + max(self.unit, 1e-5)
-
-    def error(self, found: Tensor) -> float:
-        """Relative error of logits [rows, STEPS + 1, vocabulary]."""
-        return _relative(found, self.exact)
-
-    def check(self, found: Tensor) -> str:
-        """One line that says how far off the logits are, and whether greedy tokens are equal where ties allow.
-
-        Raises:
-            AssertionError: farther than the tolerance, or another token where float32's lead is beyond it.
-        """
-        error = self.error(found)
-        assert error < self.tolerance, f"relative error {error:.2e}, allowed {self.tolerance:.2e}"
-        best = self.exact.topk(2).values
-        is_clear = (best[..., 0] - best[..., 1]) > 2 * self.tolerance * self.exact.abs().max()
-        equal = found.argmax(-1).cpu() == self.exact.argmax(-1)
-        assert bool(equal[is_clear].all()), "another greedy token where there is no tie"
-        share = f"{int(equal.sum())} of {equal.numel()} greedy tokens equal, all of {int(is_clear.sum())} clear ones"
-        return f"relative error {error:.2e} (PEFT's own {self.rounding:.2e}, allowed {self.tolerance:.2e}), {share}"
+    def check(self, found: Tensor) -> Check:
+        """What a column found, against these."""
+        found, unit = found.float().cpu(), max(self.unit, 1e-5)
+        rounding = _relative(self.rounded, self.exact)
+        chosen = found.argmax(2)
+        return Check(
+            error=_relative(found, self.exact),
+            rounding=rounding,
+            allowed=2 * rounding + unit,
+            swapped=float((found - self.swapped).abs().amax((1, 2)).min() / self.exact.abs().max()),
+            gap=_gap(self.exact, chosen),
+            gap_allowed=2 * _gap(self.exact, self.rounded.argmax(2)) + unit,
+            equal=int((chosen == self.exact.argmax(2)).sum()),
+            tokens=chosen.numel(),
+        )
 
 
 def prompts() -> Tensor:
@@ -64,21 +109,26 @@ def prompts() -> Tensor:
 def references(
     model: Path, adapters: Path, kinds: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> Mapping[str, Expected]:
-    """Expected logits of each kind of adapter, four rows: two adapters of the kind, none, and a third adapter."""
-    ids = prompts()
-    rows = [
-        (adapters / f"{kind}-{number}" if number is not None else None, row)
-        for kind in kinds
-        for number, row in zip((0, 1, None, 2), ids, strict=True)
-    ]
-    found: dict[torch.dtype, dict[str, Tensor]] = {}
-    for precision in dict.fromkeys([torch.float32, dtype]):
-        logits = torch.stack(reference_logits(model, rows, precision, device, STEPS + 1))
-        found[precision] = dict(zip(kinds, logits.split(len(ids)), strict=True))
-    return {
-        kind: Expected(found[torch.float32][kind], _relative(found[dtype][kind], exact), torch.finfo(dtype).eps / 2)
-        for kind, exact in found[torch.float32].items()
-    }
+    """Expected logits of each kind of adapter (`ROWS`), and of rows without any (`NO_ADAPTER`)."""
+
+    def rows_of(kind: str, numbers: Sequence[int | None]) -> list[tuple[Path | None, Tensor]]:
+        folders = [None if number is None else adapters / f"{kind}-{number}" for number in numbers]
+        return list(zip(folders, prompts(), strict=True))
+
+    own = {kind: rows_of(kind, ROWS) for kind in kinds} | {NO_ADAPTER: rows_of("", [None] * len(ROWS))}
+    others = {kind: rows_of(kind, OTHERS) for kind in kinds} | {NO_ADAPTER: rows_of(kinds[0], (0, 1, 2, 0))}
+
+    def logits(columns: list[list[tuple[Path | None, Tensor]]], precision: torch.dtype) -> Sequence[Tensor]:
+        rows = [row for column in columns for row in column]
+        return torch.stack(reference_logits(model, rows, precision, device, STEPS + 1)).split(len(ROWS))
+
+    # One load of the model for each dtype.
+    found = logits([*own.values(), *others.values()], torch.float32)
+    exact, swapped = found[: len(own)], found[len(own) :]
+    rounded = exact if dtype is torch.float32 else logits([*own.values()], dtype)
+    unit = torch.finfo(dtype).eps / 2
+    columns = zip(own, exact, rounded, swapped, strict=True)
+    return {name: Expected(right, near, other, unit) for name, right, near, other in columns}
 
 
 @torch.no_grad()

@@ -4,20 +4,25 @@ import cProfile
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.decode.loops import ROOM, DecodeLoop
 
 STEPS = 24
 ROUNDS = 3
+PROFILED = 4
+"""Steps of a round, rounds, and steps that are profiled."""
 PARTS = ("GEMM", "LoRA", "attention", "collectives", "rest", "idle")
+_ORDER = ("GEMM", "attention", "collectives", "rest", "LoRA")
+"""Kinds of kernels, the one first to which a moment belongs in which several run."""
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "collectives": ("nccl", "one_shot", "two_shot", "all_reduce", "allreduce", "multimem"),
@@ -39,7 +44,8 @@ class Times:
         step: by the clock, a loop that reads its tokens after every step: the median of rounds, guards and all.
         gpu: of steps launched one behind the other without reading, by the GPU's clock.
         host: that the host needs for a step when it waits for nothing.
-        parts: of ``gpu`` by kind of kernel, from a profile; "idle" is what is left.
+        parts: of ``gpu`` by kind of kernel, from a profile, each moment counted once (`exclusive`); "idle" is what is
+            left.
         kernels: the dozen that take most.
         calls: the dozen Python functions that take most of the host's time, themselves.
     """
@@ -69,15 +75,15 @@ def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
         gpu, host = _pipelined(loop)
         gpus.append(gpu)
         hosts.append(host)
-    kernels = _step_kernels(loop) if loop.device.type == "cuda" else {}
-    parts = _parts(kernels) if kernels else {}
+    spans = _step_spans(loop) if loop.device.type == "cuda" else []
+    parts = exclusive(spans, PROFILED) if spans else {}
     gpu = statistics.median(gpus) * 1e3
     if parts:
         parts["idle"] = max(gpu - sum(parts.values()), 0.0)
     loop.rewind()
     calls = _calls(lambda: loop.run(STEPS, read=False), STEPS)
     wall, host = statistics.median(walls) * 1e3, statistics.median(hosts) * 1e3
-    return Times(wall, gpu, host, parts, _largest(kernels), _largest(calls))
+    return Times(wall, gpu, host, parts, _largest(_totals(spans, PROFILED)), _largest(calls))
 
 
 def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
@@ -98,21 +104,57 @@ def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
     return first.elapsed_time(last) / STEPS / 1e3, host
 
 
-def _step_kernels(loop: DecodeLoop) -> dict[str, float]:
-    """Milliseconds of each kernel in a step."""
-    steps = 4
+class Span(NamedTuple):
+    """When a kernel ran, in milliseconds of the GPU's clock."""
+
+    name: str
+    start: float
+    end: float
+
+
+def _step_spans(loop: DecodeLoop) -> list[Span]:
+    """The kernels of ``PROFILED`` steps."""
     loop.rewind()
     loop.run(3, read=True)
     _align(loop.device)
-    return _kernels(lambda: loop.run(steps, read=False), steps)
+    return _spans(lambda: loop.run(PROFILED, read=False))
 
 
-def _kernels(launch: Callable[[], None], times: int) -> dict[str, float]:
-    """Milliseconds of each kernel in one of so many that ``launch`` starts."""
+def _spans(launch: Callable[[], None]) -> list[Span]:
+    """The kernels of what ``launch`` starts."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         launch()
         torch.cuda.synchronize()
-    return {event.key: event.self_device_time_total / times / 1e3 for event in found.key_averages()}
+    return [
+        Span(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in found.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+
+
+def _totals(spans: Sequence[Span], steps: int) -> dict[str, float]:
+    """Milliseconds of each kernel in one of so many steps, also of those that run beside others."""
+    totals: dict[str, float] = {}
+    for span in spans:
+        totals[span.name] = totals.get(span.name, 0.0) + (span.end - span.start) / steps
+    return totals
+
+
+def exclusive(spans: Sequence[Span], steps: int) -> dict[str, float]:
+    """Milliseconds of one of so many steps by kind of kernel, in which none of a kind ahead of it in ``_ORDER`` runs.
+
+    So LoRA's are those that nothing else hides, and the sum is the time in which any kernel runs.
+    """
+    changes = [(span.start, 1, kind_of(span.name)) for span in spans]
+    changes += [(span.end, -1, kind_of(span.name)) for span in spans]
+    parts, running, before = dict.fromkeys(PARTS[:-1], 0.0), dict.fromkeys(_ORDER, 0), 0.0
+    for at, change, kind in sorted(changes):
+        first = next((kind for kind in _ORDER if running[kind]), None)
+        if first is not None:
+            parts[first] += (at - before) / steps
+        running[kind] += change
+        before = at
+    return parts
 
 
 def _calls(launch: Callable[[], None], times: int) -> dict[str, float]:
@@ -128,14 +170,6 @@ def _calls(launch: Callable[[], None], times: int) -> dict[str, float]:
 
 def _largest(times: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: -item[1])[:12])
-
-
-def _parts(kernels: Mapping[str, float]) -> dict[str, float]:
-    """Milliseconds of a step by kind of kernel."""
-    parts = dict.fromkeys(PARTS[:-1], 0.0)
-    for name, milliseconds in kernels.items():
-        parts[kind_of(name)] += milliseconds
-    return parts
 
 
 def kind_of(kernel: str) -> str:
@@ -164,9 +198,9 @@ def prefill_times(loop: DecodeLoop, batch: int, length: int) -> Times:
         forward()
         walls.append(time.perf_counter() - start)
     wall = statistics.median(walls[1:]) * 1e3
-    kernels = _kernels(forward, 1) if loop.device.type == "cuda" else {}
+    spans = _spans(forward) if loop.device.type == "cuda" else []
     calls = _calls(forward, 1)
-    return Times(wall, wall, sum(calls.values()), _parts(kernels), _largest(kernels), _largest(calls))
+    return Times(wall, wall, sum(calls.values()), exclusive(spans, 1), _largest(_totals(spans, 1)), _largest(calls))
 
 
 def _align(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A model without weights, run, copied, converted or compiled in another way: each says what to do."""
+"""What nobody should do to a model, or pass to `load` and `attach`: each error says what to do instead."""
 
 import copy
 import pickle
@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
 
 import bdlora_compile as bd
 from tests.api.conftest import Files
@@ -91,3 +94,58 @@ def test_unknown_options(files: Files, settings: dict[str, Any], match: str) -> 
     model.compile(backend="bdlora", **settings)
     with torch.no_grad(), pytest.raises(bd.ConfigError, match=match):
         model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dtype": "bf16"}, r"dtype: found 'bf16', .* torch\.bfloat16"),
+        ({"dtype": "float16"}, r"dtype: found 'float16', .* torch\.bfloat16"),
+        ({"dtype": torch.int8}, r"dtype: found torch\.int8, expected a floating-point"),
+        ({"adapters": ["path"]}, "adapters: found a list, expected folders by name; pass a dict"),
+        ({"adapters": "path"}, "adapters: found a str, expected folders by name; pass a dict"),
+    ],
+)
+def test_arguments_of_a_wrong_type(files: Files, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(bd.ConfigError, match=said):
+        bd.load(files.model, **arguments)
+
+
+def test_attach_refuses_adapters_without_names(files: Files) -> None:
+    """And leaves the model as it was."""
+    model = AutoModelForCausalLM.from_pretrained(files.model)
+    wrong: Any = ["path"]
+    with pytest.raises(bd.ConfigError, match="adapters: found a list"):
+        bd.attach(model, wrong)
+    bd.attach(model)
+
+
+ALONE = r"torchrun: found WORLD_SIZE=2 and no process group, .*init_process_group\(\) before load, or pass ranks="
+
+
+def test_processes_of_torchrun_without_a_group_are_refused(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would hold the whole model; one that was to be attached is as it was."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = AutoModelForCausalLM.from_pretrained(files.model).eval()
+    with torch.no_grad():
+        before = model(IDS).logits
+    with pytest.raises(bd.ConfigError, match=ALONE):
+        bd.load(files.model)
+    with pytest.raises(bd.ConfigError, match=ALONE):
+        bd.attach(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before)
+
+
+def test_processes_of_torchrun_with_a_group_load(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin; whoever passes the ranks needs no group, and neither does a single process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    bd.load(files.model, ranks=bd.Ranks.lockstep(1))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        assert bd.Ranks.of_process_group().mesh.size == 2
+        bd.load(files.model)
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    bd.load(files.model)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import bdlora_compile as bd
 from bdlora_compile import calibrate
-from bdlora_compile.machine import find_machine
+from bdlora_compile.machine import CollectiveKind, find_machine
 
 
 @pytest.mark.timeout(180)
@@ -44,6 +44,19 @@ def test_a_machine_of_one_rank_has_no_collectives(tmp_path: Path) -> None:
     assert not machine.is_measured(2)
     with pytest.raises(bd.ConfigError, match="run `bdlora calibrate --tp N` on the ranks that serve"):
         machine.link("all_reduce", 2)
+
+
+def test_times_that_fit_no_line_name_the_collective() -> None:
+    """What was measured on a busy machine; the others are not looked at."""
+    kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather_into_tensor")
+    good = [calibrate.Point(kinds[0], ranks, size, size) for ranks in (2, 4) for size in (1.0, 2.0)]
+    bad = [calibrate.Point(kinds[1], 4, size, 1 / size) for size in (1.0, 2.0)]
+    assert calibrate._link([*good, *bad], kinds[0], 4).bandwidth == pytest.approx(1.0)
+    said = (
+        "fit of all_gather_into_tensor over 4 ranks: found times that do not grow .* end other work .* or try --quick"
+    )
+    with pytest.raises(bd.ConfigError, match=said):
+        calibrate._link([*good, *bad], kinds[1], 4)
 
 
 def test_a_single_rank_measures_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from bdlora_compile import decode
 from bdlora_compile.cli import app
+from bdlora_compile.commands.common import parse_adapters
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
 
 runner = CliRunner()
@@ -45,12 +47,51 @@ def test_two_ranks_answer_as_peft_does(files: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize(
     ("pair", "said"),
-    [("nopath", "found no ="), ("name=/nowhere", "found no folder /nowhere"), ("=x", "found no folder x")],
+    [
+        ("nopath", "found no ="),
+        ("/some/path", "write NAME=/some/path"),
+        ("name=/nowhere", "found no folder /nowhere"),
+        ("=x", "found no folder x"),
+        ("=.", "found no name"),
+    ],
 )
 def test_a_bad_adapter_argument_is_named(files: tuple[Path, Path], pair: str, said: str) -> None:
     result = runner.invoke(app, ["run", str(files[0]), "--prompt", "a", "--adapter", pair])
     assert result.exit_code == 2
     assert said in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", [["run", "--prompt", "a"], ["serve"], ["explain"]], ids=lambda it: it[0])
+def test_two_adapters_of_one_name_are_refused(files: tuple[Path, Path], tmp_path: Path, command: list[str]) -> None:
+    """No folder is left out in silence, whichever command it is given to."""
+    model, adapter = files
+    name, *options = command
+    options += ["--adapter", f"ours={adapter}", "--adapter", f"ours={tmp_path}"]
+    result = runner.invoke(app, [name, str(model), *options])
+    assert result.exit_code == 2
+    # A narrow terminal wraps paths too.
+    said = "".join(result.output.split())
+    told = (
+        f"--adapter 'ours': found two folders, {adapter} and {tmp_path}, expected one folder for each name; rename one"
+    )
+    assert "".join(told.split()) in said
+
+
+def test_a_rank_that_torchrun_started_refuses_them_too(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, adapter = files
+    pairs = [f"--adapter=ours={adapter}", f"--adapter=ours={tmp_path}"]
+    with pytest.raises(SystemExit, match="2"):
+        decode.main([str(model), *pairs])
+    assert "found two folders" in capsys.readouterr().err
+
+
+def test_two_adapters_of_two_names_are_parsed(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The twin; a path may have a = in it."""
+    odd = tmp_path / "a=b"
+    odd.mkdir()
+    assert parse_adapters([f"ours={files[1]}", f"theirs={odd}"]) == {"ours": files[1], "theirs": odd}
 
 
 @pytest.mark.timeout(280)

@@ -111,7 +111,7 @@ def main() -> int:
     dist.init_process_group("gloo", timeout=timedelta(seconds=200))
     rank, size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        spec = ModelSpec(heads=4, kv_heads=size // 2, layers=3, intermediate=48, vocabulary=131)
+        spec = ModelSpec(heads=max(4, size), kv_heads=size // 2, layers=3, intermediate=48, vocabulary=131)
         save_model(spec, folder / "model")
         save_adapter(AdapterSpec(rank=8, nblocks=4), folder / "model", folder / "blocks")
         save_adapter(AdapterSpec(rank=5), folder / "model", folder / "plain")

@@ -1,4 +1,4 @@
-"""All-reduces with residual and norm on two ranks: the kernel itself in Triton's interpreter, and graphs that call it.
+"""All-reduces with residual and norm on some ranks: the kernel in Triton's interpreter, and graphs that call it.
 
 Run by `tests.distributed.launch`. The ranks' mailboxes are files that both map, so what one writes the other sees while
 it waits: as on GPUs, but that a CPU keeps writes in order.
@@ -144,7 +144,11 @@ def check_places(folder: Path) -> str:
         patched(norm, "_place", one_place),
     ):
         wrong = exchange(box, [1] * turns)
-    assert wrong == (turns - 1 if dist.get_rank() == 1 else 0)
+    # Of more than two ranks the others, which nobody holds back, may be late too.
+    if dist.get_rank() == 1:
+        assert wrong == turns - 1
+    elif dist.get_world_size() == 2:
+        assert wrong == 0
     return f"places: {turns} turns right; with one place {turns - 1} wrong"
 
 
@@ -180,9 +184,9 @@ def check_operator(folder: Path) -> str:
             assert distance(pair, right) < tolerance
             assert not any(distance(pair, twin) < tolerance for twin in twins)
             for found in pair:
-                both = [torch.empty_like(found) for _ in range(size)]
-                dist.all_gather(both, found)
-                assert torch.equal(*both)
+                all_ranks = [torch.empty_like(found) for _ in range(size)]
+                dist.all_gather(all_ranks, found)
+                assert all(torch.equal(other, found) for other in all_ranks)
     return "operator: right in float32 and bf16, where it adds a delta"
 
 

@@ -144,10 +144,11 @@ def test_what_the_set_has_no_place_for_changes_nothing(files: Files, served: tup
     refuse(served, "no/name", files.good, "adapter name 'no/name'")
     refuse(served, "absent", files.good / "absent", "absent: found nothing")
     before = state(model, adapters)
-    with pytest.raises(bd.AdapterError, match="adapter 'nobody': found no adapter of this name"):
+    with pytest.raises(bd.AdapterError, match="adapter 'nobody': found no adapter of this name") as info:
         adapters.unload("nobody")
+    assert "adapters.load" not in info.value.remedy, "who wants it gone need not load it first"
     with (
-        pytest.raises(bd.AdapterError, match="adapter 'nobody': found no adapter of this name"),
+        pytest.raises(bd.AdapterError, match=r"adapter 'nobody': found no adapter of this name.*adapters\.load"),
         adapters.use("nobody"),
     ):
         pass
@@ -187,3 +188,15 @@ def test_heads_that_the_ranks_do_not_divide(files: Files, degree: int, site: str
     assert info.value.where == site
     assert f"8 heads on the dim that {degree} ranks split" in info.value.found
     assert info.value.remedy == "choose a degree among 1, 2, 4, 8"
+
+
+def test_degrees_in_the_error_hold_for_every_layer(tmp_path: Path) -> None:
+    """Of 28 heads and 4 kv heads: 7 and 14 would fail at the next layer, 1, 2 and 4 hold."""
+    model = save_model(ModelSpec(layers=1, heads=28, kv_heads=4, intermediate=64), tmp_path)
+    for degree in (7, 8, 14):
+        with pytest.raises(bd.PlacementError) as info:
+            bd.load(model, ranks=bd.Ranks.lockstep(degree))
+        assert f"{degree} ranks split of a model with 28 heads and 4 kv heads" in info.value.found
+        assert info.value.remedy == "choose a degree among 1, 2, 4"
+    for degree in (1, 2, 4):
+        bd.load(model, ranks=bd.Ranks.lockstep(degree))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -127,6 +128,14 @@ def test_a_plan_that_contradicts_the_graph_names_the_layer(tmp_path: Path, monke
         found = loaded(ids).logits
     assert relative_error(found, Reference(model, {}, torch.float64).logits(ids, [None, None])) < TOLERANCE
     assert bd.reports(loaded)[-1].stages[-1].census.total(Origin.FALLBACK) > 0
+
+
+def test_a_model_without_roles_is_refused_on_one_rank_too(tmp_path: Path) -> None:
+    """GPT-2 has no linear layers in PyTorch's sense: fewer ranks are no remedy."""
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=64, vocab_size=131, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(bd.PlacementError, match="no linear layer begins or ends a block") as info:
+        bd.load(save_model(config, tmp_path))
+    assert info.value.remedy == "use a Llama-like model"
 
 
 def test_layers_that_the_plan_does_not_split_are_refused_or_held_whole(tmp_path: Path) -> None:

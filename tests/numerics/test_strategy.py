@@ -236,11 +236,11 @@ def test_links_are_fitted_and_extrapolated() -> None:
     """Latency and bandwidth come back from times that they made; more ranks cost more, and say so."""
     known = Link(1.2e-5, 2e11)
     sizes = [2.0**power for power in range(5, 26, 2)]
-    fitted = fit_link([(size, known.seconds(size)) for size in sizes])
+    fitted = fit_link([(size, known.seconds(size)) for size in sizes], "all_reduce")
     assert fitted.latency == pytest.approx(known.latency)
     assert fitted.bandwidth == pytest.approx(known.bandwidth)
     with pytest.raises(bd.ConfigError, match="positive slope"):
-        fit_link([(size, 1 / size) for size in sizes])
+        fit_link([(size, 1 / size) for size in sizes], "all_reduce")
     made_up = bd.Machine("m", "by hand", 1.0, 1.0, 0.0, {2: known}, {2: known})
     assert made_up.link("all_reduce", 8) == Link(2 * known.latency, known.bandwidth)
     assert made_up.is_measured(2)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import bdlora_compile as bd
 from bdlora_compile.factors import Layout
@@ -14,7 +15,7 @@ from bdlora_compile.placement import Mesh
 from bdlora_compile.printer import print_graph
 from bdlora_compile.runtime import all_reduce
 from bdlora_compile.runtime.agreement import Agreement, Alone
-from bdlora_compile.runtime.all_reduce import AllReduce, Wanted, way
+from bdlora_compile.runtime.all_reduce import AllReduce, Wanted, group_obstacle, way
 from bdlora_compile.transport import reduce_instead_of_gather, through_symmetric_memory
 from tests.conftest import GoldenCheck
 from tests.passes.graphs import plan_of
@@ -170,3 +171,22 @@ def test_the_graph_calls_it(golden: GoldenCheck) -> None:
     captured.graph.lint()
     golden("symmetric_memory", print_graph(captured.graph))
     assert not [*stage_nodes(captured.graph, "_c10d_functional::all_reduce")]
+
+
+@pytest.mark.parametrize(
+    ("backends", "obstacle"),
+    [
+        ("cpu:gloo,cuda:nccl", ""),
+        ("cuda:nccl", ""),
+        ("cpu:gloo,cuda:gloo", "the process group is of gloo, not nccl"),
+        ("cpu:fake,cuda:fake", "the process group is of fake, not nccl"),
+    ],
+)
+def test_what_counts_is_what_a_group_has_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, backends: str, obstacle: str
+) -> None:
+    """A group that was made without a name has a backend for each kind of device, and none of its own."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "undefined")
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    assert group_obstacle(torch.device("cuda")) == obstacle
