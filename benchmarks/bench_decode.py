@@ -106,6 +106,11 @@ class Bench:
             with Path(self.options.out).open("a") as file:
                 file.write(json.dumps({"kind": kind, **fields}) + "\n")
 
+    def took(self, strategy: str, what: str, seconds: float) -> None:
+        """Say and keep what preparing took: whoever plans a run of many columns wants to know."""
+        self.say(f"{strategy}: {what} {seconds:.1f} s")
+        self.write("seconds", strategy=strategy, what=what, seconds=round(seconds, 1))
+
     # --- files ------------------------------------------------------------------------------------------------------
 
     def prepare(self, folder: Path, config: PretrainedConfig) -> Path:
@@ -121,7 +126,7 @@ class Bench:
                 write_model(config, model, self.dtype, self.device)
             wanted = {kind: KINDS[kind] for kind in self.kinds()}
             write_adapters(wanted, config, folder / "adapters", self.dtype, self.device)
-            self.say(f"files in {folder}: {time.perf_counter() - start:.0f} s")
+            self.took("all", "files", time.perf_counter() - start)
         self.wait()
         return model
 
@@ -158,7 +163,7 @@ class Bench:
         if self.rank == 0:
             start = time.perf_counter()
             found = dict(references(model, folder / "adapters", self.kinds(), self.dtype, self.device))
-            self.say(f"references: {time.perf_counter() - start:.0f} s")
+            self.took("all", "references", time.perf_counter() - start)
         free()
         self.wait()
         return found
@@ -202,14 +207,14 @@ class Bench:
         }
         start = time.perf_counter()
         loop = OurLoop(model, strategy, self.machine, self.dtype, self.device, self.options.inner, capacity)
-        self.say(f"{strategy}: loaded in {time.perf_counter() - start:.0f} s")
+        self.took(strategy, "load of the model", time.perf_counter() - start)
         for kind in names_of_kinds:
             names = [f"{kind}-{i}" for i in range(slots)]
             seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
-            self.say(f"{strategy}, {KINDS[kind].text}: {len(names)} adapters loaded in {seconds:.1f} s")
+            self.took(strategy, f"load of {len(names)} adapters, {KINDS[kind].text}", seconds)
             start = time.perf_counter()
             logits = loop.logits(self.prompts, [None if i is None else names[i] for i in ROWS], STEPS)
-            self.say(f"  first forwards {time.perf_counter() - start:.0f} s")
+            self.took(strategy, f"first forwards, {KINDS[kind].text}", time.perf_counter() - start)
             if self.makes_weights:
                 loop.fill_weights()
             if kind in expected:

@@ -37,21 +37,26 @@ def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Step time over the base model's, by rows of the batch, for as many adapters as rows."""
-    base = {row["batch"]: row["step"] for row in rows if row["strategy"] == "base"}
-    full = [row for row in rows if row["kind_of_adapters"] != "none" and row["adapters"] == row["batch"]]
-    for column in dict.fromkeys((row["strategy"], row["kind_of_adapters"]) for row in full):
-        points = sorted(
-            (row["batch"], row["step"] / base[row["batch"]])
-            for row in full
-            if (row["strategy"], row["kind_of_adapters"]) == column
-        )
-        axes.plot(*zip(*points, strict=True), marker="o", label=", ".join(column))
+    """The GPU's time of a step over the base model's, by rows of the batch: an adapter for each, and one for all."""
+    base = {row["batch"]: row["gpu"] for row in rows if row["strategy"] == "base"}
+    own = [row for row in rows if row["kind_of_adapters"] != "none"]
+    for number, column in enumerate(dict.fromkeys((row["strategy"], row["kind_of_adapters"]) for row in own)):
+        for style, is_shown in (
+            ("-", lambda row: row["adapters"] == row["batch"]),
+            (":", lambda row: row["adapters"] == 1),
+        ):
+            points = sorted(
+                (row["batch"], row["gpu"] / base[row["batch"]])
+                for row in own
+                if (row["strategy"], row["kind_of_adapters"]) == column and is_shown(row)
+            )
+            label = ", ".join(column) if style == "-" else None
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number}", label=label)
     axes.axhline(1, color="grey", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(base), [str(batch) for batch in sorted(base)])
-    axes.set_xlabel("rows, each with an adapter of its own")
-    axes.set_ylabel("step, base is 1")
+    axes.set_xlabel("rows, each with an adapter of its own (dotted: one for all)")
+    axes.set_ylabel("GPU time of a step, base is 1")
     axes.legend(fontsize="small")
 
 

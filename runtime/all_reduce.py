@@ -83,7 +83,8 @@ class AllReduce:
             if not apart:
                 mailbox, apart = _on_all(agreement, lambda: new_mailbox(mesh.group, device), limits)
             norms = f"norms apart: {apart}" if apart else "one-shot with residual and norm"
-            return cls(f"{_symmetric_text(limits, machine, mesh.size)}; {norms}", buffer, limits, mailbox)
+            text = f"{_symmetric_text(limits, machine, mesh.size)}{_of_another(machine, device)}; {norms}"
+            return cls(text, buffer, limits, mailbox)
         if wanted == "symmetric":
             raise ConfigError(
                 "all_reduce='symmetric'",
@@ -268,6 +269,12 @@ def _symmetric_text(limits: SymmetricLimits, machine: Machine, ranks: int) -> st
         f"symmetric memory, one-shot to {limits.one_shot} bytes, two-shot to {limits.two_shot}, "
         f"nccl above ({machine.name}, {basis})"
     )
+
+
+def _of_another(machine: Machine, device: torch.device) -> str:
+    """That the limits are another GPU's, if they are."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f", of another GPU than this {name}: `bdlora calibrate` measures it" if name not in machine.source else ""
 
 
 def _own_text(reason: str, device: torch.device) -> str:

@@ -190,3 +190,12 @@ def test_what_counts_is_what_a_group_has_for_gpus(
     monkeypatch.setattr(dist, "get_backend", lambda: "undefined")
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
     assert group_obstacle(torch.device("cuda")) == obstacle
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("NVIDIA H100 80GB HBM3", False), ("NVIDIA H200", True)])
+def test_limits_of_another_gpu_are_told(monkeypatch: pytest.MonkeyPatch, gpu: None, name: str, is_told: bool) -> None:
+    """Those that come with the package were measured on an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    mesh, agreement = Mesh(2, "group"), Alone()
+    found = AllReduce.choose("auto", mesh, H100, torch.bfloat16, torch.device("cuda"), agreement)
+    assert ("of another GPU than this NVIDIA H200: `bdlora calibrate` measures it" in found.text) is is_told
