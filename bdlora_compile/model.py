@@ -234,7 +234,16 @@ def _folder_of(path_or_id: str | Path) -> Path:
         )
     from huggingface_hub import snapshot_download  # only this branch touches the network
 
-    return Path(snapshot_download(str(path_or_id), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            str(path_or_id),
+            found=f"no such folder, and nothing on the hub ({type(error).__name__}: {reason})",
+            expected="a Hugging Face model folder, or an id on the hub",
+            remedy="check the name and that the hub can be reached, or download the model and pass its folder",
+        ) from error
 
 
 def _check_weights(model: nn.Module, source: WeightSource, where: str) -> None:

@@ -149,3 +149,16 @@ def test_processes_of_torchrun_with_a_group_load(files: Files, monkeypatch: pyte
         dist.destroy_process_group()
     monkeypatch.setenv("WORLD_SIZE", "1")
     bd.load(files.model)
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, whatever the hub's library says in how many."""
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise FileNotFoundError("Name or service not known\nPlease check your internet connection")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    said = r"SmolLM2: found no such folder, and nothing on the hub \(FileNotFoundError: Name or service not known\)"
+    with pytest.raises(bd.ConfigError, match=said) as found:
+        bd.load("SmolLM2")
+    assert "\n" not in str(found.value)
