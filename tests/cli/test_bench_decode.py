@@ -9,10 +9,11 @@ from typing import Any
 TINY = ("--tiny", "--no-baseline", "--strategy", "local", "--batch", "2", "--prefill", "0", "--inner", "eager")
 
 
-def written(folder: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
+def written(folder: Path, *options: str, ranks: int = 1) -> dict[str, list[dict[str, Any]]]:
     """Rows of a run by kind."""
     out = folder / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.bench_decode", *TINY, "--out", str(out), *options]
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *start, "benchmarks.bench_decode", *TINY, "--out", str(out), *options]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -23,8 +24,8 @@ def written(folder: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_columns_are_checked_and_timed(tmp_path: Path) -> None:
-    """Adapters of attention alone have a load of their own, without LoRA at other layers."""
-    rows = written(tmp_path, "--kinds", "bd32", "bd32attn")
+    """On two ranks. Adapters of attention alone have a load of their own, without LoRA at other layers."""
+    rows = written(tmp_path, "--kinds", "bd32", "bd32attn", ranks=2)
     assert [row["kind_of_adapters"] for row in rows["check"]] == ["BD r=32 G=8", "none", "BD r=32 G=8, attention"]
     assert all(row["error"] < row["allowed"] < row["swapped"] for row in rows["check"])
     assert [row["strategy"] for row in rows["row"]] == ["base", "local", "local"]
