@@ -4,7 +4,8 @@ And launches that must have ended before any kernel starts that is launched behi
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -32,18 +33,13 @@ def product_beside(x: Tensor, weight: Tensor, bias: Tensor | None, others: Calla
     rows = x.reshape(-1, x.shape[-1])
     # Of the current stream's memory, since that stream is where it is read and given back.
     y = x.new_empty(rows.shape[0], weight.shape[0])
-    current, beside = torch.cuda.current_stream(x.device), _stream_of(x.device, threading.get_ident())
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        if bias is None:
-            torch.mm(rows, weight.t(), out=y)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=y)
-    try:
+    with _second_stream(x.device) as beside:
+        with torch.cuda.stream(beside):
+            if bias is None:
+                torch.mm(rows, weight.t(), out=y)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=y)
         result = others()
-    finally:
-        # Also where they fail: y's memory is given back to the current stream.
-        current.wait_stream(beside)
     return y.view(*x.shape[:-1], weight.shape[0]), result
 
 
@@ -56,11 +52,22 @@ def ended_before_others(device: torch.device, launch: Callable[[], None]) -> Non
     if device.type != "cuda":
         launch()
         return
+    with _second_stream(device) as beside, torch.cuda.stream(beside):
+        launch()
+
+
+@contextmanager
+def _second_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """A stream that starts behind what the current one has, and that the current one waits for at the end.
+
+    Also where something fails between: memory that the second one uses is given back to the current one.
+    """
     current, beside = torch.cuda.current_stream(device), _stream_of(device, threading.get_ident())
     beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        launch()
-    current.wait_stream(beside)
+    try:
+        yield beside
+    finally:
+        current.wait_stream(beside)
 
 
 @cache

@@ -86,16 +86,16 @@ class Expected:
 
     def check(self, found: Tensor) -> Check:
         """What a column found, against these."""
-        found, unit = found.float().cpu(), max(self.unit, 1e-5)
+        found = found.float().cpu()
         rounding = _relative(self.rounded, self.exact)
         chosen = found.argmax(2)
         return Check(
             error=_relative(found, self.exact),
             rounding=rounding,
-            allowed=2 * rounding + unit,
+            allowed=_allowed(rounding, self.unit),
             swapped=float((found - self.swapped).abs().amax((1, 2)).min() / self.exact.abs().max()),
             gap=_gap(self.exact, chosen),
-            gap_allowed=2 * _gap(self.exact, self.rounded.argmax(2)) + unit,
+            gap_allowed=_allowed(_gap(self.exact, self.rounded.argmax(2)), self.unit),
             equal=int((chosen == self.exact.argmax(2)).sum()),
             tokens=chosen.numel(),
         )
@@ -198,8 +198,13 @@ def greedy_choices(
     keep = chosen.shape[1]
     exact, swapped = torch.stack(reference_logits(model, [*rows, *with_next], torch.float32, device, keep)).chunk(2)
     rounded = torch.stack(reference_logits(model, rows, dtype, device, keep))
-    allowed = 2 * _gap(exact, rounded.argmax(2)) + max(torch.finfo(dtype).eps / 2, 1e-5)
+    allowed = _allowed(_gap(exact, rounded.argmax(2)), torch.finfo(dtype).eps / 2)
     return Choices(_gap(exact, chosen), allowed, _gap(swapped, chosen))
+
+
+def _allowed(of_peft: float, unit: float) -> float:
+    """Twice what PEFT's own is in the dtype of the runs, and one rounding."""
+    return 2 * of_peft + max(unit, 1e-5)
 
 
 def _gap(logits: Tensor, chosen: Tensor) -> float:

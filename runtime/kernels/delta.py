@@ -13,6 +13,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     B_RANK,
     OUT_START,
+    VARYING,
     choose,
     known_multiple_of_8,
     rows_of_tile,
@@ -21,11 +22,8 @@ from bdlora_compile.runtime.kernels.fields import (
     wait_for_kernel_ahead,
 )
 
-_VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
-"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
 
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def delta_tokens(
     delta, h, pool, slots, scales, token_slot, num_slots, tokens, width, n_sites, site0, site1, site2,
     OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr, ROOM0: tl.constexpr, ROOM1: tl.constexpr,

@@ -15,6 +15,9 @@ B_BLOCKS: tl.constexpr = tl.constexpr(5)
 OUT_START: tl.constexpr = tl.constexpr(6)
 NUM_FIELDS: tl.constexpr = tl.constexpr(7)
 
+VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
+"""Numbers of shrinks and deltas that differ from layer to layer or call to call: one kernel serves all of them."""
+
 MAX_SITES = 3
 """Sites of one call: q, k and v."""
 

@@ -14,16 +14,13 @@ from bdlora_compile.runtime.kernels.fields import (
     A_OFFSET,
     A_RANK,
     NUM_FIELDS,
+    VARYING,
     choose,
     known_multiple_of_8,
     let_next_kernel_start,
     slot_row,
     wait_for_kernel_ahead,
 )
-
-_VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
-"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
-
 
 PART_K: tl.constexpr = tl.constexpr(512)
 """Columns of packed factors that a program of `shrink_tokens` holds at once."""
@@ -90,7 +87,7 @@ def h_of_token(
     return total
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def shrink_tokens(
     x, pool, slots, token_slot, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
@@ -128,7 +125,7 @@ def shrink_tokens(
 
 
 @triton.jit
-def segment_sums(
+def _segment_sums(
     x_rows, is_token, a, is_row, first_column, columns, begin, end, total,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +141,26 @@ def segment_sums(
     return total
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit
+def segment_sums(
+    x_rows, is_token, a, row, is_row, first_column, columns, is_aligned, begin, end, total, BLOCK_K: tl.constexpr
+):
+    """`_segment_sums` with A's rows ``row``, for sizes that are multiples of 8 (``is_aligned``) and for others."""
+    if is_aligned:
+        # Known to be multiples: loads of 16 bytes.
+        columns = known_multiple_of_8(columns)
+        first_column = known_multiple_of_8(first_column)
+        total = _segment_sums(
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K, None
+        )  # fmt: skip
+    else:
+        total = _segment_sums(
+            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, NARROW, 1
+        )  # fmt: skip
+    return total
+
+
+@triton.jit(do_not_specialize=VARYING)
 def shrink_segments(
     x, pool, slots, order, segments, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
@@ -186,16 +202,9 @@ def shrink_segments(
     token = tl.load(order + start + t, mask=is_token, other=0).to(tl.int64)
     x_rows = x + token[:, None] * x_stride
     total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-    if tl.max(columns % 8, axis=0) == 0:
-        # Known to be multiples: loads of 16 bytes.
-        columns = known_multiple_of_8(columns)
-        first_column = known_multiple_of_8(first_column)
-        total = segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, BLOCK_K, None
-        )  # fmt: skip
-    else:
-        total = segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, NARROW, 1
-        )  # fmt: skip
+    is_aligned = tl.max(columns % 8, axis=0) == 0
+    total = segment_sums(
+        x_rows, is_token, a, row, is_row, first_column, columns, is_aligned, begin, end, total, BLOCK_K
+    )
     planes = h + (split * tokens + token) * (n_sites * width)
     tl.store(planes[:, None] + stacked[None, :], total, mask=is_token[:, None] & is_row[None, :])

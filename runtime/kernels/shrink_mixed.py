@@ -10,16 +10,13 @@ from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
     A_RANK,
+    VARYING,
     choose,
-    known_multiple_of_8,
     let_next_kernel_start,
     slot_row,
     wait_for_kernel_ahead,
 )
-from bdlora_compile.runtime.kernels.shrink import NARROW, h_of_token, segment_sums
-
-_VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
-"""Numbers that differ from layer to layer or from call to call: one compiled kernel serves all of them."""
+from bdlora_compile.runtime.kernels.shrink import h_of_token, segment_sums
 
 LEAST_ROWS: tl.constexpr = tl.constexpr(16)
 """Rows of A that the tensor cores take at least."""
@@ -59,22 +56,13 @@ def _h_together(
     total = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
-    if (in_features // blocks) % 8 == 0:
-        # Known to be multiples: loads of 16 bytes.
-        columns = known_multiple_of_8(columns)
-        first_column = known_multiple_of_8(first_column)
-        total = segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, PART_K, None
-        )  # fmt: skip
-    else:
-        total = segment_sums(
-            x_rows, is_token, a + row * columns, is_row, first_column, columns, begin, end, total, NARROW, 1
-        )  # fmt: skip
+    is_aligned = (in_features // blocks) % 8 == 0
+    total = segment_sums(x_rows, is_token, a, row, is_row, first_column, columns, is_aligned, begin, end, total, PART_K)
     at = plane + token * token_stride
     tl.store(at[:, None] + row[None, :], total, mask=is_token[:, None] & is_row[None, :])
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def shrink_mixed(
     x, pool, slots, order, segments, h,
     x_stride, in_features, num_slots, tokens, width, n_sites,
