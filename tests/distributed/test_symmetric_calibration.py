@@ -16,7 +16,8 @@ def test_ranks_agree_on_the_fastest_ways() -> None:
         command(3, "tests.distributed.symmetric_calibration"), capture_output=True, text=True, timeout=110, check=False
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert sorted(ran.stdout.split("\n")[:3]) == [f"rank {rank} agrees" for rank in range(3)]
+    # Ranks share the pipe, and may write between another's text and the end of its line.
+    assert all(f"rank {rank} agrees" in ran.stdout for rank in range(3)), ran.stdout
 
 
 @pytest.mark.parametrize(
