@@ -134,9 +134,19 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     links = {kind: {ranks: _link(points, kind, ranks) for ranks in _group_sizes()} for kind in _KINDS}
     sizes = settings.symmetric_sizes
     shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in _group_sizes() if sizes}
-    limits = {ranks: found.limits for ranks, found in shared.items() if found.limits is not None}
-    source = _source(device, shared)
-    return Machine(name, source, memory, flops, launch, links[_KINDS[0]], links[_KINDS[1]], limits), points
+    machine = Machine(
+        name,
+        _source(device, shared),
+        memory,
+        flops,
+        launch,
+        all_reduce=links["all_reduce"],
+        all_gather=links["all_gather_into_tensor"],
+        symmetric={ranks: found.limits for ranks, found in shared.items() if found.limits is not None},
+        one_shot={ranks: found.one_shot for ranks, found in shared.items() if found.one_shot is not None},
+        two_shot={ranks: found.two_shot for ranks, found in shared.items() if found.two_shot is not None},
+    )
+    return machine, points
 
 
 def _group_sizes() -> list[int]:
@@ -204,7 +214,13 @@ def show(machine: Machine, points: Sequence[Point], console: Console) -> None:
     table.add_row("memory, read and written", f"{machine.memory_bandwidth / 1e9:,.1f} GB/s")
     table.add_row("matrix product", f"{machine.flops / 1e12:,.3f} TFLOP/s")
     table.add_row("a kernel", f"{machine.launch * 1e6:,.2f} us")
-    for kind, links in ((_KINDS[0], machine.all_reduce), (_KINDS[1], machine.all_gather)):
+    named: dict[str, Mapping[int, Link]] = {
+        "all_reduce": machine.all_reduce,
+        "all_gather_into_tensor": machine.all_gather,
+        "one-shot all_reduce": machine.one_shot,
+        "two-shot all_reduce": machine.two_shot,
+    }
+    for kind, links in named.items():
         for ranks, link in links.items():
             row = f"{link.latency * 1e6:,.1f} us + bytes / {link.bandwidth / 1e9:,.2f} GB/s"
             table.add_row(f"{kind}, {ranks} ranks", row)

@@ -1,4 +1,4 @@
-"""Up to which sizes all-reduces through symmetric memory are the fastest; a part of `calibrate.py`, on GPUs.
+"""What all-reduces through symmetric memory cost, and up to which sizes they are the fastest; a part of `calibrate.py`.
 
 The operator that served graphs call (`runtime/all_reduce.py`) goes each way in turn, as often as its result is needed.
 """
@@ -6,11 +6,13 @@ The operator that served graphs call (`runtime/all_reduce.py`) goes each way in 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from bdlora_compile.machine import SymmetricLimits
+from bdlora_compile.collective_cost import sent_through
+from bdlora_compile.machine import Link, SymmetricLimits, fit_link
 from bdlora_compile.runtime.agreement import agreement_of
 from bdlora_compile.runtime.all_reduce import all_reduce, buffer_on_all, group_obstacle
 
@@ -25,11 +27,13 @@ class Symmetric:
     """What was found over some ranks.
 
     Attributes:
-        limits: None where there is no symmetric memory.
+        limits, one_shot, two_shot: as of `machine.Machine`; None where there is no symmetric memory.
         obstacle: why not.
     """
 
-    limits: SymmetricLimits | None
+    limits: SymmetricLimits | None = None
+    one_shot: Link | None = None
+    two_shot: Link | None = None
     obstacle: str = ""
 
 
@@ -49,6 +53,24 @@ def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[in
     return found[0]
 
 
+def symmetric_costs(times: Mapping[int, Mapping[str, float]], ranks: int) -> Symmetric:
+    """Limits, and latency and bandwidth of both ways, from measured times.
+
+    Args:
+        times: seconds, as of `fastest_limits`.
+
+    Raises:
+        ConfigError: times that do not grow with size.
+    """
+
+    def link(way: Literal["one_shot", "two_shot"]) -> Link:
+        sent = float(sent_through(way, ranks))
+        points = [(sent * size, of_way[way]) for size, of_way in times.items()]
+        return fit_link(points, f"{way} all-reduce over {ranks} ranks")
+
+    return Symmetric(fastest_limits(times), link("one_shot"), link("two_shot"))
+
+
 def fastest_limits(times: Mapping[int, Mapping[str, float]]) -> SymmetricLimits:
     """The limits that choose what took the least time.
 
@@ -66,7 +88,7 @@ def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group
     agreement = agreement_of([group])
     buffer, obstacle = buffer_on_all(agreement, group_obstacle(device), largest, group.group_name, device)
     if buffer is None:
-        return Symmetric(None, obstacle)
+        return Symmetric(obstacle=obstacle)
     bounds = {"one_shot": (largest, 0), "two_shot": (0, largest), "nccl": (0, 0)}
     times: dict[int, dict[str, float]] = {}
     for size in sizes:
@@ -75,4 +97,4 @@ def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group
             way: seconds(partial(all_reduce, x, buffer, *of_way, group.group_name), group)
             for way, of_way in bounds.items()
         }
-    return Symmetric(fastest_limits(times))
+    return symmetric_costs(times, group.size())

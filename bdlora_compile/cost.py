@@ -83,10 +83,13 @@ class Exchange:
     Attributes:
         kind: name of the operator.
         payload: bytes, as `census.py` counts them.
+        is_sum: whether it may go through symmetric memory: an all-reduce, or a gather that becomes one of the same
+            payload there (`transport.py`).
     """
 
     kind: CollectiveKind
     payload: Expr
+    is_sum: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +141,24 @@ def lora(role: Role, layout: Layout) -> Formula:
     x = E * T * (D if role is Role.COLUMN else length(role))
     if layout is Layout.LOCAL:
         y = E * T * (length(role) if role is Role.COLUMN else O)
-        # More than one on GPUs, too, but beside the product; a shrink and an expand behind it with more tokens.
-        launches = sympy.Piecewise((Integer(1), T <= BY_TOKEN_LIMIT), (Integer(2), True))
-        return Formula(x, factors + y, y, flops, launches)
+        # On GPUs it is a kernel more with few tokens, but beside the product; a shrink and an expand with more tokens.
+        return Formula(x, factors + y, y, flops, _launches(1, 2))
     if role is Role.COLUMN:
         share, gathered = F * T * ceiling(C / N), F * T * ceiling(C / N) * N
         y = E * T * length(role)
         reads = factors + share + gathered + y + gathered + y
         writes = share + share + gathered + y + y
         # Shrink, sum of its planes, order of what the gather brought, copy of y, expand.
-        return Formula(x, reads, writes, flops, Integer(5), Exchange("all_gather_into_tensor", gathered))
+        return Formula(x, reads, writes, flops, _launches(2, 5), Exchange("all_gather_into_tensor", gathered))
     h, copy, own = F * T * C, E * T * O, E * T * ceiling(O / N)
     # The same without an order to restore.
-    return Formula(x, factors + 2 * h + copy + own, 2 * h + copy + own, flops, Integer(4), Exchange("all_reduce", h))
+    exchange = Exchange("all_reduce", h)
+    return Formula(x, factors + 2 * h + copy + own, 2 * h + copy + own, flops, _launches(2, 4), exchange)
+
+
+def _launches(few: int, many: int) -> Expr:
+    """Kernels of a LoRA path with few tokens, where it lies beside its product, and with many."""
+    return sympy.Piecewise((Integer(few), T <= BY_TOKEN_LIMIT), (Integer(many), True))
 
 
 @cache
@@ -195,8 +203,9 @@ def logits() -> Formula:
     own = ceiling(V / N)
     y = E * ROWS * own
     return Formula(
-        E * ROWS * D, E * own * D, y, 2 * ROWS * own * D, Integer(1), Exchange("all_gather_into_tensor", y * N)
-    )
+        E * ROWS * D, E * own * D, y, 2 * ROWS * own * D, Integer(1),
+        Exchange("all_gather_into_tensor", y * N, is_sum=False),
+    )  # fmt: skip
 
 
 def value_of(formula: Expr, numbers: Mapping[sympy.Symbol, int | Rational]) -> Rational:

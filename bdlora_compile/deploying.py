@@ -55,10 +55,11 @@ def deploy(
 ) -> AdapterSet:
     ranks, capacity = setup.ranks, setup.capacity
     machine = setup.choice.machine_for(setup.device)
+    transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     terms = Terms(
         ranks.mesh,
         setup.choice.workload,
-        machine,
+        machine if transport.buffer is not None else machine.without_symmetric_memory(),
         capacity.max_rank,
         setup.dtype.itemsize,
     )
@@ -68,7 +69,6 @@ def deploy(
         max_local_rank=capacity.max_local_rank, layers=layers,
     )  # fmt: skip
     slots, pool = capacity.pool(plan)
-    transport = AllReduce.choose(setup.all_reduce, ranks.mesh, machine, setup.dtype, setup.device, ranks.agreement)
     states = [_rank_state(plan, source, rank, slots, pool, capacity.max_tokens, transport) for rank in ranks.hosted]
     watch = _watch_of(ranks.agreement, setup.device)
     deployment = Deployment(plan, states, ranks.agreement, setup.strict, watch=watch)

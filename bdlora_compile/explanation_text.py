@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bdlora_compile.collective_cost import ways
 from bdlora_compile.explanation import (
     ExplainedCollective,
     ExplainedEstimate,
@@ -17,6 +18,8 @@ from bdlora_compile.explanation import (
     Explanation,
 )
 from bdlora_compile.ir import Origin
+from bdlora_compile.machine import Link, Machine
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.timing import Seconds
 
 _OPERATORS = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
@@ -204,6 +207,7 @@ def _show_estimates(told: Explanation, console: Console) -> None:
         "launches",
         "latency",
         "wire",
+        "hidden",
     ):
         table.add_column(name, justify="right")
     for one in told.estimates:
@@ -217,29 +221,48 @@ def _show_estimates(told: Explanation, console: Console) -> None:
         f"memory {machine.memory_bandwidth / 1e9:,.1f} GB/s, products {machine.flops / 1e12:,.2f} TFLOP/s, "
         f"a kernel {machine.launch * 1e6:.2f} us"
     )
-    if told.tp_size > 1:
-        for name, link in (
-            ("all-reduce", machine.link("all_reduce", told.tp_size)),
-            ("all-gather", machine.link("all_gather_into_tensor", told.tp_size)),
-        ):
-            constants += f", {name} {link.latency * 1e6:.1f} us + bytes / {link.bandwidth / 1e9:,.1f} GB/s"
-    console.print(constants)
+    console.print(", ".join([constants, *_links(machine, told.tp_size)]))
     if told.is_extrapolated:
         console.print(
             f"collectives over {told.tp_size} ranks were not measured on it: their latency is extrapolated with the "
             "square root of the number of ranks, which is a guess"
         )
-    console.print("not counted: norms, activation functions, rotary angles, sampling, the host, overlap")
-    console.print(
-        "overlap: on GPUs LoRA of up to 64 tokens lies beside products, and so do its collectives through symmetric "
-        "memory: S-LoRA is overestimated most"
-    )
+    console.print("not counted: norms, activation functions, rotary angles, sampling, the host")
+    if told.tp_size > 1 and machine.symmetric:
+        console.print(
+            f"with up to {BY_TOKEN_LIMIT} tokens LoRA's collectives lie beside products: hidden is what is not seen of "
+            "them; that its kernels lie there, too, is not taken off"
+        )
+
+
+def _links(machine: Machine, ranks: int) -> list[str]:
+    """The collectives' constants in words."""
+    if ranks == 1:
+        return []
+    names = {"one_shot": "one-shot", "two_shot": "two-shot", "all_reduce": "all-reduce"}
+    texts = []
+    for way in ways(machine, "all_reduce", ranks, is_sum=True):
+        limit = f" to {way.largest:,} bytes" if way.largest is not None else ""
+        texts.append(f"{names[way.kind]}{limit} {_link_text(way.link)}")
+    return [*texts, f"all-gather {_link_text(machine.link('all_gather_into_tensor', ranks))}"]
+
+
+def _link_text(link: Link) -> str:
+    return f"{link.latency * 1e6:.1f} us + bytes / {link.bandwidth / 1e9:,.1f} GB/s"
 
 
 def _estimate_cells(one: ExplainedEstimate) -> list[str]:
     seconds: Sequence[Seconds] = (one.projections, one.lora, one.attention, one.outside)
     lora = one.lora
-    parts = [*(part.total for part in seconds), one.seconds, lora.kernels, lora.launches, lora.latency, lora.wire]
+    parts = [
+        *(part.total for part in seconds),
+        one.seconds,
+        lora.kernels,
+        lora.launches,
+        lora.latency,
+        lora.wire,
+        lora.hidden,
+    ]
     return [f"{part * 1e6:,.0f}" for part in parts]
 
 

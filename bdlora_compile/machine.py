@@ -1,6 +1,6 @@
 """What a machine costs: the constants of the time model (`cost.py`), shipped as a table or measured by `calibrate`.
 
-A collective over N ranks takes ``latency + wire bytes / bandwidth``, wire bytes as `census.py` counts them (ring).
+A collective over N ranks takes ``latency + wire bytes / bandwidth``, wire bytes as `collective_cost.py` counts them.
 Where N was not measured the nearest measured number of ranks stands in: its latency is taken to grow with the square
 root of N (between a tree, log N, and a ring, N: a guess) and the bandwidth of a rank to stay. Whoever prints such a
 number says that it is extrapolated.
@@ -9,7 +9,7 @@ number says that it is extrapolated.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,9 @@ import torch
 from bdlora_compile.errors import ConfigError
 
 CollectiveKind = Literal["all_reduce", "all_gather_into_tensor"]
+"""Operators that graphs hold."""
+LinkKind = Literal["all_reduce", "all_gather_into_tensor", "one_shot", "two_shot"]
+"""What has a cost of its own: those through the process group, and both ways through symmetric memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,8 @@ class Machine:
         flops: multiplications and additions of a large matrix product in a second.
         launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph, an operator on a CPU.
         all_reduce, all_gather: by number of ranks, those that were measured.
-        symmetric: the same for all-reduces through symmetric memory; empty where there is none.
+        symmetric: which sizes go through symmetric memory, by number of ranks; empty where there is none.
+        one_shot, two_shot: costs of those, by number of ranks; where they are empty they cost what ``all_reduce`` does.
     """
 
     name: str
@@ -74,12 +78,26 @@ class Machine:
     all_reduce: Mapping[int, Link]
     all_gather: Mapping[int, Link]
     symmetric: Mapping[int, SymmetricLimits] = field(default_factory=dict)
+    one_shot: Mapping[int, Link] = field(default_factory=dict)
+    two_shot: Mapping[int, Link] = field(default_factory=dict)
 
     def symmetric_limits(self, ranks: int) -> SymmetricLimits | None:
-        """The limits for a number of ranks, or those of the nearest measured one; None if none was measured."""
-        return self.symmetric[_nearest(self.symmetric, ranks)] if self.symmetric else None
+        """The limits for a number of ranks, or from those of the nearest measured one; None if none was measured.
 
-    def link(self, kind: CollectiveKind, ranks: int) -> Link:
+        What a rank reads is what counts: one-shot that is N - 1 times the message, two-shot nearly the same for all N.
+        """
+        if not self.symmetric:
+            return None
+        nearest = _nearest(self.symmetric, ranks)
+        known = self.symmetric[nearest]
+        one_shot = known.one_shot * (nearest - 1) // max(ranks - 1, 1)
+        return SymmetricLimits(min(one_shot, known.two_shot), known.two_shot)
+
+    def without_symmetric_memory(self) -> "Machine":
+        """The same, with every collective through the process group."""
+        return replace(self, symmetric={}, one_shot={}, two_shot={})
+
+    def link(self, kind: LinkKind, ranks: int) -> Link:
         """The cost of a collective over ``ranks``, extrapolated where that number was not measured.
 
         Raises:
@@ -107,8 +125,11 @@ class Machine:
         """The file that ``machine=`` accepts."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
-    def _links(self, kind: CollectiveKind) -> Mapping[int, Link]:
-        return self.all_reduce if kind == "all_reduce" else self.all_gather
+    def _links(self, kind: LinkKind) -> Mapping[int, Link]:
+        if kind == "all_gather_into_tensor":
+            return self.all_gather
+        own = {"one_shot": self.one_shot, "two_shot": self.two_shot}.get(kind)
+        return own or self.all_reduce
 
 
 def _nearest(measured: Iterable[int], ranks: int) -> int:

@@ -5,28 +5,52 @@ so that a reader can change them:
 
     T tokens (rows that decode), K distinct adapters among them, L tokens of each context,
     W_mem bytes/s of memory, F_peak FLOP/s, t_launch seconds of a kernel, t_ar and t_ag latencies of all-reduce and
-    all-gather, W_ar and W_ag wire bytes/s of their links
+    all-gather, W_ar and W_ag wire bytes/s of their links, t_one, t_two, W_one and W_two those of all-reduces through
+    symmetric memory, one-shot and two-shot
 
 `tests/api/test_inspector.py` holds it against `estimate.estimate` in Python; the browser's test does so in JavaScript.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import sympy
 from sympy import Expr
 
 from bdlora_compile import cost
-from bdlora_compile.census import wire_share
+from bdlora_compile.collective_cost import ways
 from bdlora_compile.cost import Formula
 from bdlora_compile.estimate import ModelShape, attention_numbers, outside_numbers, phases
 from bdlora_compile.explanation import StepFormula
 from bdlora_compile.factors import Layout
+from bdlora_compile.machine import LinkKind
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.sites import Site
-from bdlora_compile.timing import Numbers, Profile, SiteGroup, Terms, base_members, group_sites, lora_members
-
-W_MEM, F_PEAK, T_LAUNCH, T_AR, T_AG, W_AR, W_AG = (
-    sympy.Symbol(name, positive=True) for name in ("W_mem", "F_peak", "t_launch", "t_ar", "t_ag", "W_ar", "W_ag")
+from bdlora_compile.timing import (
+    Numbers,
+    Profile,
+    SiteGroup,
+    Terms,
+    base_members,
+    exchange_ways,
+    group_sites,
+    lora_members,
 )
+
+W_MEM, F_PEAK, T_LAUNCH = (sympy.Symbol(name, positive=True) for name in ("W_mem", "F_peak", "t_launch"))
+
+
+def _link(name: str) -> tuple[sympy.Symbol, sympy.Symbol]:
+    return sympy.Symbol(f"t_{name}", positive=True), sympy.Symbol(f"W_{name}", positive=True)
+
+
+LINKS: Mapping[LinkKind, tuple[sympy.Symbol, sympy.Symbol]] = {
+    "all_reduce": _link("ar"),
+    "all_gather_into_tensor": _link("ag"),
+    "one_shot": _link("one"),
+    "two_shot": _link("two"),
+}
+"""Latency and bandwidth of each kind of link."""
 _FREE = frozenset({cost.T, cost.K, cost.ROWS, cost.CONTEXT})
 """What of a formula's symbols is left to the reader."""
 
@@ -44,7 +68,9 @@ def step_formulas(
     return [_told(name, shared + _lora(groups, profiles, chosen, terms)) for name, chosen in layouts.items()]
 
 
-NAMES = frozenset({"T", "K", "L", "W_mem", "F_peak", "t_launch", "t_ar", "W_ar", "t_ag", "W_ag"})
+NAMES = frozenset(
+    str(symbol) for symbol in (cost.T, cost.K, cost.CONTEXT, W_MEM, F_PEAK, T_LAUNCH, *chain(*LINKS.values()))
+)
 """All names that `constants` may give, and the expressions may hold."""
 
 
@@ -60,8 +86,10 @@ def constants(terms: Terms, batch: int, context: int) -> dict[str, float]:
         "t_launch": machine.launch,
     }
     if ranks > 1:
-        reduce, gather = machine.link("all_reduce", ranks), machine.link("all_gather_into_tensor", ranks)
-        found |= {"t_ar": reduce.latency, "W_ar": reduce.bandwidth, "t_ag": gather.latency, "W_ag": gather.bandwidth}
+        sums = ways(machine, "all_reduce", ranks, is_sum=True)
+        for way in [*sums, *ways(machine, "all_gather_into_tensor", ranks, is_sum=False)]:
+            latency, bandwidth = LINKS[way.kind]
+            found |= {str(latency): way.link.latency, str(bandwidth): way.link.bandwidth}
     return found
 
 
@@ -80,25 +108,43 @@ def _shared(shape: ModelShape, groups: Sequence[SiteGroup], terms: Terms) -> Exp
 def _lora(
     groups: Sequence[SiteGroup], profiles: Sequence[Profile], layouts: Mapping[str, Layout], terms: Terms
 ) -> Expr:
-    parts = [
-        len(group.layers) * _seconds(lora_members(group, layouts[group.label], profiles, terms), terms)
-        for group in groups
-    ]
+    parts = []
+    for group in groups:
+        members = lora_members(group, layouts[group.label], profiles, terms)
+        product = base_members(group, terms)
+        parts.append(len(group.layers) * _seconds(members, terms, beside=product))
     return sympy.Add(*parts)
 
 
-def _seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Expr:
-    """As `timing.formula_seconds`, with the load and the machine as symbols."""
+def _seconds(
+    members: Sequence[tuple[Formula, Numbers]], terms: Terms, beside: Sequence[tuple[Formula, Numbers]] = ()
+) -> Expr:
+    """As `timing.lora_seconds`, with the load and the machine as symbols; ``beside`` is LoRA's product."""
+    return _kernels(members) + _exchange(members, terms, _kernels(beside) if beside else sympy.Integer(0))
+
+
+def _kernels(members: Sequence[tuple[Formula, Numbers]]) -> Expr:
     first, own = members[0]
     moved = _part(first.x_reads, own) + sympy.Add(*(_part(one.reads + one.writes, its) for one, its in members))
     flops = sympy.Add(*(_part(one.flops, its) for one, its in members))
-    total = sympy.Max(moved / W_MEM, flops / F_PEAK) + _part(first.launches, own) * T_LAUNCH
-    if first.exchange is not None and terms.mesh.size > 1:
-        kind = first.exchange.kind
-        payload = sympy.Add(*(_part(one.exchange.payload, its) for one, its in members if one.exchange))
-        latency, bandwidth = (T_AR, W_AR) if kind == "all_reduce" else (T_AG, W_AG)
-        total += latency + wire_share(kind, terms.mesh.size) * payload / bandwidth
-    return total
+    return sympy.Max(moved / W_MEM, flops / F_PEAK) + _part(first.launches, own) * T_LAUNCH
+
+
+def _exchange(members: Sequence[tuple[Formula, Numbers]], terms: Terms, product: Expr) -> Expr:
+    """What is seen of a group's collective: of few tokens, through symmetric memory, what outlasts its product."""
+    choices = exchange_ways(members, terms)
+    if not choices:
+        return sympy.Integer(0)
+    payload = sympy.Add(*(_part(one.exchange.payload, its) for one, its in members if one.exchange))
+    pieces = []
+    for way in choices:
+        latency, bandwidth = LINKS[way.kind]
+        seconds = latency + way.sent * payload / bandwidth
+        if way.is_symmetric:
+            few = (sympy.Max(0, seconds - product), cost.T <= BY_TOKEN_LIMIT)
+            seconds = sympy.Piecewise(few, (seconds, True))
+        pieces.append((seconds, True if way.largest is None else payload <= way.largest))
+    return sympy.Piecewise(*pieces)
 
 
 def _part(formula: Expr, numbers: Numbers) -> Expr:

@@ -11,7 +11,7 @@ from functools import cache
 import sympy
 
 from bdlora_compile import cost
-from bdlora_compile.census import wire_share
+from bdlora_compile.collective_cost import Way, ways
 from bdlora_compile.cost import Formula, value_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.factors import Layout
@@ -19,6 +19,7 @@ from bdlora_compile.ir import layer_of
 from bdlora_compile.machine import Machine
 from bdlora_compile.placement import Mesh, site_pieces
 from bdlora_compile.runtime.adapter_targets import FactorKind
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.sites import Role, Site
 
 Numbers = Mapping[sympy.Symbol, int | sympy.Rational]
@@ -78,6 +79,7 @@ class Seconds:
         launches: kernels, at its cost of one.
         latency: of the collective.
         wire: bytes of the collective, at the bandwidth of its link.
+        hidden: of the collective's time, what a product that runs beside it takes anyway.
     """
 
     memory: float = 0.0
@@ -86,11 +88,17 @@ class Seconds:
     launches: float = 0.0
     latency: float = 0.0
     wire: float = 0.0
+    hidden: float = 0.0
+
+    @property
+    def exchange(self) -> float:
+        """The collective alone."""
+        return self.latency + self.wire
 
     @property
     def total(self) -> float:
-        """Kernels and collectives, one after the other."""
-        return self.kernels + self.launches + self.latency + self.wire
+        """Kernels and what is seen of the collective, one after the other."""
+        return self.kernels + self.launches + self.exchange - self.hidden
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -158,7 +166,14 @@ def group_sites(sites: Mapping[str, Site]) -> list[SiteGroup]:
 
 def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms) -> Seconds:
     """Estimated LoRA time of a group in one layer, on the fullest rank, for the mean of the adapters."""
-    return formula_seconds(lora_members(group, layout, profiles, terms), terms)
+    members = lora_members(group, layout, profiles, terms)
+    own = formula_seconds(members, terms)
+    exchange = _exchange(members, terms)
+    if exchange is None or not exchange[0].is_symmetric or terms.workload.tokens > BY_TOKEN_LIMIT:
+        return own
+    # The vocabulary's products have none beside them: their seconds are none here.
+    product = base_seconds(group, terms)
+    return replace(own, hidden=min(own.exchange, product.kernels + product.launches))
 
 
 def lora_members(
@@ -188,15 +203,11 @@ def base_members(group: SiteGroup, terms: Terms) -> list[tuple[Formula, Numbers]
 
 def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Seconds:
     """Estimated time of formulas that make one group: x once, one launch of each kernel, one collective."""
-    machine, ranks = terms.machine, terms.mesh.size
+    machine = terms.machine
     (first, own), *_ = members
     moved = value_of(first.x_reads, own) + _total(members, lambda formula: formula.reads + formula.writes)
-    latency = wire = 0.0
-    if first.exchange is not None and ranks > 1:
-        kind = first.exchange.kind
-        link = machine.link(kind, ranks)
-        payload = _total(members, lambda formula: formula.exchange.payload if formula.exchange else sympy.Integer(0))
-        latency, wire = link.latency, float(wire_share(kind, ranks) * payload) / link.bandwidth
+    exchange = _exchange(members, terms)
+    latency, wire = (exchange[0].link.latency, exchange[0].wire_seconds(exchange[1])) if exchange else (0.0, 0.0)
     memory = float(moved) / machine.memory_bandwidth
     compute = float(_total(members, lambda formula: formula.flops)) / machine.flops
     return Seconds(
@@ -207,6 +218,23 @@ def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) ->
         latency,
         wire,
     )
+
+
+def exchange_ways(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Sequence[Way]:
+    """How a group's collective may go on the machine, the first that takes its payload; none where there is none."""
+    exchange = members[0][0].exchange
+    if exchange is None or terms.mesh.size == 1:
+        return []
+    return ways(terms.machine, exchange.kind, terms.mesh.size, is_sum=exchange.is_sum)
+
+
+def _exchange(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> tuple[Way, float] | None:
+    """The way of a group's collective, and its payload in bytes."""
+    choices = exchange_ways(members, terms)
+    if not choices:
+        return None
+    payload = _total(members, lambda formula: formula.exchange.payload if formula.exchange else sympy.Integer(0))
+    return next(way for way in choices if way.takes(float(payload))), float(payload)
 
 
 def _total(members: Sequence[tuple[Formula, Numbers]], part: Callable[[Formula], sympy.Expr]) -> sympy.Rational:

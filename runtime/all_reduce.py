@@ -264,7 +264,11 @@ def _norm_obstacle(mesh: Mesh, device: torch.device) -> str:
 
 
 def _symmetric_text(limits: SymmetricLimits, machine: Machine, ranks: int) -> str:
-    basis = "measured" if ranks in machine.symmetric else f"not measured on {ranks} ranks, taken from the nearest"
+    basis = (
+        "measured"
+        if ranks in machine.symmetric
+        else f"not measured on {ranks} ranks, by what those of the nearest read"
+    )
     return (
         f"symmetric memory, one-shot to {limits.one_shot} bytes, two-shot to {limits.two_shot}, "
         f"nccl above ({machine.name}, {basis})"

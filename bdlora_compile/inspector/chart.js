@@ -5,6 +5,8 @@
 const CONSTANTS = {
   W_mem: ["memory", "GB/s", 1e9], F_peak: ["products", "TFLOP/s", 1e12], t_launch: ["a kernel", "µs", 1e-6],
   t_ar: ["all-reduce latency", "µs", 1e-6], W_ar: ["all-reduce link", "GB/s", 1e9],
+  t_one: ["one-shot latency", "µs", 1e-6], W_one: ["one-shot link", "GB/s", 1e9],
+  t_two: ["two-shot latency", "µs", 1e-6], W_two: ["two-shot link", "GB/s", 1e9],
   t_ag: ["all-gather latency", "µs", 1e-6], W_ag: ["all-gather link", "GB/s", 1e9], L: ["context", "tokens", 1],
 };
 const STRATEGIES = { local: "local: no LoRA collective", slora: "slora: S-LoRA placement", auto: "auto: the cheaper one of each group" };
@@ -42,7 +44,7 @@ function decodeView(app) {
       h("div.fields", {}, Object.keys(CONSTANTS).filter((name) => name in state.values).map(field),
         h("label.field", {}, h("span", {}, "distinct adapters"), adapters, h("small", {}, "0: one for each row"))),
       h("p.note", {}, record.machine.source, record.is_extrapolated ? ` Collectives over ${record.tp_size} ranks were not measured on it: their latency is extrapolated.` : "",
-        " Not counted: norms, activation functions, rotary angles, sampling, the host, and that LoRA of up to 64 tokens and its collectives lie beside products on GPUs. The layouts of auto are those chosen for the explained load.")),
+        " Not counted: norms, activation functions, rotary angles, sampling, the host, and that kernels of up to 64 tokens' LoRA lie beside products on GPUs. The layouts of auto are those chosen for the explained load.")),
     h("details.block", {}, h("summary", {}, "The formulas"), names.map((name) => [h("h3", {}, name), h("pre.formula", {}, record.formulas.find((one) => one.strategy === name).expression)])));
 }
 

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Sequence
 
-from bdlora_compile.census import Census, number_of
-from bdlora_compile.machine import Machine
+from bdlora_compile.census import Census, Collective, number_of
+from bdlora_compile.collective_cost import ways
+from bdlora_compile.ir import Origin
+from bdlora_compile.machine import CollectiveKind, Machine
 from bdlora_compile.report import Report
 
 
@@ -26,9 +28,16 @@ def step_census(reports: Sequence[Report], batch: int, *, with_lora: bool) -> Ce
 
 
 def priced(census: Census, batch: int, machine: Machine) -> float:
-    """Milliseconds of the collectives in a decode step of ``batch`` rows: latency plus bytes over bandwidth, each."""
-    seconds = 0.0
-    for one in census.collectives:
-        link = machine.link("all_reduce" if one.kind == "all_reduce" else "all_gather_into_tensor", one.group_size)
-        seconds += one.runs * link.seconds(number_of(one.wire_bytes, batch, 1))
-    return seconds * 1e3
+    """Milliseconds of the collectives in a decode step of ``batch`` rows: latency plus bytes over bandwidth, each.
+
+    One after the other: that those of LoRA run beside products is not taken off.
+    """
+    return 1e3 * sum(one.runs * _seconds(one, batch, machine) for one in census.collectives)
+
+
+def _seconds(one: Collective, batch: int, machine: Machine) -> float:
+    kind: CollectiveKind = "all_reduce" if one.kind == "all_reduce" else "all_gather_into_tensor"
+    payload = number_of(one.payload_bytes, batch, 1)
+    choices = ways(machine, kind, one.group_size, is_sum=kind == "all_reduce" or one.origin is Origin.LORA)
+    way = next(way for way in choices if way.takes(payload))
+    return way.link.latency + way.wire_seconds(payload)

@@ -16,14 +16,16 @@ from bdlora_compile.machine import SymmetricLimits
 SIZES = [64, 256, 1024, 4096, 16384]
 ONE_SHOT, TWO_SHOT = 256, 4096
 """Up to where the stand-in is fastest one-shot, and at all."""
+COSTS = {"one": (1.0, 256.0), "two": (1.8, 1024.0), "nccl": (5.0, 4096.0)}
+"""Its latency, and bytes of a message in a second."""
 
 
 def stand_in(x: Tensor, buffer: Tensor, one_shot: int, two_shot: int, group: str) -> float:
     """What a call would take: its way is told by the limits, as the operator is told."""
     assert buffer.numel() == max(SIZES), "room for the largest message"
     way = "one" if one_shot else "two" if two_shot else "nccl"
-    best = "one" if x.nbytes <= ONE_SHOT else "two" if x.nbytes <= TWO_SHOT else "nccl"
-    return 1.0 if way == best else 2.0
+    latency, bandwidth = COSTS[way]
+    return latency + x.nbytes / bandwidth
 
 
 def seconds(call: Callable[[], object], group: dist.ProcessGroup) -> float:
@@ -57,16 +59,27 @@ def found(ranks: int, allocate: Callable[..., Tensor], obstacle: str = "") -> Sy
         return measure_symmetric(seconds, torch.device("cpu"), SIZES, ranks)
 
 
+def check(measured: Symmetric, ranks: int) -> None:
+    """Limits where the stand-in's costs cross; links by the bytes that a rank sends each way."""
+    assert measured.limits == SymmetricLimits(ONE_SHOT, TWO_SHOT), measured
+    sent = {"one": ranks - 1, "two": 2 * (ranks - 1) / ranks}
+    for way, link in (("one", measured.one_shot), ("two", measured.two_shot)):
+        latency, bandwidth = COSTS[way]
+        assert link is not None, way
+        # Times are float32.
+        assert abs(link.latency / latency - 1) < 1e-4, (way, link)
+        assert abs(link.bandwidth / (bandwidth * sent[way]) - 1) < 1e-4, (way, link)
+
+
 def main() -> int:
     """Each rank checks that it is told the same."""
     dist.init_process_group("gloo")
-    wanted = Symmetric(SymmetricLimits(ONE_SHOT, TWO_SHOT))
     for ranks in (2, 3):
-        assert found(ranks, buffer_of) == wanted, ranks
-        assert found(ranks, no_buffer) == Symmetric(None, "rank 1: RuntimeError: no path to a peer"), ranks
-    assert found(3, buffer_of, "no links") == Symmetric(None, "rank 0: no links")
+        check(found(ranks, buffer_of), ranks)
+        assert found(ranks, no_buffer) == Symmetric(obstacle="rank 1: RuntimeError: no path to a peer"), ranks
+    assert found(3, buffer_of, "no links") == Symmetric(obstacle="rank 0: no links")
     with patch("socket.gethostname", lambda: f"host {dist.get_rank()}"):
-        assert found(2, buffer_of) == Symmetric(None, "the ranks are on several machines")
+        assert found(2, buffer_of) == Symmetric(obstacle="the ranks are on several machines")
     print(f"rank {dist.get_rank()} agrees")
     dist.destroy_process_group()
     return 0

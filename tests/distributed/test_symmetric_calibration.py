@@ -1,12 +1,16 @@
 """Which way all-reduces go on a machine is measured over some of its ranks, and all of them come to one answer."""
 
+import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from bdlora_compile.calibrate_symmetric import WAYS, fastest_limits
-from bdlora_compile.machine import SymmetricLimits
+from bdlora_compile.calibrate_symmetric import WAYS, fastest_limits, symmetric_costs
+from bdlora_compile.machine import SymmetricLimits, find_machine
 from tests.distributed.launch import command
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.timeout(120)
@@ -32,3 +36,21 @@ def test_ranks_agree_on_the_fastest_ways() -> None:
 def test_limits_are_the_largest_sizes_of_a_way(fastest: list[str], limits: SymmetricLimits) -> None:
     times = {1 << at: {way: 1.0 + (way != best) for way in WAYS} for at, best in enumerate(fastest)}
     assert fastest_limits(times) == limits
+
+
+def test_shipped_costs_are_those_of_the_stored_measurement() -> None:
+    """Two H100: limits, and both ways' costs, which lie within 8 % of every size that was measured."""
+    rows = [json.loads(line) for line in (RESULTS / "2026-11-25-h100-all-reduce.jsonl").read_text().splitlines()]
+    times = {row["bytes"]: {way: row[f"{way}_us"] * 1e-6 for way in WAYS} for row in rows if "bytes" in row}
+    found, shipped = symmetric_costs(times, 2), find_machine("h100-nvlink")
+    assert found.limits == shipped.symmetric[2]
+    for way, link, fitted in (
+        ("one_shot", shipped.one_shot[2], found.one_shot),
+        ("two_shot", shipped.two_shot[2], found.two_shot),
+    ):
+        assert fitted is not None
+        assert (link.latency, link.bandwidth) == pytest.approx((fitted.latency, fitted.bandwidth), rel=5e-3)
+        # Over two ranks a rank sends the payload once, either way.
+        off = [link.seconds(size) / of_way[way] - 1 for size, of_way in times.items()]
+        assert max(map(abs, off)) < 0.08
+        assert max(abs(shipped.all_reduce[2].seconds(size) / of_way[way] - 1) for size, of_way in times.items()) > 0.12

@@ -16,13 +16,14 @@ import bdlora_compile as bd
 from bdlora_compile.census import Census
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
-from bdlora_compile.machine import Link, find_machine, fit_link, known_machines
+from bdlora_compile.machine import Link, SymmetricLimits, find_machine, fit_link, known_machines
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.runtime.agreement import Alone
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.sites import Role, Site
 from bdlora_compile.strategy import choose_layouts
-from bdlora_compile.timing import Declared, Terms, group_sites
+from bdlora_compile.timing import Declared, Seconds, Terms, group_sites
 from tests.models import AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
 
 GROUPS = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")
@@ -141,6 +142,67 @@ def test_the_decision_adds_up() -> None:
     assert row.slora.total > row.slora.memory + row.slora.latency
 
 
+SYMMETRIC = replace(
+    machine(9e-6),
+    symmetric={8: SymmetricLimits(1 << 20, 1 << 24)},
+    one_shot={8: Link(3e-6, 1e9)},
+    two_shot={8: Link(5e-6, 1e9)},
+)
+"""Symmetric memory with slow links, so that their bytes are seen beside the latency."""
+
+
+def slora_seconds(on: bd.Machine, tokens: int, group: str) -> Seconds:
+    """S-LoRA's estimate of a group for ordinary adapters, one for each token, over 8 ranks."""
+    terms = Terms(Mesh(8), bd.Workload(tokens, tokens), on, max_rank=64, element_size=2)
+    _, decisions = choose_layouts(llama_8b(), [profile(FactorKind.DENSE)], terms)
+    (found,) = (decision.slora for decision in decisions if decision.group.endswith(group))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("group", "sites"), [("q_proj+k_proj+v_proj", 3), ("o_proj", 1), ("down_proj", 1)])
+def test_exchanges_through_symmetric_memory_hide_beside_products(group: str, sites: int) -> None:
+    """By hand, 16 tokens: one-shot sends h of all sites to 7 peers; a sum of h replaces the gather of q, k and v."""
+    found = slora_seconds(SYMMETRIC, 16, group)
+    assert found.latency == 3e-6
+    assert found.wire == pytest.approx(7 * sites * 4 * 16 * 64 / 1e9)
+    in_features, out_features = {3: (4096, 768), 1: (4096 // 8, 4096)}[sites]
+    in_features = 14336 // 8 if group == "down_proj" else in_features
+    moved = 2 * (in_features * out_features + 16 * in_features + 16 * out_features)
+    assert found.hidden == pytest.approx(moved / 1e12)
+    assert found.total == pytest.approx(found.kernels + found.launches + found.latency + found.wire - moved / 1e12)
+
+
+def test_a_long_product_hides_no_more_than_the_exchange() -> None:
+    quick = replace(SYMMETRIC, one_shot={8: Link(1e-9, 1e15)})
+    found = slora_seconds(quick, 16, "gate_proj+up_proj")
+    assert found.hidden == found.latency + found.wire
+    assert found.total == found.kernels + found.launches
+
+
+def test_what_does_not_lie_beside_a_product_is_not_hidden() -> None:
+    """More tokens than lie beside products, messages for the process group, and no symmetric memory."""
+    many = slora_seconds(SYMMETRIC, BY_TOKEN_LIMIT + 1, "o_proj")
+    assert (many.latency, many.hidden) == (3e-6, 0)
+    small = replace(SYMMETRIC, symmetric={8: SymmetricLimits(64, 128)})
+    for other in (small, SYMMETRIC.without_symmetric_memory()):
+        found = slora_seconds(other, 16, "o_proj")
+        assert (found.latency, found.hidden) == (9e-6, 0)
+        assert found.wire == pytest.approx(2 * 7 / 8 * 4 * 16 * 64 / 1e15)
+
+
+def test_larger_messages_go_two_shot() -> None:
+    found = slora_seconds(replace(SYMMETRIC, symmetric={8: SymmetricLimits(64, 1 << 24)}), 16, "o_proj")
+    assert found.latency == 5e-6
+    assert found.wire == pytest.approx(2 * 7 / 8 * 4 * 16 * 64 / 1e9)
+
+
+def test_a_machine_without_costs_of_symmetric_memory_takes_the_groups() -> None:
+    """Files that `bdlora calibrate` wrote before it measured them."""
+    unknown = replace(SYMMETRIC, one_shot={}, two_shot={})
+    assert slora_seconds(unknown, 16, "o_proj").latency == 9e-6
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """An adapter with blocks, and an ordinary one whose rank is much larger in attention than in the MLP."""
@@ -189,6 +251,17 @@ def test_a_mixed_model_equals_peft(files: tuple[Path, dict[str, Path]]) -> None:
     with adapters.use(rows), torch.no_grad():
         wrong = loaded(ids).logits
     assert relative_error(wrong, Reference(model, paths, torch.float64).logits(ids, rows)) > 1e-3
+
+
+def test_layouts_are_priced_by_what_carries_the_sums(files: tuple[Path, dict[str, Path]]) -> None:
+    """Ranks without symmetric memory are not priced as if they had the machine's."""
+    model, paths = files
+    loaded: Any
+    ranks = bd.Ranks.lockstep(4)
+    loaded, _ = bd.load(model, paths, ranks=ranks, strategy="auto", workload=bd.Workload(2, 2), machine="h100-nvlink")
+    latency = find_machine("h100-nvlink").link("all_reduce", 4).latency
+    estimates = {decision.group.rpartition(".")[2]: decision.slora for decision in loaded.bdlora.plan.decisions}
+    assert (estimates["o_proj"].latency, estimates["o_proj"].hidden) == (latency, 0)
 
 
 def _sites_with_collectives(census: Census) -> set[str]:

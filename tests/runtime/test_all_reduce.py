@@ -1,6 +1,7 @@
 """Which transport sums over the ranks: agreed by all of them, by size, and told; and the graph that calls it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -133,7 +134,12 @@ def test_the_way_follows_the_size() -> None:
 
 
 def test_limits_of_the_nearest_measured_number_of_ranks() -> None:
-    assert H100.symmetric_limits(8) == H100.symmetric_limits(2) == SymmetricLimits(1048576, 16777216)
+    """One-shot a rank reads all of N - 1 peers: 1 MiB of one peer is 150 KB of seven."""
+    assert H100.symmetric_limits(2) == SymmetricLimits(1048576, 16777216)
+    assert H100.symmetric_limits(8) == SymmetricLimits(1048576 // 7, 16777216)
+    of_eight = replace(H100, symmetric={8: SymmetricLimits(1 << 20, 4 << 20)})
+    # There is no room for more than the largest message.
+    assert of_eight.symmetric_limits(2) == SymmetricLimits(4 << 20, 4 << 20)
     assert find_machine("cpu-gloo").symmetric_limits(2) is None
 
 
