@@ -1,10 +1,11 @@
 """A rank on a GPU dies or hangs while rows decode from CUDA graphs, at idle, and while adapters are loaded.
 
-    python -m tests.distributed.nccl_faults FOLDER             on two GPUs
-    python -m tests.distributed.nccl_faults FOLDER --gloo      to see it run on a CPU
+    python -m tests.distributed.nccl_faults FOLDER               on two GPUs
+    python -m tests.distributed.nccl_faults FOLDER --ranks 8     on eight
+    python -m tests.distributed.nccl_faults FOLDER --gloo        to see it run on a CPU
 
-Two ranks a case, all cases at the same time. The other rank must end by itself, in time, and say which rank is lost.
-NCCL's own limit is longer than that: torch's watchdog is not what ends it.
+All cases run at the same time. Every other rank must end by itself, in time, and say which rank is lost. NCCL's own
+limit is longer than that: torch's watchdog is not what ends them.
 """
 
 import argparse
@@ -33,19 +34,19 @@ NOTES = timedelta(seconds=16)
 """How long ranks wait for one another; a forward may take 5 s less. All cases share the GPUs: steps are slow."""
 COLLECTIVES = {"nccl": timedelta(seconds=300), "gloo": timedelta(seconds=10)}
 ALLOWED = 30.0
-"""Seconds from the signal to the end of the other rank."""
+"""Seconds from the signal to the end of the other ranks."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What both ranks do, and what happens to one of them.
+    """What all ranks do, and what happens to one of them.
 
     Attributes:
         name: of the case.
         act: what a rank does; it says when it is ready.
         victim: the rank that gets the signal; 0 holds the store.
         sign: SIGKILL (it died) or SIGSTOP (it hangs).
-        said: what the other rank's error holds.
+        said: what the other ranks' errors hold.
         all_reduce: as for `bdlora_compile.load`.
     """
 
@@ -102,15 +103,31 @@ CASES = [
 ]
 
 
-def run_rank(fault: Fault, rank: int, port: int, folder: Path, backend: str) -> int:
+@dataclass(frozen=True)
+class Group:
+    """Where ranks meet.
+
+    Attributes:
+        size: ranks.
+        port: of the store.
+        backend: "nccl" or "gloo".
+    """
+
+    size: int
+    port: int
+    backend: str
+
+
+def run_rank(fault: Fault, rank: int, group: Group, folder: Path) -> int:
     """The life of one rank; it ends by an error."""
+    backend, size = group.backend, group.size
     try:
         torch.set_num_threads(1)
         if backend == "nccl":
             torch.cuda.set_device(rank)
             os.environ["LOCAL_RANK"] = str(rank)
-        store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=COLLECTIVES[backend])
+        store = TCPStore("127.0.0.1", group.port, size, is_master=rank == 0, timeout=timedelta(seconds=60))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVES[backend])
         ranks = bd.Ranks.of_process_group(timeout=NOTES)
         dtype = torch.bfloat16 if backend == "nccl" else torch.float32
         paths = {"first": folder / "first"}
@@ -119,39 +136,45 @@ def run_rank(fault: Fault, rank: int, port: int, folder: Path, backend: str) -> 
         print("ended without an error", flush=True)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-    # Nothing is cleaned up: that would wait for the other rank.
+    # Nothing is cleaned up: that would wait for the other ranks.
     os._exit(1)
 
 
-def run_case(fault: Fault, folder: Path, backend: str) -> str:
-    """Start both ranks, send the signal when both are ready, and wait for the end of the other one."""
-    port = free_port()
+def run_case(fault: Fault, folder: Path, size: int, backend: str) -> str:
+    """Start all ranks, send the signal when all are ready, and wait for the end of the others."""
     where = [sys.executable, "-m", "tests.distributed.nccl_faults", str(folder), "--backend", backend]
-    command = [*where, "--case", str(CASES.index(fault)), "--port", str(port), "--rank"]
+    where += ["--ranks", str(size), "--port", str(free_port())]
+    command = [*where, "--case", str(CASES.index(fault)), "--rank"]
     ranks = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
+        for rank in range(size)
     ]
-    other = ranks[1 - fault.victim]
     try:
         for process in ranks:
             _wait_until_ready(fault, process)
         at = time.monotonic()
         ranks[fault.victim].send_signal(fault.sign)
-        try:
-            said, _ = other.communicate(timeout=ALLOWED)
-        except subprocess.TimeoutExpired as hangs:
-            raise AssertionError(f"{fault.name}: the other rank still runs after {ALLOWED:g} s") from hangs
+        texts = [_last_words(fault, rank, process, at) for rank, process in enumerate(ranks) if rank != fault.victim]
         seconds = time.monotonic() - at
-        assert other.returncode != 0, f"{fault.name}: {said[-2000:]}"
-        assert "AgreementError: " in said, f"{fault.name}: {said[-2000:]}"
-        text = said[said.index("AgreementError: ") :].splitlines()[0]
-        assert fault.said in text, f"{fault.name}: {text}"
-        return f"{fault.name}: the other rank ended after {seconds:.1f} s: {text[:160]}"
+        return f"{fault.name}: {len(texts)} others ended within {seconds:.1f} s: {texts[-1][:160]}"
     finally:
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def _last_words(fault: Fault, rank: int, process: "subprocess.Popen[str]", at: float) -> str:
+    """The error by which a rank ends, once it has; the signal was sent at ``at``."""
+    name = f"{fault.name}, rank {rank}"
+    try:
+        said, _ = process.communicate(timeout=max(ALLOWED - (time.monotonic() - at), 0.1))
+    except subprocess.TimeoutExpired as hangs:
+        raise AssertionError(f"{name}: it still runs after {ALLOWED:g} s") from hangs
+    assert process.returncode != 0, f"{name}: {said[-2000:]}"
+    assert "AgreementError: " in said, f"{name}: {said[-2000:]}"
+    text = said[said.index("AgreementError: ") :].splitlines()[0]
+    assert fault.said in text, f"{name}: {text}"
+    return text
 
 
 def _wait_until_ready(fault: Fault, process: "subprocess.Popen[str]") -> None:
@@ -169,20 +192,22 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gloo", dest="backend", action="store_const", const="gloo", default="nccl")
+    parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8))
     parser.add_argument("--backend", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rank is not None:
-        return run_rank(CASES[options.case], options.rank, options.port, options.folder, options.backend)
+        group = Group(options.ranks, options.port, options.backend)
+        return run_rank(CASES[options.case], options.rank, group, options.folder)
     folder = options.folder
-    model = save_model(ModelSpec(heads=4, kv_heads=2, head_dim=16, layers=2, intermediate=96), folder / "model")
+    model = save_model(ModelSpec(heads=8, kv_heads=2, head_dim=16, layers=2, intermediate=96), folder / "model")
     for seed, name in enumerate(("first", "second")):
         save_adapter(AdapterSpec(rank=4, nblocks=2), model, folder / name, seed)
     failed = 0
     with ThreadPoolExecutor(len(CASES)) as pool:
-        for case in [pool.submit(run_case, fault, folder, options.backend) for fault in CASES]:
+        for case in [pool.submit(run_case, fault, folder, options.ranks, options.backend) for fault in CASES]:
             try:
                 print(f"case: {case.result()}", flush=True)
             except AssertionError as error:
