@@ -71,6 +71,44 @@ def test_a_rank_that_comes_late_learns_that_the_others_gave_up() -> None:
         assert list(pool.map(outcome, (first, second))) == ["text,text"] * 2
 
 
+def leaves(store: HashStore, patient: StoreAgreement) -> tuple[bool, str, float]:
+    """Rank 0 of 3 gives up on rank 1: whether rank 2 knew it when rank 0 was done, what rank 2 says, and when."""
+    first = StoreAgreement(store, 0, 3, SHORT / 4)
+
+    def done() -> bool:
+        outcome(first)
+        return bool(store.check(["0/told/2"]))
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        known, said = pool.submit(done), pool.submit(outcome, patient)
+        return known.result(), said.result(), time.monotonic() - start
+
+
+def test_rank_0_leaves_when_the_others_know_who_is_lost() -> None:
+    """Its process may hold the store; a rank with more patience looks what the others found meanwhile."""
+    store = HashStore()
+    known, said, seconds = leaves(store, StoreAgreement(store, 2, 3, 60 * SHORT))
+    assert known
+    assert "rank 1, at exchange 0" in said
+    assert seconds < 10
+
+
+def test_rank_0_that_does_not_wait_leaves_others_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin."""
+    monkeypatch.setattr(agreement, "_LEAVE", timedelta(milliseconds=1))
+    store = HashStore()
+    known, _, _ = leaves(store, StoreAgreement(store, 2, 3, 60 * SHORT))
+    assert not known
+
+
+def test_rank_0_does_not_wait_for_ever() -> None:
+    """Ranks 1 and 2 are lost, and one is named."""
+    start = time.monotonic()
+    assert "rank 1, at exchange 0" in outcome(StoreAgreement(HashStore(), 0, 3, SHORT / 4))
+    assert time.monotonic() - start < 4
+
+
 def test_an_impatient_rank_follows_one_that_has_heard_all() -> None:
     """Its patience ends in the moment between another's last reading and its own verdict."""
     store = HashStore()
@@ -117,6 +155,17 @@ def test_ranks_whose_forward_failed_name_the_one_that_says_nothing(monkeypatch: 
     start = time.monotonic()
     assert outcome(first) == errors[0]
     assert time.monotonic() - start < 0.1
+
+
+def test_a_rank_whose_forward_fails_late_is_not_the_lost_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gloo it waits until those that waited for the lost one end: they could not tell it from that."""
+    monkeypatch.setattr(agreement, "_ROLL_CALL", SHORT / 2)
+    first, _, late = ranks(3)
+    assert "nothing is heard of rank 1, 2, one of which at least is lost" in str(first.give_up("Connection closed"))
+    monkeypatch.setattr(agreement, "_ROLL_CALL", 60 * SHORT)
+    start = time.monotonic()
+    assert "; nothing is heard of rank 1, expected all ranks" in str(late.give_up("Connection closed"))
+    assert time.monotonic() - start < 10
 
 
 def test_a_collective_that_failed_on_all_ranks_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
