@@ -5,8 +5,8 @@
 const CONSTANTS = {
   W_mem: ["memory", "GB/s", 1e9], F_peak: ["products", "TFLOP/s", 1e12], t_launch: ["a kernel", "µs", 1e-6],
   t_ar: ["all-reduce latency", "µs", 1e-6], W_ar: ["all-reduce link", "GB/s", 1e9],
-  t_one: ["one-shot latency", "µs", 1e-6], W_one: ["one-shot link", "GB/s", 1e9],
-  t_two: ["two-shot latency", "µs", 1e-6], W_two: ["two-shot link", "GB/s", 1e9],
+  t_one: ["one-shot all-reduce", "µs", 1e-6], W_one: ["its link", "GB/s", 1e9],
+  t_two: ["two-shot all-reduce", "µs", 1e-6], W_two: ["its link", "GB/s", 1e9],
   t_ag: ["all-gather latency", "µs", 1e-6], W_ag: ["all-gather link", "GB/s", 1e9], L: ["context", "tokens", 1],
 };
 const STRATEGIES = { local: "local: no LoRA collective", slora: "slora: S-LoRA placement", auto: "auto: the cheaper one of each group" };

@@ -264,7 +264,7 @@ def test_the_plot_evaluates_the_compilers_formulas(open_page: Open, pages: Any, 
 
     assert readings() == pytest.approx(expected, rel=1e-9)
     shoot(page, "plot")
-    page.fill('[data-constant="t_ar"]', "1000")
+    page.fill('[data-constant="t_one"]', "1000")
     assert readings()["slora"] > readings()["local"] > 1e-3
     page.get_by_role("button", name="as explained").click()
     page.fill('[data-constant="T"]', "200")
