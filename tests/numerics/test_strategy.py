@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bdlora_compile as bd
 from bdlora_compile.census import Census
+from bdlora_compile.estimate import ModelShape, estimate, phases
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
 from bdlora_compile.machine import Link, SymmetricLimits, find_machine, fit_link, known_machines
@@ -22,6 +24,7 @@ from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.sites import Role, Site
+from bdlora_compile.step_formula import constants, step_formulas
 from bdlora_compile.strategy import choose_layouts
 from bdlora_compile.timing import Declared, Seconds, Terms, group_sites
 from tests.models import AdapterSpec, ModelSpec, Reference, relative_error, save_adapter, save_model
@@ -201,6 +204,22 @@ def test_a_machine_without_costs_of_symmetric_memory_takes_the_groups() -> None:
     """Files that `bdlora calibrate` wrote before it measured them."""
     unknown = replace(SYMMETRIC, one_shot={}, two_shot={})
     assert slora_seconds(unknown, 16, "o_proj").latency == 9e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 16, BY_TOKEN_LIMIT, BY_TOKEN_LIMIT + 1, 2048])
+def test_the_expression_of_a_step_is_its_estimate_for_any_load(tokens: int) -> None:
+    """Made for 16 rows and evaluated for others: each collective goes one-shot, two-shot or through the group."""
+    on = replace(SYMMETRIC, symmetric={8: SymmetricLimits(1 << 16, 1 << 20)}, launch=1e-6)
+    sites, shape = llama_8b(), ModelShape(4096, 128256, 2, 32, 8, 128)
+    layouts = {group.label: Layout.SLORA for group in group_sites(sites)}
+    terms = Terms(Mesh(8), bd.Workload(16, 16), on, max_rank=64, element_size=2)
+    profiles = [profile(FactorKind.DENSE)]
+    (told,) = step_formulas(shape, sites, profiles, {"slora": layouts}, terms)
+    load = {**constants(terms, 16, 512), "T": tokens, "K": tokens}
+    own = replace(terms, workload=bd.Workload(tokens, tokens))
+    expected = estimate(shape, sites, profiles, "slora", layouts, own, phases(tokens, 512)[1])
+    assert (expected.lora.hidden > 0) is (tokens <= BY_TOKEN_LIMIT)
+    assert float(sympy.sympify(told.expression).subs(load)) == pytest.approx(expected.total, rel=1e-9)
 
 
 @pytest.fixture(scope="module")
