@@ -95,6 +95,11 @@ class _Channel:
         self._store = store
         self._frame = torch.zeros(_FRAME, dtype=torch.uint8)
 
+    @property
+    def sources(self) -> str:
+        """On the others: whose loss ends the messages. Gloo broadcasts along a tree, so some hand them on."""
+        return "rank 0" if self._group.size() == 2 else "rank 0, or another rank that follows"
+
     def send(self, data: bytes) -> None:
         """On rank 0. Returns once the others have taken it, or the network has."""
         head = len(data).to_bytes(8, "little") + data[: _FRAME - 8]
@@ -210,7 +215,7 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
         try:
             message = reader.read(channel.receive(_GRACE if failure else None))
         except RuntimeError as error:
-            raise _failed_alone(failure, channel) if failure else _lost(error, "rank 0") from (failure or error)
+            raise _failed_alone(failure, channel) if failure else _lost(error, channel.sources) from (failure or error)
         if (message is Signal.FAILED) != (failure is not None):
             raise _failed_alone(failure, channel) from failure
         failure = None

@@ -1,6 +1,7 @@
 """A rank that fails alone: it ends, and rank 0 says why it did. The channel is a script; no process is started."""
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from tests.serving.conftest import World
 class Script(_Channel):
     """Says what it is told to say, then breaks; sending breaks it at once."""
 
-    def __init__(self, *messages: bytes) -> None:
+    def __init__(self, *messages: bytes, ranks: int = 3) -> None:
         self._messages = list(messages)
+        self._group: Any = SimpleNamespace(size=lambda: ranks)
         self._store = HashStore()
 
     def send(self, data: bytes) -> None:
@@ -80,3 +82,10 @@ def test_a_rank_that_is_gone_without_a_word(world: World) -> None:
         _follow(channel, world.model, {"target": Target()})
     with pytest.raises(bd.LostRankError, match="broken connection"), _Leading(channel, {}) as leader:
         leader.run(torch.zeros, 1, (), {})
+
+
+@pytest.mark.parametrize(("ranks", "who"), [(2, "rank 0: found"), (3, "rank 0, or another rank that follows: found")])
+def test_messages_that_end_are_another_ranks_loss(world: World, ranks: int, who: str) -> None:
+    """Of more than two ranks rank 0 may be well."""
+    with pytest.raises(bd.LostRankError, match=f"^{who} a broken connection"):
+        _follow(Script(*messages(Target(), "BEAT"), ranks=ranks), world.model, {"target": Target()})
