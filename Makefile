@@ -30,9 +30,10 @@ screenshots: venv ## Take the screenshots of docs/inspector.md again
 schema: venv ## Write the JSON schema of the explanation into docs
 	$(BIN)/python -m bdlora_compile.schema docs
 
-nightly: venv ## Hundreds of new random examples: models, adapters, damaged files; replicas under Ray (about 45 minutes)
+nightly: venv ## Hundreds of new random examples: models, adapters, damaged files; replicas under Ray; lost ranks of four (about 50 minutes)
 	$(BIN)/python -m pytest --nightly --timeout 3600 tests/numerics/test_property.py \
-		tests/api/test_adapters_machine.py tests/runtime/test_adapter_fuzz.py tests/serving/http/test_ray_serve.py
+		tests/api/test_adapters_machine.py tests/runtime/test_adapter_fuzz.py tests/serving/http/test_ray_serve.py \
+		tests/distributed/test_nccl_faults.py
 
 golden: venv ## Rewrite the golden texts after a change that is meant; read the diff before you commit
 	$(BIN)/python -m pytest -q tests/passes tests/foreign tests/api/test_inspector.py --update-goldens
