@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.collectives import group_named
-from bdlora_compile.runtime.all_reduce import all_reduce, way
+from bdlora_compile.runtime.all_reduce import all_reduce
 from bdlora_compile.runtime.linear_op import missing_from, with_delta
 
 KINDS = (torch.bfloat16, torch.float32)
@@ -34,7 +34,8 @@ def all_reduce_add_norm(
         weight: [D].
         buffer: as for `all_reduce`. mailbox: int64, see `kernels/norm.py`. Nothing else reads either.
         epsilon: added to the mean of squares.
-        one_shot, two_shot: bytes of the largest x that goes each way; larger ones go through the process group.
+        one_shot, two_shot: bytes of the largest x that goes each way where sum and norm stay apart; larger ones go
+            through the process group.
         group: name of the process group.
         delta: what this rank's x lacks, from `linear_op.lora_linear_beside`.
 
@@ -72,8 +73,8 @@ def _(
 
     members: Any = group_named(group)
     rows, columns, size = math.prod(x.shape[:-1]), x.shape[-1], x.element_size()
-    goes_one_way = way(x.numel() * size, one_shot, two_shot, members.size()) == "one-shot"
-    exchanges = goes_one_way and launch_norm.can_exchange(rows, columns, size, members.size())
+    # Where one-shot pays at all the kernel does, wherever it has room: it reads more at a time (docs/performance.md).
+    exchanges = one_shot > 0 and launch_norm.can_exchange(rows, columns, size, members.size())
     own, carried = (value.reshape(-1, columns).contiguous() for value in (x, residual))
     if exchanges:
         missing = missing_from(x, delta)

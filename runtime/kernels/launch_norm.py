@@ -18,8 +18,8 @@ _MOST_WARPS = 16
 
 
 def can_exchange(rows: int, columns: int, element_size: int, ranks: int) -> bool:
-    """Whether a mailbox has room for a call."""
-    return rows <= MAX_ROWS.value and columns * element_size <= PLACE_BYTES.value and ranks <= MAX_RANKS.value
+    """Whether there is something to exchange, and a mailbox has room for it."""
+    return 0 < rows <= MAX_ROWS.value and columns * element_size <= PLACE_BYTES.value and ranks <= MAX_RANKS.value
 
 
 def reduce_add_norm(

@@ -104,6 +104,7 @@ def test_what_a_mailbox_has_room_for() -> None:
     """One row more, wider ones, or more ranks go another way."""
     assert launch_norm.can_exchange(128, 16384, 2, 8)
     assert not launch_norm.can_exchange(129, 16384, 2, 8)
+    assert not launch_norm.can_exchange(0, 16384, 2, 8)
     assert not launch_norm.can_exchange(128, 16384, 4, 8)
     assert not launch_norm.can_exchange(1, 64, 2, 9)
 
@@ -209,6 +210,7 @@ READ = {
     "exchanged": (FEW, 64, torch.bfloat16, KERNEL),
     "exchanged, fp16": (FEW, 64, torch.float16, KERNEL),
     "exchanged, one token": (1, 64, torch.bfloat16, KERNEL),
+    "exchanged, larger than what goes one-shot alone": (FEW, 64, torch.bfloat16, (64, 1 << 20)),
     "exchanged, the most tokens": (BY_TOKEN_LIMIT, 64, torch.bfloat16, KERNEL),
     "no room": (FEW, TOO_WIDE, torch.bfloat16, KERNEL),
     "two-shot": (FEW, 64, torch.bfloat16, TWO_SHOT),
