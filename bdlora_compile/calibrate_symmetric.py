@@ -42,6 +42,9 @@ def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[in
 
     Args:
         sizes: bytes of messages, in ascending order.
+
+    Raises:
+        ConfigError: times that do not grow with size, on all ranks.
     """
     group = dist.group.WORLD if ranks == dist.get_world_size() else dist.new_group(range(ranks))
     found: list[object] = [None]
@@ -49,8 +52,11 @@ def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[in
         assert isinstance(group, dist.ProcessGroup), "this rank is in the group"
         found = [_measure(seconds, device, sizes, group)]
     dist.broadcast_object_list(found, device=device)
-    assert isinstance(found[0], Symmetric), "rank 0's result"
-    return found[0]
+    if isinstance(found[0], str):
+        return Symmetric(obstacle=found[0])
+    assert isinstance(found[0], dict), "rank 0's times"
+    # On every rank: what cannot be fitted must fail on all of them.
+    return symmetric_costs(found[0], ranks)
 
 
 def symmetric_costs(times: Mapping[int, Mapping[str, float]], ranks: int) -> Symmetric:
@@ -83,12 +89,15 @@ def fastest_limits(times: Mapping[int, Mapping[str, float]]) -> SymmetricLimits:
     return SymmetricLimits(one, two)
 
 
-def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group: dist.ProcessGroup) -> Symmetric:
+def _measure(
+    seconds: Seconds, device: torch.device, sizes: Sequence[int], group: dist.ProcessGroup
+) -> dict[int, dict[str, float]] | str:
+    """Seconds by size and way, or why there is no symmetric memory."""
     largest = max(sizes)
     agreement = agreement_of([group])
     buffer, obstacle = buffer_on_all(agreement, group_obstacle(device), largest, group.group_name, device)
     if buffer is None:
-        return Symmetric(obstacle=obstacle)
+        return obstacle
     bounds = {"one_shot": (largest, 0), "two_shot": (0, largest), "nccl": (0, 0)}
     times: dict[int, dict[str, float]] = {}
     for size in sizes:
@@ -97,4 +106,4 @@ def _measure(seconds: Seconds, device: torch.device, sizes: Sequence[int], group
             way: seconds(partial(all_reduce, x, buffer, *of_way, group.group_name), group)
             for way, of_way in bounds.items()
         }
-    return symmetric_costs(times, group.size())
+    return times

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdlora_compile import calibrate_symmetric
 from bdlora_compile.calibrate_symmetric import Symmetric, measure_symmetric
+from bdlora_compile.errors import ConfigError
 from bdlora_compile.machine import SymmetricLimits
 
 SIZES = [64, 256, 1024, 4096, 16384]
@@ -71,6 +72,16 @@ def check(measured: Symmetric, ranks: int) -> None:
         assert abs(link.bandwidth / (bandwidth * sent[way]) - 1) < 1e-4, (way, link)
 
 
+def refused(ranks: int) -> None:
+    """Times that shrink with size are an error on every rank, also on one that waits: else it would wait for ever."""
+    try:
+        found(ranks, buffer_of)
+    except ConfigError as error:
+        assert "one_shot all-reduce" in str(error), error
+    else:
+        raise AssertionError(f"{ranks} ranks: times that shrink were fitted")
+
+
 def main() -> int:
     """Each rank checks that it is told the same."""
     dist.init_process_group("gloo")
@@ -78,6 +89,9 @@ def main() -> int:
         check(found(ranks, buffer_of), ranks)
         assert found(ranks, no_buffer) == Symmetric(obstacle="rank 1: RuntimeError: no path to a peer"), ranks
     assert found(3, buffer_of, "no links") == Symmetric(obstacle="rank 0: no links")
+    for ranks in (2, 3):
+        with patch.dict(COSTS, one=(9.0, -1e5)):
+            refused(ranks)
     with patch("socket.gethostname", lambda: f"host {dist.get_rank()}"):
         assert found(2, buffer_of) == Symmetric(obstacle="the ranks are on several machines")
     print(f"rank {dist.get_rank()} agrees")
