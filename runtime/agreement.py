@@ -2,8 +2,9 @@
 
 Never through a collective: a rank that did not reach the comparison would hang all others. An exchange ends the same
 way on every rank, however late one is: the first rank to finish or to lose patience writes the verdict of the round
-(one atomic operation of the store), and all others follow it. Where it says that a rank is lost, rank 0 waits until the
-others have read it: the store may end with its process, and they would take that for the loss.
+(one atomic operation of the store), and all others follow it. Where it says that a rank is lost, a text is put in that
+rank's place, so that nobody goes on waiting for it, and rank 0 waits until the others have read the verdict: the store
+may end with its process, and they would take that for the loss.
 """
 
 import threading
@@ -28,14 +29,14 @@ SETUP_TIMEOUT = timedelta(seconds=120)
 _T = TypeVar("_T")
 
 _COMPLETE = "complete"
+_LOST = "lost"
+"""In the place of a text that did not come; whoever finds it reads the verdict next."""
 _GRACE = timedelta(seconds=5)
 """How much longer than the ranks' time limit an exchange may take before the store itself is given up."""
 _ROLL_CALL = timedelta(seconds=5)
 """How long a rank whose forward failed waits for the others to say that theirs did: who says nothing is named."""
 _LEAVE = timedelta(seconds=2)
 """How long rank 0 waits for others to read which rank is lost."""
-_LOOK = timedelta(seconds=0.5)
-"""How often a rank that waits for another looks whether a third one has lost patience."""
 
 
 class Agreement(Protocol):
@@ -141,24 +142,22 @@ class StoreAgreement:
         """The ranks whose forward did not fail too within some seconds."""
         self._store.set(f"failed/{self._rank}", "1")
         deadline = time.monotonic() + _ROLL_CALL.total_seconds()
-        missing = [
-            str(rank) for rank in range(self._size) if not self._came(f"failed/{rank}", "failed/verdict", deadline)
-        ]
+        missing = [str(rank) for rank in range(self._size) if not self._came(f"failed/{rank}", deadline)]
         verdict = bytes(self._store.compare_set("failed/verdict", "", ",".join(missing) or _COMPLETE)).decode()
         silent = [int(rank) for rank in verdict.split(",")] if verdict != _COMPLETE else []
+        for rank in silent:
+            self._store.set(f"failed/{rank}", _LOST)
         self._leave("failed", silent)
         # A rank may fail after the others have found it silent.
         return [rank for rank in silent if rank != self._rank]
 
-    def _came(self, key: str, verdict: str, deadline: float) -> bool:
-        """Whether a key is there before the time is up, or before some rank wrote the verdict."""
-        while True:
-            try:
-                self._store.wait([key], min(_until(deadline), _LOOK))
-                return True
-            except dist.DistStoreError:
-                if time.monotonic() >= deadline or self._store.check([verdict]):
-                    return False
+    def _came(self, key: str, deadline: float) -> bool:
+        """Whether a key is there before the time is up."""
+        try:
+            self._store.wait([key], _until(deadline))
+        except dist.DistStoreError:
+            return False
+        return True
 
     def _leave(self, about: str, silent: Sequence[int]) -> None:
         """Say that this rank knows who is lost; rank 0 leaves last, for the store may be its own."""
@@ -171,24 +170,26 @@ class StoreAgreement:
     def _exchange(self, number: int, topic: str, text: str, limit: timedelta) -> Sequence[str]:
         keys = [f"{number}/{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], f"{topic}\n{text}")
-        found, silent = self._read_all(number, keys, limit)
+        found, silent = self._read_all(keys, limit)
         proposal = _COMPLETE if silent is None else str(silent)
         verdict = bytes(self._store.compare_set(f"{number}/verdict", "", proposal)).decode()
         if verdict != _COMPLETE:
+            if silent is not None:
+                self._store.set(keys[int(verdict)], _LOST)
             self._leave(str(number), [int(verdict)])
             raise self._silence(number, topic, int(verdict), limit)
-        found = found if silent is None else self._read_all(number, keys, limit)[0]
+        found = found if silent is None else self._read_all(keys, limit)[0]
         self._forget(number)
         for rank, text_of_rank in enumerate(found):
             _require_topic(number, topic, rank, text_of_rank.partition("\n")[0])
         return [text_of_rank.partition("\n")[2] for text_of_rank in found]
 
-    def _read_all(self, number: int, keys: Sequence[str], limit: timedelta) -> tuple[list[str], int | None]:
+    def _read_all(self, keys: Sequence[str], limit: timedelta) -> tuple[list[str], int | None]:
         """The texts, or the first rank that said nothing in time."""
         deadline = time.monotonic() + limit.total_seconds()
         texts = []
         for rank, key in enumerate(keys):
-            if not self._came(key, f"{number}/verdict", deadline):
+            if not self._came(key, deadline):
                 return [], rank
             texts.append(bytes(self._store.get(key)).decode())
         return texts, None

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -71,9 +72,27 @@ def test_a_rank_that_comes_late_learns_that_the_others_gave_up() -> None:
         assert list(pool.map(outcome, (first, second))) == ["text,text"] * 2
 
 
-def leaves(store: HashStore, patient: StoreAgreement) -> tuple[bool, str, float]:
+class Slow:
+    """A store that takes its time to tell that a rank knows who is lost."""
+
+    def __init__(self, store: HashStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def set(self, key: str, value: str) -> None:
+        if "told" in key:
+            time.sleep(0.3)
+        self._store.set(key, value)
+
+
+def leaves() -> tuple[bool, str, float]:
     """Rank 0 of 3 gives up on rank 1: whether rank 2 knew it when rank 0 was done, what rank 2 says, and when."""
+    store = HashStore()
     first = StoreAgreement(store, 0, 3, SHORT / 4)
+    slow: Any = Slow(store)
+    patient = StoreAgreement(slow, 2, 3, 60 * SHORT)
 
     def done() -> bool:
         outcome(first)
@@ -86,9 +105,8 @@ def leaves(store: HashStore, patient: StoreAgreement) -> tuple[bool, str, float]
 
 
 def test_rank_0_leaves_when_the_others_know_who_is_lost() -> None:
-    """Its process may hold the store; a rank with more patience looks what the others found meanwhile."""
-    store = HashStore()
-    known, said, seconds = leaves(store, StoreAgreement(store, 2, 3, 60 * SHORT))
+    """Its process may hold the store; a rank with more patience hears what the others found meanwhile."""
+    known, said, seconds = leaves()
     assert known
     assert "rank 1, at exchange 0" in said
     assert seconds < 10
@@ -97,8 +115,7 @@ def test_rank_0_leaves_when_the_others_know_who_is_lost() -> None:
 def test_rank_0_that_does_not_wait_leaves_others_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin."""
     monkeypatch.setattr(agreement, "_LEAVE", timedelta(milliseconds=1))
-    store = HashStore()
-    known, _, _ = leaves(store, StoreAgreement(store, 2, 3, 60 * SHORT))
+    known, _, _ = leaves()
     assert not known
 
 
