@@ -69,6 +69,11 @@ def ways(machine: Machine, kind: CollectiveKind, ranks: int, *, is_sum: bool) ->
     ]
 
 
+def way_of(choices: Sequence[Way], payload: float) -> Way:
+    """The one by which a payload of so many bytes goes, of `ways`."""
+    return next(way for way in choices if way.takes(payload))
+
+
 def sent_through(way: Literal["one_shot", "two_shot"], ranks: int) -> sympy.Rational:
     """Bytes that a rank sends through symmetric memory for a byte of payload."""
     return sympy.Rational(ranks - 1) if way == "one_shot" else wire_share("all_reduce", ranks)

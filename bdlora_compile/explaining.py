@@ -33,7 +33,6 @@ from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapter_file import read_adapter
-from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.runtime.agreement import Alone
 from bdlora_compile.runtime.cache import LocalCache
 from bdlora_compile.runtime.deployment import Deployment
@@ -248,7 +247,6 @@ def _adapters(
 
 def _made_up(site: Site, rank: int, nblocks: int) -> Declared:
     """An adapter's site with blocks along the dim that ranks split."""
-    aligned = FactorKind.BLOCK_B if site.role is Role.COLUMN else FactorKind.BLOCK_A
     split = site.out_features if site.role is Role.COLUMN else site.in_features
     if split % nblocks:
         raise ConfigError(
@@ -257,7 +255,7 @@ def _made_up(site: Site, rank: int, nblocks: int) -> Declared:
             expected="a number of blocks that divides them",
             remedy="choose another nblocks",
         )
-    return Declared(FactorKind.DENSE if nblocks == 1 else aligned, rank, nblocks)
+    return Declared.along_split_dim(site.role, rank, nblocks)
 
 
 def _profile_text(profile: Profile) -> str:

@@ -11,7 +11,7 @@ from functools import cache
 import sympy
 
 from bdlora_compile import cost
-from bdlora_compile.collective_cost import Way, ways
+from bdlora_compile.collective_cost import Way, way_of, ways
 from bdlora_compile.cost import Formula, value_of
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.factors import Layout
@@ -60,8 +60,16 @@ class Declared:
 
     def blocks_on_split_dim(self, role: Role) -> int:
         """G where the blocks lie along the dim that ranks split, else 1: the adapter is served as an ordinary one."""
-        wanted = FactorKind.BLOCK_B if role is Role.COLUMN else FactorKind.BLOCK_A
-        return self.nblocks if self.kind is wanted else 1
+        return self.nblocks if self.kind is _aligned(role) else 1
+
+    @classmethod
+    def along_split_dim(cls, role: Role, rank: int, nblocks: int) -> "Declared":
+        """An adapter's site whose blocks lie along the dim that ranks split; of one block an ordinary one."""
+        return cls(FactorKind.DENSE if nblocks == 1 else _aligned(role), rank, nblocks)
+
+
+def _aligned(role: Role) -> FactorKind:
+    return FactorKind.BLOCK_B if role is Role.COLUMN else FactorKind.BLOCK_A
 
 
 Profile = Mapping[str, Declared]
@@ -167,8 +175,8 @@ def group_sites(sites: Mapping[str, Site]) -> list[SiteGroup]:
 def lora_seconds(group: SiteGroup, layout: Layout, profiles: Sequence[Profile], terms: Terms) -> Seconds:
     """Estimated LoRA time of a group in one layer, on the fullest rank, for the mean of the adapters."""
     members = lora_members(group, layout, profiles, terms)
-    own = formula_seconds(members, terms)
     exchange = _exchange(members, terms)
+    own = _seconds(members, exchange, terms)
     if exchange is None or not exchange[0].is_symmetric or terms.workload.tokens > BY_TOKEN_LIMIT:
         return own
     # The vocabulary's products have none beside them: their seconds are none here.
@@ -203,10 +211,13 @@ def base_members(group: SiteGroup, terms: Terms) -> list[tuple[Formula, Numbers]
 
 def formula_seconds(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> Seconds:
     """Estimated time of formulas that make one group: x once, one launch of each kernel, one collective."""
+    return _seconds(members, _exchange(members, terms), terms)
+
+
+def _seconds(members: Sequence[tuple[Formula, Numbers]], exchange: tuple[Way, float] | None, terms: Terms) -> Seconds:
     machine = terms.machine
     (first, own), *_ = members
     moved = value_of(first.x_reads, own) + _total(members, lambda formula: formula.reads + formula.writes)
-    exchange = _exchange(members, terms)
     latency, wire = (exchange[0].link.latency, exchange[0].wire_seconds(exchange[1])) if exchange else (0.0, 0.0)
     memory = float(moved) / machine.memory_bandwidth
     compute = float(_total(members, lambda formula: formula.flops)) / machine.flops
@@ -234,7 +245,7 @@ def _exchange(members: Sequence[tuple[Formula, Numbers]], terms: Terms) -> tuple
     if not choices:
         return None
     payload = _total(members, lambda formula: formula.exchange.payload if formula.exchange else sympy.Integer(0))
-    return next(way for way in choices if way.takes(float(payload))), float(payload)
+    return way_of(choices, float(payload)), float(payload)
 
 
 def _total(members: Sequence[tuple[Formula, Numbers]], part: Callable[[Formula], sympy.Expr]) -> sympy.Rational:

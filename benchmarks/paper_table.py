@@ -20,7 +20,6 @@ from bdlora_compile.deploying import served_sites
 from bdlora_compile.factors import Layout
 from bdlora_compile.known_models import known_config
 from bdlora_compile.placement import Mesh
-from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.sites import Role
 from bdlora_compile.timing import Declared, declared_elements
 
@@ -50,14 +49,11 @@ def parameters(model: str, rank: int, blocks: int) -> float:
     with torch.device("meta"):
         sites = served_sites(AutoModelForCausalLM.from_config(known_config(model)), Mesh(1), strict=True)
 
-    def count(declared: Mapping[Role, Declared]) -> int:
+    def count(rank: int, blocks: int) -> int:
+        declared = {role: Declared.along_split_dim(role, rank, blocks) for role in Role}
         return sum(sum(declared_elements(site, declared[site.role], Layout.LOCAL, Mesh(1))) for site in sites.values())
 
-    own = {Role.COLUMN: FactorKind.BLOCK_B, Role.ROW: FactorKind.BLOCK_A}
-    ordinary = Declared(FactorKind.DENSE, ORDINARY_RANK, 1)
-    return count({role: Declared(kind, rank, blocks) for role, kind in own.items()}) / count(
-        dict.fromkeys(own, ordinary)
-    )
+    return count(rank, blocks) / count(ORDINARY_RANK, 1)
 
 
 def lines(files: Sequence[Path]) -> Iterator[str]:

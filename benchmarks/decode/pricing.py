@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from bdlora_compile.census import Census, Collective, number_of
-from bdlora_compile.collective_cost import ways
+from bdlora_compile.collective_cost import way_of, ways
 from bdlora_compile.ir import Origin
 from bdlora_compile.machine import CollectiveKind, Machine
 from bdlora_compile.report import Report
@@ -39,5 +39,5 @@ def _seconds(one: Collective, batch: int, machine: Machine) -> float:
     kind: CollectiveKind = "all_reduce" if one.kind == "all_reduce" else "all_gather_into_tensor"
     payload = number_of(one.payload_bytes, batch, 1)
     choices = ways(machine, kind, one.group_size, is_sum=kind == "all_reduce" or one.origin is Origin.LORA)
-    way = next(way for way in choices if way.takes(payload))
+    way = way_of(choices, payload)
     return way.link.latency + way.wire_seconds(payload)

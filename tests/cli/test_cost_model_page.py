@@ -14,9 +14,8 @@ from bdlora_compile.factors import Layout
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import find_machine
 from bdlora_compile.placement import Mesh
-from bdlora_compile.runtime.adapter_targets import FactorKind
-from bdlora_compile.sites import Role, Site
-from bdlora_compile.timing import Declared, Profile, Seconds, Terms, group_sites, lora_seconds
+from bdlora_compile.sites import Site
+from bdlora_compile.timing import Declared, Seconds, Terms, group_sites, lora_seconds
 from tests.cli.test_performance_page import measured
 
 PAGE = Path(__file__).parents[2] / "docs" / "cost-model.md"
@@ -42,21 +41,13 @@ def sites() -> dict[str, Site]:
         return dict(served_sites(AutoModelForCausalLM.from_config(known_config("llama-3.1-8b")), Mesh(2), strict=True))
 
 
-def profile_of(sites: dict[str, Site], rank: int, blocks: int) -> Profile:
-    aligned = {Role.COLUMN: FactorKind.BLOCK_B, Role.ROW: FactorKind.BLOCK_A}
-    return {
-        name: Declared(aligned[site.role] if blocks > 1 else FactorKind.DENSE, rank, blocks)
-        for name, site in sites.items()
-    }
-
-
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]} {row[1]} {row[2]}")
 def test_a_row_is_the_estimate_and_the_measurement(row: Row, sites: dict[str, Site]) -> None:
     name, tokens, adapters, told, took = row
     kind, layout, rank, blocks = COLUMNS[name]
     machine = replace(find_machine("h100-nvlink"), memory_bandwidth=4.25e12)
     terms = Terms(Mesh(2), bd.Workload(tokens, adapters), machine, rank, element_size=2)
-    profiles = [profile_of(sites, rank, blocks)]
+    profiles = [{site: Declared.along_split_dim(own.role, rank, blocks) for site, own in sites.items()}]
     layer = sum((lora_seconds(group, layout, profiles, terms) for group in group_sites(sites)), Seconds())
     assert told == round(layer.total * 1e6)
     results = measured(FILE)
