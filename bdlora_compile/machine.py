@@ -64,7 +64,8 @@ class Machine:
         source: how, when and on what it was measured, and what was not.
         memory_bandwidth: bytes that a kernel reads in a second.
         flops: multiplications and additions of a large matrix product in a second.
-        launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph, an operator on a CPU.
+        launch: seconds that a kernel costs beyond its bytes and FLOPs: a node of a CUDA graph that starts as LoRA's do
+            (early, where a GPU can), an operator on a CPU.
         all_reduce, all_gather: by number of ranks, those that were measured.
         symmetric: which sizes go through symmetric memory, by number of ranks; empty where there is none.
         one_shot, two_shot: costs of those, by number of ranks; where they are empty they cost what ``all_reduce`` does.
@@ -145,7 +146,7 @@ def find_machine(machine: Machine | str | Path | None, device: torch.device | No
     if isinstance(machine, Machine):
         return machine
     if machine is None:
-        machine = "cpu-gloo" if device is not None and device.type == "cpu" else "h100-nvlink"
+        machine = _default_for(device)
     known = known_machines()
     if str(machine) in known:
         return _parse((_folder() / f"{machine}.json").read_text(), str(machine))
@@ -158,6 +159,13 @@ def find_machine(machine: Machine | str | Path | None, device: torch.device | No
             remedy="choose one of them, or run `bdlora calibrate`",
         )
     return _parse(path.read_text(), str(path))
+
+
+def _default_for(device: torch.device | None) -> str:
+    if device is not None and device.type == "cpu":
+        return "cpu-gloo"
+    has_gpu = device is not None and torch.cuda.is_available()
+    return "h200-nvlink" if has_gpu and "H200" in torch.cuda.get_device_name(device) else "h100-nvlink"
 
 
 def known_machines() -> Sequence[str]:

@@ -74,8 +74,8 @@ def load(
             one for each group of sites, by the cost model. The reasons are in ``reports(model)[0].decisions``.
         workload: with "auto", the load to choose for; 16 tokens of 16 adapters by default.
         machine: what it runs on: a name of the shipped table, a file that ``bdlora calibrate`` wrote, or a `Machine`;
-            by default "h100-nvlink" on GPUs and "cpu-gloo" on CPUs. "auto" chooses for it, and it says up to which
-            sizes GPUs sum through symmetric memory.
+            by default "h200-nvlink" on H200s, "h100-nvlink" on other GPUs and "cpu-gloo" on CPUs. "auto" chooses for
+            it, and it says up to which sizes GPUs sum through symmetric memory.
         dtype: of weights and factors; the checkpoint's own by default.
         device: this process's GPU where there is one, else the CPU.
         strict: a gather that nobody asked for is an error; False runs it and reports it.

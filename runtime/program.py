@@ -27,13 +27,10 @@ from bdlora_compile.placement import Placement, Shard, shard_slice
 from bdlora_compile.plan import ModelPlan
 from bdlora_compile.runtime.agreement import is_lost_rank
 from bdlora_compile.runtime.deployment import Deployment, RankState
-from bdlora_compile.runtime.step_graphs import StepGraphs, launch
+from bdlora_compile.runtime.step_graphs import StepGraphs
 
 RECORDED_TOKENS = 2048
 """Tokens of the largest forward that is recorded: larger ones keep a GPU busy while the host launches them."""
-
-FIRST_PIECE = 8
-"""One in so many regions makes a recorded forward's first graph: launched soon, and long enough to cover the other."""
 
 Callee = Callable[..., Any]
 CallSource = InputSource | CacheSource | CarriedSource | SharedSource
@@ -89,14 +86,6 @@ class Flow:
         """Take what a region returned."""
         self.carried = results
         self.shared = self.shared or results
-
-    def through(self, regions: Sequence[BoundRegion]) -> Sequence[Any]:
-        """Run regions, one after the other; returns the last one's results."""
-        results: Sequence[Any] = ()
-        for region in regions:
-            results = region.run(*self.arguments(region.values))
-            self.take(results)
-        return results
 
     def _fill(self, value: torch.Tensor | CallSource) -> Any:
         match value:
@@ -164,21 +153,21 @@ class Program:
         batch, seq = args[self._token_index].shape[:2]
         has_adapters = self._deployment.select(batch, seq)
         regions = self._variants.with_lora if has_adapters else self._variants.base_only
-        forward = partial(pieces, regions)
+        forward = partial(through, regions)
         if self._steps is None or batch * seq > RECORDED_TOKENS or _is_captured_by_caller():
-            return launch(forward(args))
+            return forward(args)
         results = self._steps.run(has_adapters, args, forward)
         self._deployment.last_step = Launched(self, args, results)
         return results
 
 
-def pieces(regions: Sequence[BoundRegion], args: Sequence[Any]) -> list[Callable[[], Any]]:
-    """One forward: its first regions, where it has many, and the others.
-
-    The host needs as long to launch a recorded graph of 500 kernels as the GPU for some of them.
-    """
-    flow, first = Flow(args), len(regions) // FIRST_PIECE
-    return [partial(flow.through, part) for part in (regions[:first], regions[first:]) if part]
+def through(regions: Sequence[BoundRegion], args: Sequence[Any]) -> Sequence[Any]:
+    """Run a forward's regions, one after the other; returns the last one's results."""
+    flow, results = Flow(args), ()
+    for region in regions:
+        results = region.run(*flow.arguments(region.values))
+        flow.take(results)
+    return results
 
 
 def _is_captured_by_caller() -> bool:

@@ -1,13 +1,13 @@
-"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and two launches.
+"""Forwards recorded once as CUDA graphs and replayed: they then cost the host a few copies and one launch.
 
-Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before. A
-forward comes in pieces, a graph each: the GPU works on a short first piece while the host launches the long second one.
+Every decode step of a batch is such a forward, and so is every part of a prompt of a size that was seen before.
 """
 
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +24,8 @@ _SEEN_LIMIT = 1024
 _RESULT_BYTES = 64 << 20
 """Bytes of the largest results of a recorded forward: it keeps them, and prompts can have logits for every token."""
 
-Forward = Callable[[Sequence[Any]], Sequence[Callable[[], Any]]]
-"""Takes arguments; gives pieces to be run once, one after the other, of which the last returns the results."""
+Forward = Callable[[Sequence[Any]], Sequence[Any]]
+"""Takes arguments, gives results."""
 
 
 class Recorder(Protocol):
@@ -105,7 +105,7 @@ class _Recorded:
     """A forward: its own inputs by the positions of the arguments they stand for, what launches it, its results."""
 
     inputs: Mapping[int, _Input]
-    replays: Sequence[Callable[[], None]]
+    replay: Callable[[], None]
     results: Sequence[Any]
 
 
@@ -153,14 +153,14 @@ class StepGraphs:
         """Run a forward: by itself the first time (which also warms up what it calls), recorded from the second on."""
         if variant in self._refused:
             self.stats.plain += 1
-            return launch(forward(args))
+            return forward(args)
         key = (variant, *(self._signature(index, args[index]) for index in self._arguments))
         recorded = self._recorded.get(key)
         if recorded is None and self._may_record(key):
             recorded = self._record(key, args, forward)
         if recorded is None:
             self.stats.plain += 1
-            results = launch(forward(args))
+            results = forward(args)
             if sum(value.nbytes for value in results if isinstance(value, Tensor)) > _RESULT_BYTES:
                 self._seen[key] = False
             return results
@@ -168,8 +168,7 @@ class StepGraphs:
         if recorded.inputs:
             own = [kept.once(kept.own) for kept in recorded.inputs.values()]
             torch._foreach_copy_(own, [kept.once(args[index]) for index, kept in recorded.inputs.items()])
-        for replay in recorded.replays:
-            replay()
+        recorded.replay()
         self.stats.replayed += 1
         return [value.clone() if isinstance(value, Tensor) else value for value in recorded.results]
 
@@ -190,12 +189,9 @@ class StepGraphs:
         }
         static = [inputs[index].own if index in inputs else value for index, value in enumerate(args)]
         try:
-            replays, outcomes = zip(*[self._recorder(piece) for piece in forward(static)], strict=True)
+            replay, results = self._recorder(partial(forward, static))
         except RuntimeError as error:
             self._seen[key] = False
-            if not self._recorded:
-                # As in `forget`: its pieces have gone, and with them all graphs of the memory pool.
-                self._recorder = self._new_recorder()
             cause = _first_error(error)
             self.stats.refusals += (f"{type(cause).__name__}: {cause}".partition("\n")[0],)
             _LOG.warning("a forward runs operator by operator, since it cannot be recorded: %s", cause, exc_info=error)
@@ -204,7 +200,7 @@ class StepGraphs:
         if len(self._recorded) >= self._limit:
             oldest, _ = self._recorded.popitem(last=False)
             self._seen.pop(oldest, None)
-        recorded = self._recorded[key] = _Recorded(inputs, replays, outcomes[-1])
+        recorded = self._recorded[key] = _Recorded(inputs, replay, results)
         return recorded
 
     def _signature(self, index: int, value: Any) -> Hashable:
@@ -212,14 +208,6 @@ class StepGraphs:
             return value
         address = value.data_ptr() if index in self._in_place else None
         return (value.shape, value.stride(), value.dtype, value.device, address)
-
-
-def launch(pieces: Sequence[Callable[[], Any]]) -> Any:
-    """Run a forward operator by operator."""
-    *before, last = pieces
-    for piece in before:
-        piece()
-    return last()
 
 
 def _first_error(error: BaseException) -> BaseException:

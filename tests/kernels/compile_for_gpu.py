@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.cache import write_tokens
 from bdlora_compile.runtime.kernels.delta import delta_tokens
+from bdlora_compile.runtime.kernels.early import count_launch
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.rotary import rotate_tokens
@@ -30,7 +31,7 @@ from bdlora_compile.runtime.kernels.swiglu import swiglu_tokens
 TYPES = {
     **dict.fromkeys(("x", "y", "pool", "weight", "residual", "total", "normed"), "*bf16"),
     **dict.fromkeys(("keys", "values", "k", "v", "gate_up", "m", "q", "cos", "sin", "delta"), "*bf16"),
-    **dict.fromkeys(("scales", "h"), "*fp32"),
+    **dict.fromkeys(("scales", "h", "counter"), "*fp32"),
     **dict.fromkeys(("token_slot", "order", "segments"), "*i32"),
     **dict.fromkeys(("slots", "mailbox", "lengths"), "*i64"),
     "epsilon": "fp32",
@@ -82,6 +83,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "rotary": (rotate_tokens, ROTARY, 1),
     "rotary without delta": (rotate_tokens, {**ROTARY, "HAS_DELTA": False}, 1),
     "cache": (write_tokens, CACHE, 4),
+    "early": (count_launch, {}, 1),
 }
 """Kernel, constants and warps."""
 

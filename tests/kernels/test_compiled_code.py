@@ -37,7 +37,7 @@ def test_seldom_branches_cost_no_registers(compiled: Compiled, kernel: str, most
 
     With branches for other sizes as wide as these it was 139, 179, 186, 122 and 255.
     """
-    assert 0 < compiled[kernel][1] <= most + 8, "compilers differ by a few"
+    assert 0 < compiled[kernel][1] <= most + 16, "compilers differ by a few"
 
 
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "expand by segment", "apply"])
@@ -110,3 +110,8 @@ def test_a_rotation_is_short(compiled: Compiled) -> None:
         order, registers = compiled[kernel]
         assert order == ["wait", "let start", *["load of 8 bytes"] * loads, *["store of 8 bytes"] * 4]
         assert 0 < registers <= 40
+
+
+def test_what_a_launch_is_measured_with_waits_first(code: Code) -> None:
+    """Started early, as LoRA's kernels are; two at a time would cost less than any of those."""
+    assert code["early"][:2] == ["wait", "let start"]

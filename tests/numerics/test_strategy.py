@@ -324,6 +324,21 @@ def test_shipped_machines_and_files(tmp_path: Path) -> None:
         find_machine(tmp_path / "broken.json")
 
 
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [
+        ("NVIDIA H200", "h200-nvlink"),
+        ("NVIDIA H100 80GB HBM3", "h100-nvlink"),
+        ("NVIDIA A100-SXM4-80GB", "h100-nvlink"),
+    ],
+)
+def test_the_default_is_the_machine_of_the_gpu(gpu: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    assert find_machine(None, torch.device("cuda", 0)).name == name
+    assert find_machine(None).name == "h100-nvlink", "what is explained elsewhere"
+
+
 def test_links_are_fitted_and_extrapolated() -> None:
     """Latency and bandwidth come back from times that they made; more ranks cost more, and say so."""
     known = Link(1.2e-5, 2e11)

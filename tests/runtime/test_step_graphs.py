@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 import bdlora_compile as bd
 from bdlora_compile import backend
-from bdlora_compile.ir import Captured, CarriedSource, InputSource, SharedSource
+from bdlora_compile.ir import Captured
 from bdlora_compile.mutation import argument_indices, buffer_arguments, mutated_arguments
 from bdlora_compile.runtime import program, step_graphs
-from bdlora_compile.runtime.program import BoundRegion, pieces
 from bdlora_compile.runtime.step_graphs import StepGraphs
 from tests.api.conftest import Files, files  # noqa: F401  # a fixture
 
@@ -41,10 +40,10 @@ class StandIn:
         return replay, results
 
 
-def add_up(args: Sequence[Any]) -> list[Callable[[], Any]]:
-    """Adds x to the total in place, in two pieces; the argument in the middle is never read."""
+def add_up(args: Sequence[Any]) -> tuple[torch.Tensor]:
+    """Adds x to the total in place; the argument in the middle is never read."""
     x, _, total = args
-    return [lambda: total.add_(x), lambda: (total * 2,)]
+    return (total.add_(x) * 2,)
 
 
 @pytest.fixture
@@ -153,9 +152,9 @@ def test_expanded_arguments_are_copied_once() -> None:
     assert steps.stats.replayed == 2
 
 
-def add_two(args: Sequence[Any]) -> list[Callable[[], Any]]:
+def add_two(args: Sequence[Any]) -> tuple[torch.Tensor]:
     x, total = args
-    return [lambda: (total.add_(x).clone(),)]
+    return (total.add_(x).clone(),)
 
 
 def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -175,28 +174,6 @@ def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCa
     assert "refused: ValueError: a value is read" in steps.stats.text()
 
 
-def test_a_first_recording_that_fails_half_way_leaves_no_pool_behind() -> None:
-    """A memory pool whose graphs have gone cannot be recorded into: the next forward gets a recorder of its own."""
-    made: list[StandIn] = []
-
-    class FailsOnce(StandIn):
-        def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-            self.calls = getattr(self, "calls", 0) + 1
-            if self is made[0] and self.calls == 2:
-                raise RuntimeError("out of memory")
-            return super().__call__(run)
-
-    def new() -> StandIn:
-        made.append(FailsOnce())
-        return made[-1]
-
-    steps = StepGraphs(frozenset({0, 2}), frozenset({2}), new)
-    for total in (torch.zeros(1), torch.zeros(1)):
-        for _ in range(3):
-            run(steps, 1.0, total)
-    assert (len(made), steps.stats.recorded, steps.stats.refusals) == (2, 1, ("RuntimeError: out of memory",))
-
-
 def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may have warmed the forward up, and inside a recording the handle cannot be made."""
     told: list[str] = []
@@ -211,25 +188,6 @@ def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.append("handle"))
     step_graphs.CudaRecorder()(lambda: told.append("forward"))
     assert told == ["handle", "recording begins", "forward"]
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 33])
-def test_a_forward_begins_with_a_short_piece(count: int) -> None:
-    """Run in pieces or at once, regions hand on the same; the first piece has an eighth of them."""
-
-    def start(x: int) -> tuple[int, int]:
-        return x + 1, 10 * x
-
-    def add(x: int, shared: int) -> tuple[int]:
-        return (x + shared,)
-
-    first = BoundRegion(start, [InputSource(0)])
-    regions = [first, *[BoundRegion(add, [CarriedSource(0), SharedSource(1)])] * (count - 1)]
-    parts = pieces(regions, [2])
-    assert len(parts) == (2 if count >= 8 else 1)
-    if count >= 8:
-        assert parts[0]()[0] == 3 + 20 * (count // 8 - 1)
-    assert parts[-1]()[0] == 3 + 20 * (count - 1)
 
 
 def test_a_forward_that_the_caller_records_is_not_replayed(
