@@ -8,6 +8,7 @@
 Random weights in the shapes of Llama-3.1-8B (or a checkpoint: --model FOLDER), bf16. Every column's logits are compared
 with float32 of transformers and PEFT first. "step" is a user's loop that reads each token, guards and host included;
 "gpu" the same steps launched without waiting; "floor" the bytes that a rank has to read, at memory's measured speed.
+All columns are timed before any is profiled, for what its steps are made of.
 """
 
 import argparse
@@ -18,9 +19,11 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from bdlora_compile.machine import find_machine
-from bdlora_compile.model import release_graphs
 from bdlora_compile.strategy import Strategy
 from benchmarks.decode.files import (
     ATTENTION_SITES,
@@ -45,7 +47,7 @@ from benchmarks.decode.files import (
 from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
 from benchmarks.decode.reference import NO_ADAPTER, ROWS, STEPS, Expected, prompts, references
-from benchmarks.decode.timing import PARTS, Times, measure, prefill_times
+from benchmarks.decode.timing import PARTS, Times, measure, prefill_times, profile_steps
 
 KINDS = {
     "bd32": AdapterKind(32, 8),
@@ -75,6 +77,40 @@ class Case:
     context: int
 
 
+@dataclass(frozen=True)
+class Column:
+    """What batches are timed with, and profiled later.
+
+    Attributes:
+        strategy, adapters: what results call it.
+        loop: runs its steps.
+        files: the adapters that are resident then, by name; each row of a batch has one.
+        adapter_bytes: of one of them.
+    """
+
+    strategy: str
+    adapters: str
+    loop: DecodeLoop
+    files: Mapping[str, Path] = field(default_factory=dict)
+    adapter_bytes: int = 0
+
+    def load(self) -> float:
+        """Make its adapters resident; returns the seconds that it took."""
+        return self.loop.load(self.files) if isinstance(self.loop, OurLoop) and self.files else 0.0
+
+    def chosen(self, case: Case) -> AbstractContextManager[None]:
+        """A batch's adapters, inside a block."""
+        names = [*self.files][: case.adapters]
+        if not isinstance(self.loop, OurLoop) or not names:
+            return nullcontext()
+        return self.loop.chosen([names[row % case.adapters] for row in range(case.batch)])
+
+    @property
+    def names(self) -> dict[str, str]:
+        """In results."""
+        return {"strategy": self.strategy, "kind_of_adapters": self.adapters}
+
+
 class Bench:
     """One process's part of the benchmark; rank 0 prints and writes."""
 
@@ -89,6 +125,7 @@ class Bench:
         self.dtype = torch.bfloat16 if _has_gpu() else torch.float32
         self.machine = find_machine(options.machine, self.device)
         self.base_step: dict[int, float] = {}
+        self.timed: list[tuple[Column, Case, Times]] = []
         self.failures: list[str] = []
 
     @property
@@ -185,6 +222,10 @@ class Bench:
             free()
         if self.options.baseline and not self.is_fake and not self.makes_weights:
             self.run_baseline(model)
+        if self.device.type == "cuda":
+            self.profile()
+        for loop in {id(column.loop): column.loop for column, _, _ in self.timed}.values():
+            loop.release()
 
     def loads(self) -> Iterator[tuple[Strategy, Sequence[str]]]:
         """What is measured with one load of the model each: adapters of attention alone pay for no other layers."""
@@ -215,31 +256,31 @@ class Bench:
         loop = OurLoop(model, strategy, self.machine, self.dtype, self.device, self.options.inner, capacity)
         self.took(strategy, "load of the model", time.perf_counter() - start)
         for kind in names_of_kinds:
-            names = [f"{kind}-{i}" for i in range(slots)]
-            seconds = loop.load({name: adapters / f"{kind}-{i % CONTENTS}" for i, name in enumerate(names)})
-            self.took(strategy, f"load of {len(names)} adapters, {KINDS[kind].text}", seconds)
+            files = {f"{kind}-{i}": adapters / f"{kind}-{i % CONTENTS}" for i in range(slots)}
+            names = [*files]
+            column = Column(strategy, KINDS[kind].text, loop, files)
+            self.took(strategy, f"load of {len(names)} adapters, {column.adapters}", column.load())
+            column = replace(column, adapter_bytes=loop.adapters[names[0]].nbytes)
             start = time.perf_counter()
             logits = loop.logits(self.prompts, [None if i is None else names[i] for i in ROWS], STEPS)
-            self.took(strategy, f"first forwards, {KINDS[kind].text}", time.perf_counter() - start)
+            self.took(strategy, f"first forwards, {column.adapters}", time.perf_counter() - start)
             if self.makes_weights:
                 loop.fill_weights()
-            self.check(strategy, KINDS[kind].text, expected.get(kind), logits)
+            self.check(strategy, column.adapters, expected.get(kind), logits)
             if not self.base_step:
                 if self.compares:
                     without = loop.logits(self.prompts, [None] * len(ROWS), STEPS)
                     self.check("base", "none", expected.get(NO_ADAPTER), without)
                 for case in self.cases(only_base=True):
-                    self.row("base", "none", case, loop, 0)
+                    self.row(Column("base", "none", loop), case)
             for case in self.cases():
-                with loop.chosen([names[row % case.adapters] for row in range(case.batch)]):
-                    self.row(strategy, KINDS[kind].text, case, loop, loop.adapters[names[0]].nbytes)
+                self.row(column, case)
             if self.options.prefill:
                 with loop.chosen([names[0], names[1]]):
                     times = prefill_times(loop, 2, self.options.prefill // 2)
                 self.say(f"  prefill of {self.options.prefill} tokens in two rows: {times.step:.2f} ms")
-                self.write("prefill", strategy=strategy, kind_of_adapters=KINDS[kind].text, **asdict(times))
+                self.write("prefill", **column.names, **asdict(times))
         self.write("report", strategy=strategy, text=loop.report_text())
-        release_graphs(loop.model)
 
     def check(self, strategy: str, adapters: str, expected: Expected | None, logits: torch.Tensor) -> None:
         """Compare a column's logits where there are some to compare them with, print a line, keep it.
@@ -261,7 +302,7 @@ class Bench:
         try:
             loop = TransformersLoop(model, self.dtype, self.device)
             for case in self.cases(only_base=True):
-                self.row("transformers", "none", case, loop, 0)
+                self.row(Column("transformers", "none", loop), case)
         except Exception as error:  # another project's code: its failure is a result, not ours to raise
             self.say(f"transformers' tensor parallelism failed: {str(error)[:300]}")
             self.write("failed", column="transformers", error=str(error)[:2000])
@@ -273,40 +314,51 @@ class Bench:
                 if adapters <= batch:
                     yield Case(batch, adapters, self.options.context)
 
-    def row(self, strategy: str, adapters: str, case: Case, loop: DecodeLoop, adapter_bytes: int) -> None:
-        """Measure a batch, print a line, keep it."""
-        times = measure(loop, case.batch, case.context)
-        floor, estimate = None, 0.0
+    def row(self, column: Column, case: Case) -> None:
+        """Time a batch, print a line, keep it."""
+        loop, floor, estimate = column.loop, None, 0.0
+        with column.chosen(case):
+            times = measure(loop, case.batch, case.context)
         if isinstance(loop, OurLoop):
-            num_bytes = loop.weight_bytes() + loop.cache_bytes() + adapter_bytes * case.adapters
+            num_bytes = loop.weight_bytes() + loop.cache_bytes() + column.adapter_bytes * case.adapters
             floor = num_bytes / self.machine.memory_bandwidth * 1e3
-            with_lora = strategy != "base"
+            with_lora = column.strategy != "base"
             per_layer = loop.collectives(case.batch, with_lora=with_lora)
             if self.is_fake:
                 estimate = priced(loop.census(case.batch, with_lora=with_lora), case.batch, self.machine)
         else:
             per_layer = (2, 0)
-        if strategy == "base":
+        if column.strategy == "base":
             self.base_step[case.batch] = times.step
-        self.say(self.line(strategy, adapters, case, times, floor, estimate))
-        shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
-        names = {"strategy": strategy, "kind_of_adapters": adapters}
-        self.write("row", **names, **asdict(case), **asdict(times), floor=floor, **shape)
-
-    def line(self, strategy: str, adapters: str, case: Case, times: Times, floor: float | None, estimate: float) -> str:
-        """A row of the printed table."""
+        self.timed.append((column, case, times))
         ratio = times.step / self.base_step[case.batch] if case.batch in self.base_step else float("nan")
-        parts = " ".join(f"{times.parts.get(part, 0.0):6.2f}" for part in PARTS)
         above = f"{times.gpu / floor:5.2f}" if floor else "     "
         extra = f" +{estimate:.2f} of collectives, an estimate" if estimate else ""
-        return (
-            f"{strategy:<12} {adapters:<24} {case.batch:>3} {case.adapters:>3}  {times.step:7.3f} {ratio:6.3f}"
-            f" {times.gpu:7.3f} {times.host:6.3f} {above}  {parts}{extra}"
-        )
+        shown = f"{times.step:7.3f} {ratio:6.3f} {times.gpu:7.3f} {times.host:6.3f} {above}{extra}"
+        self.say(f"{line_start(column, case)}  {shown}")
+        shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
+        self.write("row", **column.names, **asdict(case), **asdict(times), floor=floor, **shape)
+
+    def profile(self) -> None:
+        """What the steps of all rows are made of; print a line for each, keep it."""
+        self.say(f"{'strategy':<12} {'adapters':<24} row  ad  {' '.join(f'{part:>11}' for part in PARTS)}")
+        for column, rows in groupby(self.timed, key=lambda row: row[0]):
+            column.load()
+            for _, case, times in rows:
+                with column.chosen(case):
+                    found = profile_steps(column.loop, case.batch, case.context, times.gpu)
+                parts = " ".join(f"{found.parts[part]:11.2f}" for part in PARTS)
+                self.say(f"{line_start(column, case)}  {parts}")
+                self.write("parts", **column.names, **asdict(case), **asdict(found))
+
+
+def line_start(column: Column, case: Case) -> str:
+    """Of a row of a printed table."""
+    return f"{column.strategy:<12} {column.adapters:<24} {case.batch:>3} {case.adapters:>3}"
 
 
 def free() -> None:
-    """Give memory and recorded graphs back before the next model; a process group does not end before its graphs."""
+    """Give memory back before the next model."""
     torch._dynamo.reset()
     gc.collect()
     if _has_gpu():
@@ -372,7 +424,7 @@ def main() -> None:
     bench.say(f"{date.today()} {name}, torch {torch.__version__}, {bench.size} ranks{' (fake)' * bench.is_fake}")
     told = {name: value for name, value in vars(options).items() if name != "out"}
     bench.write("run", date=str(date.today()), device=name, torch=torch.__version__, tp=bench.size, options=told)
-    bench.say(f"{'strategy':<12} {'adapters':<24} row  ad     step  ratio     gpu   host floor  {' '.join(PARTS)}")
+    bench.say(f"{'strategy':<12} {'adapters':<24} row  ad     step  ratio     gpu   host floor")
     try:
         with torch.no_grad():
             bench.run(shared[0], config)

@@ -5,7 +5,7 @@ python -m benchmarks.plot_decode RESULTS.jsonl                 needs matplotlib
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,17 @@ def label(row: dict[str, Any]) -> str:
     kind = "" if row["kind_of_adapters"] == "none" else f", {row['kind_of_adapters']}"
     adapters = "" if row["kind_of_adapters"] == "none" else f", {row['adapters']} adapters"
     return f"{row['strategy']}{kind}\n{row['batch']} rows{adapters}"
+
+
+def with_parts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with what a profile found of each; older files have that in the row itself."""
+
+    def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(line[name] for name in ("strategy", "kind_of_adapters", "batch", "adapters", "context"))
+
+    parts = {key(line): line["parts"] for line in lines if line["kind"] == "parts"}
+    rows = [line for line in lines if line["kind"] == "row"]
+    return [{**row, "parts": row.get("parts") or parts.get(key(row), {})} for row in rows]
 
 
 def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -71,7 +82,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = [line for line in lines if line["kind"] == "row"]
+    rows = with_parts(lines)
     run = next(line for line in lines if line["kind"] == "run")
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(13, 0.45 * len(rows) + 1.5), width_ratios=[2, 1], layout="constrained"

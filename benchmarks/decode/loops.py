@@ -1,5 +1,6 @@
 """Decode loops as a user writes them: this compiler's model, and transformers' tensor parallelism as the baseline."""
 
+import importlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,10 @@ class DecodeLoop(ABC):
         logits: Tensor = self.model(**inputs, logits_to_keep=1).logits
         return logits
 
+    @abstractmethod
+    def release(self) -> None:
+        """Let go of recorded graphs: a process group does not end before they are gone."""
+
     def run(self, steps: int, *, read: bool) -> None:
         """Greedy steps; with ``read`` the tokens are read after each, as who streams them does."""
         for _ in range(steps):
@@ -137,6 +142,9 @@ class OurLoop(DecodeLoop):
 
     def batch_of(self, cache: Any) -> int:
         return int(cache.batch)
+
+    def release(self) -> None:
+        bd.release_graphs(self.model)
 
     def logits(self, ids: Tensor, names: Sequence[str | None], steps: int) -> Tensor:
         """Logits of the last token of a prompt and of ``steps`` given tokens after it, by decode steps."""
@@ -207,6 +215,10 @@ class TransformersLoop(DecodeLoop):
 
     def batch_of(self, cache: Any) -> int:
         return self.tokens.shape[0]
+
+    def release(self) -> None:
+        torch._dynamo.reset()
+        importlib.import_module("torch._inductor.cudagraph_trees").reset_cudagraph_trees()
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self.device.type == "cuda":

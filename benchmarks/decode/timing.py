@@ -1,4 +1,7 @@
-"""Times of decode steps: on a user's clock, on the GPU's, and by kind of kernel."""
+"""Times of decode steps: on a user's clock, on the GPU's, and by kind of kernel.
+
+Profile last: a process in which torch's profiler was used launches CUDA graphs slower from then on, since CUPTI stays.
+"""
 
 import cProfile
 import pstats
@@ -44,18 +47,26 @@ class Times:
         step: by the clock, a loop that reads its tokens after every step: the median of rounds, guards and all.
         gpu: of steps launched one behind the other without reading, by the GPU's clock.
         host: that the host needs for a step when it waits for nothing.
-        parts: of ``gpu`` by kind of kernel, from a profile, each moment counted once (`exclusive`); "idle" is what is
-            left.
-        kernels: the dozen that take most.
         calls: the dozen Python functions that take most of the host's time, themselves.
     """
 
     step: float
     gpu: float
     host: float
-    parts: Mapping[str, float] = field(default_factory=dict)
-    kernels: Mapping[str, float] = field(default_factory=dict)
     calls: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Milliseconds of a step's kernels.
+
+    Attributes:
+        parts: by kind of kernel, each moment counted once (`exclusive`); "idle" is what is left of a step's GPU time.
+        kernels: the dozen that take most.
+    """
+
+    parts: Mapping[str, float]
+    kernels: Mapping[str, float]
 
 
 def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
@@ -75,15 +86,27 @@ def measure(loop: DecodeLoop, batch: int, context: int) -> Times:
         gpu, host = _pipelined(loop)
         gpus.append(gpu)
         hosts.append(host)
-    spans = _step_spans(loop) if loop.device.type == "cuda" else []
-    parts = exclusive(spans, PROFILED) if spans else {}
-    gpu = statistics.median(gpus) * 1e3
-    if parts:
-        parts["idle"] = max(gpu - sum(parts.values()), 0.0)
     loop.rewind()
     calls = _calls(lambda: loop.run(STEPS, read=False), STEPS)
-    wall, host = statistics.median(walls) * 1e3, statistics.median(hosts) * 1e3
-    return Times(wall, gpu, host, parts, _largest(_totals(spans, PROFILED)), _largest(calls))
+    wall, gpu, host = (statistics.median(times) * 1e3 for times in (walls, gpus, hosts))
+    return Times(wall, gpu, host, _largest(calls))
+
+
+def profile_steps(loop: DecodeLoop, batch: int, context: int, gpu: float) -> Profile:
+    """The kernels of steps that `measure` has timed, ``gpu`` milliseconds each; on a GPU, all ranks together."""
+    loop.prepare(batch, context)
+    loop.run(6, read=True)
+    _align(loop.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        loop.run(PROFILED, read=False)
+        torch.cuda.synchronize()
+    spans = [
+        Span(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in found.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+    parts = exclusive(spans, PROFILED)
+    return Profile({**parts, "idle": max(gpu - sum(parts.values()), 0.0)}, _largest(_totals(spans, PROFILED)))
 
 
 def _pipelined(loop: DecodeLoop) -> tuple[float, float]:
@@ -110,26 +133,6 @@ class Span(NamedTuple):
     name: str
     start: float
     end: float
-
-
-def _step_spans(loop: DecodeLoop) -> list[Span]:
-    """The kernels of ``PROFILED`` steps."""
-    loop.rewind()
-    loop.run(3, read=True)
-    _align(loop.device)
-    return _spans(lambda: loop.run(PROFILED, read=False))
-
-
-def _spans(launch: Callable[[], None]) -> list[Span]:
-    """The kernels of what ``launch`` starts."""
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        launch()
-        torch.cuda.synchronize()
-    return [
-        Span(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
-        for event in found.events()
-        if event.device_type == DeviceType.CUDA
-    ]
 
 
 def _totals(spans: Sequence[Span], steps: int) -> dict[str, float]:
@@ -198,9 +201,8 @@ def prefill_times(loop: DecodeLoop, batch: int, length: int) -> Times:
         forward()
         walls.append(time.perf_counter() - start)
     wall = statistics.median(walls[1:]) * 1e3
-    spans = _spans(forward) if loop.device.type == "cuda" else []
     calls = _calls(forward, 1)
-    return Times(wall, wall, sum(calls.values()), exclusive(spans, 1), _largest(_totals(spans, 1)), _largest(calls))
+    return Times(wall, wall, sum(calls.values()), _largest(calls))
 
 
 def _align(device: torch.device) -> None:
