@@ -1,7 +1,7 @@
 """The table of docs/cost-model.md that holds estimates against a step on two H200 says what both are today."""
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from bdlora_compile.timing import Declared, Seconds, Terms, group_sites, lora_se
 from tests.cli.test_performance_page import measured
 
 PAGE = Path(__file__).parents[2] / "docs" / "cost-model.md"
-FILE = "2026-11-29-h200x2-decode-mixed.jsonl"
+FILE = "2026-11-29-h200x2-decode.jsonl"
 COLUMNS = {
     "block-diagonal r = 32, local": ("BD r=32 G=8", Layout.LOCAL, 32, 8),
     "ordinary r = 16, local": ("ordinary r=16", Layout.LOCAL, 16, 1),
@@ -35,33 +35,59 @@ def rows() -> list[Row]:
     return [(name, int(tokens), int(adapters), int(told), int(took)) for name, tokens, adapters, told, took in found]
 
 
+def sites_of(model: str, ranks: int) -> dict[str, Site]:
+    """Of a known model."""
+    with torch.device("meta"):
+        return dict(served_sites(AutoModelForCausalLM.from_config(known_config(model)), Mesh(ranks), strict=True))
+
+
+def estimate(sites: Mapping[str, Site], mesh: Mesh, load: bd.Workload, layout: Layout, rank: int, blocks: int) -> float:
+    """Seconds of a layer's LoRA on H200s, all adapters alike."""
+    terms = Terms(mesh, load, find_machine("h200-nvlink"), rank, element_size=2)
+    profiles = [{site: Declared.along_split_dim(own.role, rank, blocks) for site, own in sites.items()}]
+    return sum((lora_seconds(group, layout, profiles, terms) for group in group_sites(sites)), Seconds()).total
+
+
 @pytest.fixture(scope="module")
 def sites() -> dict[str, Site]:
-    with torch.device("meta"):
-        return dict(served_sites(AutoModelForCausalLM.from_config(known_config("llama-3.1-8b")), Mesh(2), strict=True))
+    return sites_of("llama-3.1-8b", 2)
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]} {row[1]} {row[2]}")
 def test_a_row_is_the_estimate_and_the_measurement(row: Row, sites: dict[str, Site]) -> None:
     name, tokens, adapters, told, took = row
     kind, layout, rank, blocks = COLUMNS[name]
-    machine = replace(find_machine("h100-nvlink"), memory_bandwidth=4.25e12)
-    terms = Terms(Mesh(2), bd.Workload(tokens, adapters), machine, rank, element_size=2)
-    profiles = [{site: Declared.along_split_dim(own.role, rank, blocks) for site, own in sites.items()}]
-    layer = sum((lora_seconds(group, layout, profiles, terms) for group in group_sites(sites)), Seconds())
-    assert told == round(layer.total * 1e6)
+    layer = estimate(sites, Mesh(2), bd.Workload(tokens, adapters), layout, rank, blocks)
+    assert told == round(layer * 1e6)
     results = measured(FILE)
     step, base = results[layout.value, kind, tokens, adapters], results["base", "none", tokens, 1]
     assert took == round((step["gpu"] - base["gpu"]) * 1e3 / 32)
-    # What the page says of all rows: at most about twice what was measured, and not below it.
-    assert 0.95 < told / took < 2.3
+    # What the page says of all rows: up to about twice what was measured, and a tenth below it at most.
+    assert 0.85 < told / took < 2.3
+
+
+def test_the_kernels_estimates_are_those_of_the_page() -> None:
+    """Rank 0 of 8 alone; and the page says in which range the measured times lie above them."""
+    found = re.findall(
+        r"^\| (8B|70B), ([a-z-]+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE
+    )
+    assert len(found) == 12
+    of_model = {model: sites_of(f"llama-3.1-{model.lower()}", 8) for model in ("8B", "70B")}
+    above = []
+    for model, kind, rank, tokens, told, took in found:
+        blocks = 8 if kind == "block-diagonal" else 1
+        load, own = bd.Workload(int(tokens), int(tokens)), of_model[model]
+        layer = estimate(own, Mesh(8), load, Layout.LOCAL, int(rank), blocks)
+        assert told == f"{layer * 1e6:.1f}"
+        above.append(float(took) / float(told))
+    assert f"takes {min(above):.1f} to {max(above):.1f} times its estimate" in PAGE.read_text()
 
 
 def test_layouts_are_in_their_order() -> None:
-    """Ordinary adapters: where the estimate prefers a layout the measurement does."""
+    """Ordinary adapters: where the measurement prefers a layout, by more than a tenth, the estimate does."""
     found = {(name, tokens, adapters): (told, took) for name, tokens, adapters, told, took in rows()}
     assert len(found) == 9
     for (name, *load), (told, took) in found.items():
         if "S-LoRA" in name:
             local = found["ordinary r = 16, local", load[0], load[1]]
-            assert (told > local[0]) == (took > local[1])
+            assert abs(took - local[1]) <= 0.1 * took or (told > local[0]) == (took > local[1])
