@@ -12,7 +12,10 @@ from typing import Any
 from benchmarks.decode.timing import PARTS
 
 WAIT = "waiting for the host"
-"""What a loop that reads every token adds to the same steps launched one behind the other."""
+"""What a loop that reads every token adds to the same steps launched one behind the other; not known of older files,
+whose rows were timed in a process that had been profiled."""
+OTHERS = "transformers"
+"""Is left out: a bar several times as long as all others."""
 
 
 def label(row: dict[str, Any]) -> str:
@@ -23,14 +26,17 @@ def label(row: dict[str, Any]) -> str:
 
 
 def with_parts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with what a profile found of each; older files have that in the row itself."""
+    """Our rows with what a profile found of each, and `WAIT`; older files have parts in the row itself."""
 
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in ("strategy", "kind_of_adapters", "batch", "adapters", "context"))
 
     parts = {key(line): line["parts"] for line in lines if line["kind"] == "parts"}
-    rows = [line for line in lines if line["kind"] == "row"]
-    return [{**row, "parts": row.get("parts") or parts.get(key(row), {})} for row in rows]
+    rows = [line for line in lines if line["kind"] == "row" and line["strategy"] != OTHERS]
+    return [
+        row if "parts" in row else {**row, "parts": {**parts.get(key(row), {}), WAIT: row["step"] - row["gpu"]}}
+        for row in rows
+    ]
 
 
 def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -38,13 +44,13 @@ def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     places = range(len(rows))
     ends = [0.0] * len(rows)
     for part in (*PARTS, WAIT):
-        values = [row["step"] - row["gpu"] if part == WAIT else row["parts"].get(part, 0.0) for row in rows]
+        values = [row["parts"].get(part, 0.0) for row in rows]
         axes.barh(places, values, left=ends, label=part)
         ends = [end + value for end, value in zip(ends, values, strict=True)]
     axes.set_yticks(places, [label(row) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of a decode step")
-    axes.legend(ncols=2, fontsize="small")
+    axes.legend(ncols=4, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

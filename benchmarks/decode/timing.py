@@ -1,6 +1,7 @@
 """Times of decode steps: on a user's clock, on the GPU's, and by kind of kernel.
 
-Profile last: a process in which torch's profiler was used launches CUDA graphs slower from then on, since CUPTI stays.
+Profile last: a process in which torch's profiler was used launches CUDA graphs slower from then on, since CUPTI stays
+(https://github.com/pytorch/pytorch/issues/144455).
 """
 
 import cProfile

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ ROOT = Path(__file__).parents[2]
 COLUMNS = {
     "base": ("base", "none"),
     "local, BD r = 32, G = 8": ("local", "BD r=32 G=8"),
-    "local, BD r = 24, G = 2 *": ("local", "BD r=24 G=2"),
+    "local, BD r = 24, G = 2": ("local", "BD r=24 G=2"),
     "local, ordinary r = 16": ("local", "ordinary r=16"),
     "S-LoRA, ordinary r = 16": ("slora", "ordinary r=16"),
+    "local, BD r = 32, attention alone *": ("local", "BD r=32 G=8, attention"),
+    "local, ordinary r = 16, attention alone *": ("local", "ordinary r=16, attention"),
+    "S-LoRA, ordinary r = 16, attention alone *": ("slora", "ordinary r=16, attention"),
+    "transformers, no LoRA": ("transformers", "none"),
 }
 """Names on the page, and strategy and kind of adapters in the files."""
-FILES = {
-    "local, BD r = 24, G = 2 *": "2026-11-29-h200x2-decode-before-mixed.jsonl",
-    "": "2026-11-29-h200x2-decode-mixed.jsonl",
-}
-"""Of rows that are from other runs, and of the others."""
+FILE, ATTENTION = "2026-11-29-h200x2-decode.jsonl", "2026-11-29-h200x2-decode-attention.jsonl"
+"""Of the page's rows, and of those that are marked."""
+STEPS = "2026-11-29-h200x2-loop-gaps.txt"
+IN_STEPS = {"base": "base", "local, BD r = 32, G = 8": "bd"}
+"""Names there."""
 
 
 def measured(file: str) -> dict[tuple[str, str, int, int], dict[str, Any]]:
@@ -41,22 +46,31 @@ def table() -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
 
 
-@pytest.mark.parametrize("row", [row for row in table() if row[0] in COLUMNS], ids=lambda row: f"{row[0]} {row[1]}")
+def steps() -> dict[tuple[str, int, int], float]:
+    """Steps of a loop that reads each token, medians of all forms of graphs, by name, rows and adapters."""
+    text = (ROOT / "benchmarks" / "results" / STEPS).read_text()
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for name, rows, adapters, step in re.findall(r"^(\w+) (\d+)/(\d+) [\d,one]+ +step ([\d.]+)", text, re.MULTILINE):
+        found.setdefault((name, int(rows), int(adapters)), []).append(float(step))
+    return {case: statistics.median(times) for case, times in found.items()}
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row[0]} {row[1]}")
 def test_a_row_of_the_page_is_in_its_file(row: list[str]) -> None:
-    name, case, *numbers = row
-    results = measured(FILES.get(name, FILES[""]))
+    name, case, *numbers, step, to_base = row
+    results = measured(ATTENTION if name.endswith("*") else FILE)
     batch, adapters = (int(number) for number in case.split(","))
-    found = results[*COLUMNS[name], batch, max(adapters, 1)]
-    base = results["base", "none", batch, 1]
-    exact = (found["step"], found["step"] / base["step"], found["gpu"], found["gpu"] / base["gpu"], found["floor"])
-    assert numbers == [f"{value:.2f}" for value in exact]
+    found, base = results[*COLUMNS[name], batch, max(adapters, 1)], results["base", "none", batch, 1]
+    exact = [found["gpu"], found["gpu"] / base["gpu"], *([found["floor"]] if found["floor"] else [])]
+    assert [number for number in numbers if number] == [f"{value:.2f}" for value in exact]
+    if name.startswith("transformers"):
+        assert (step, to_base) == (f"{found['step']:.1f}", "")
+    elif step:
+        own = steps()[IN_STEPS[name], batch, adapters]
+        assert (step, to_base) == (f"{own:.2f}", f"{own / steps()['base', batch, 0]:.2f}")
 
 
 def test_the_table_has_rows() -> None:
-    """And those that are compared with no file are the two kinds that are older."""
-    names = {row[0] for row in table()}
-    assert set(COLUMNS) < names
-    assert {name for name in names if name not in COLUMNS} == {
-        "local, BD r = 32, attention alone *",
-        "transformers, no LoRA *",
-    }
+    """Of all columns, some with steps."""
+    assert {row[0] for row in table()} == set(COLUMNS)
+    assert sum(bool(row[-1]) for row in table()) == 5
