@@ -24,20 +24,21 @@ def empty_caches() -> Iterator[None]:
         yield
 
 
-def twice(x: Tensor, unused: int = 0) -> Tensor:
-    return 2 * x + unused
+def compiled_result(schema: str, columns: int = 4) -> Tensor:
+    """Of a graph that calls an operator of ours with this signature, compiled as a process of its own would.
 
-
-def compiled_result(schema: str) -> Tensor:
-    """Of a graph that calls an operator of ours with this signature, compiled as a process of its own would."""
+    The operator gives ``columns`` twos.
+    """
     torch._dynamo.reset()
     with torch.library._scoped_library("bdlora", "FRAGMENT") as library:
         library.define(f"probe{schema}")
-        library.impl("probe", twice, "CompositeExplicitAutograd")
-        torch.library.register_fake("bdlora::probe", torch.empty_like, lib=library)
+        library.impl("probe", lambda x, unused=0: (2 * x + unused)[:columns], "CompositeExplicitAutograd")
+        torch.library.register_fake("bdlora::probe", lambda x, unused=0: x.new_empty(columns), lib=library)
         graph = Graph()
         x = graph.placeholder("x")
-        graph.output((graph.call_function(torch.ops.bdlora.probe.default, (x,)),))
+        probe = graph.call_function(torch.ops.bdlora.probe.default, (x,))
+        probe.meta["example_value"] = torch.empty(columns, device="meta")
+        graph.output((probe,))
         value = torch.ones(4)
         with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
             run = compile_flat(GraphModule({}, graph), [value])
@@ -57,6 +58,22 @@ def test_code_of_former_operators_is_not_taken() -> None:
     assert hits() == before
     assert torch.equal(compiled_result(NEW), torch.full((4,), 2.0))
     assert hits() > before
+
+
+def test_nor_is_that_of_operators_with_other_results() -> None:
+    assert compiled_result(NEW, columns=3).shape == (3,)
+    assert compiled_result(NEW, columns=2).shape == (2,)
+    before = hits()
+    assert compiled_result(NEW, columns=3).shape == (3,)
+    assert hits() > before
+
+
+def test_without_their_results_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: the code holds results against the shape that they had."""
+    monkeypatch.setattr(inductor, "type_text", lambda _: "")
+    compiled_result(NEW, columns=3)
+    with pytest.raises(AssertionError, match="expected size 2==3"):
+        compiled_result(NEW, columns=2)
 
 
 def test_without_the_signatures_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
