@@ -171,7 +171,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Ten
         h = _shrink_by_token(rows, factors, width, parts, part, overlap=can_overlap())
         return launch.one_plane(all_reduce._init_fn(h, *transport), parts * len(sites))
 
-    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, parts), exchanged)
+    work = launch.work_beside(rows.shape[0], order, segments)
+    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, work, parts), exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

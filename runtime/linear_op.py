@@ -124,7 +124,7 @@ def _beside(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple
 
     rows, factors = launch.rows_of(x), launch.Factors.of(lora.pool, lora.slots, lora.token_slot, lora.sites)
     work = launch.work_beside(rows.shape[0], lora.order, lora.segments)
-    path = launch.Beside(factors, lora.scales, lora.out_features, 1)
+    path = launch.Beside(factors, lora.scales, lora.out_features, work)
     return product_and_lora(x, weight, bias, path, lambda: launch.make_h_beside(rows, factors, work, lora.width))
 
 

@@ -195,17 +195,17 @@ def lora_work(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         order: int32 [T], tokens sorted by slot.
-        segments: int32 [T, 3], see `kernels.launch.segment_work`. Both hold nothing where T is so small that no kernel
+        segments: int32 [T, 6], see `kernels.launch.segment_work`. Both hold nothing where T is so small that no kernel
         wants tokens grouped, and on devices without kernels.
     """
     tokens = math.prod(x.shape[:-1])
-    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
 
 
 @lora_work.register_fake
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
-    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
 
 
 # --- on GPUs: the same by Triton kernels, for bf16 and fp16 ---------------------------------------------------------
@@ -215,7 +215,7 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
     if not has_kernels(x.dtype) or not segment_tokens(tokens):
-        return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+        return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
     work = _grouped(tokens, token_slot)
     return work.order, work.segments
 

@@ -12,6 +12,7 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     B_RANK,
     OUT_START,
+    SEGMENT_FIELDS,
     choose,
     h_offset,
     known_multiple_of_8,
@@ -122,7 +123,7 @@ def expand_tokens(
 
 
 @triton.jit
-def _h_of_segment(
+def h_of_segment(
     h_rows, plane_stride, is_token, row, end, rank, index, width, n_sites,
     PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +154,7 @@ def _add_to_segment(
         row = tl.arange(0, BLOCK_R)
         factor = load_b(b, row, row < rank, o, is_column, height, columns, IS_PACKED)
         wait_for_kernel_ahead(OVERLAP)
-        large, rest = _h_of_segment(
+        large, rest = h_of_segment(
             h_rows, plane_stride, is_token, row, rank, rank, index, width, n_sites,
             PLANES, PARTS, BLOCK_T, BLOCK_R, dtype,
         )  # fmt: skip
@@ -187,7 +188,7 @@ def _add_to_segment(
                 row = first + tl.arange(0, BLOCK_R)
                 factor = load_b(b, row, row < end, o, is_column, height, columns, IS_PACKED)
                 wait_for_kernel_ahead(OVERLAP)
-                large, rest = _h_of_segment(
+                large, rest = h_of_segment(
                     h_rows, plane_stride, is_token, row, end, rank, index, width, n_sites,
                     PLANES, PARTS, BLOCK_T, BLOCK_R, dtype,
                 )  # fmt: skip
@@ -213,9 +214,9 @@ def expand_segments(
     OVERLAP: the kernel ahead is the shrink of this h, which has waited for whoever wrote y: only h is waited for.
     """
     segment = tl.program_id(0)
-    count = tl.load(segments + segment * 3 + 2)
-    slot = tl.maximum(tl.load(segments + segment * 3), 0)
-    first_token = tl.load(segments + segment * 3 + 1)
+    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
+    slot = tl.maximum(tl.load(segments + segment * SEGMENT_FIELDS), 0)
+    first_token = tl.load(segments + segment * SEGMENT_FIELDS + 1)
     index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)

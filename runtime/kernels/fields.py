@@ -18,6 +18,9 @@ NUM_FIELDS: tl.constexpr = tl.constexpr(7)
 VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
 """Numbers of shrinks and deltas that differ from layer to layer or call to call: one kernel serves all of them."""
 
+SEGMENT_FIELDS: tl.constexpr = tl.constexpr(6)
+"""Numbers in a row of segments, see `launch.segment_work`."""
+
 MAX_SITES = 3
 """Sites of one call: q, k and v."""
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels.fields import SEGMENT_FIELDS
+
 CHUNK: tl.constexpr = tl.constexpr(32)
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
@@ -25,7 +27,14 @@ def group_tokens(token_slot, order, segments, scratch, tokens, SIZE: tl.constexp
         ahead += tl.sum((same & (j[None, :] < t[:, None])).to(tl.int32), axis=1)
     position = first + ahead
     tl.store(order + position, t, mask=is_token)
-    begins = (slot >= 0) & (ahead % SIZE == 0)
+    # Where this token's place lies: the segment begins so many places ahead.
+    behind_begin = ahead % SIZE
+    place = segments + position * SEGMENT_FIELDS
+    tl.store(place + 3, slot, mask=is_token)
+    tl.store(place + 4, position - behind_begin, mask=is_token)
+    own_count = tl.where(slot < 0, 0, tl.minimum(count - ahead + behind_begin, SIZE))
+    tl.store(place + 5, own_count, mask=is_token)
+    begins = (slot >= 0) & (behind_begin == 0)
     tl.store(scratch + position, begins.to(tl.int32), mask=is_token)
     tl.store(scratch + tokens + position, slot, mask=is_token)
     tl.store(scratch + 2 * tokens + position, tl.minimum(count - ahead, SIZE), mask=is_token)
@@ -33,11 +42,11 @@ def group_tokens(token_slot, order, segments, scratch, tokens, SIZE: tl.constexp
     # From here on t is a position in the order.
     begins_here = tl.load(scratch + t, mask=is_token, other=0)
     number = tl.cumsum(begins_here, axis=0) - 1
-    row = segments + number * 3
+    row = segments + number * SEGMENT_FIELDS
     is_begin = is_token & (begins_here == 1)
     tl.store(row, tl.load(scratch + tokens + t, mask=is_begin, other=0), mask=is_begin)
     tl.store(row + 1, t, mask=is_begin)
     tl.store(row + 2, tl.load(scratch + 2 * tokens + t, mask=is_begin, other=0), mask=is_begin)
     behind = is_token & (t >= tl.sum(begins_here, axis=0))
     for column in tl.static_range(3):
-        tl.store(segments + t * 3 + column, tl.zeros([BLOCK], dtype=tl.int32), mask=behind)
+        tl.store(segments + t * SEGMENT_FIELDS + column, tl.zeros([BLOCK], dtype=tl.int32), mask=behind)

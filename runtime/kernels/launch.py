@@ -15,13 +15,15 @@ from torch import Tensor
 from bdlora_compile.runtime.beside import ended_before_others
 from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.delta import delta_tokens
+from bdlora_compile.runtime.kernels.delta_mixed import delta_mixed
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
-from bdlora_compile.runtime.kernels.fields import MAX_SITES
+from bdlora_compile.runtime.kernels.fields import MAX_SITES, SEGMENT_FIELDS
 from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.shrink_mixed import shrink_mixed
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
+    SHARES,
     Call,
     Expand,
     OneLaunch,
@@ -172,13 +174,15 @@ class Beside(NamedTuple):
         factors: where those of the product's sites lie.
         scales: float32 [sites, S].
         out_features: columns that B writes for each site, from a slot's OUT_START on.
+        work: the tokens grouped by slot; None where they are not.
         parts: ranks whose shares of h lie side by side.
     """
 
     factors: Factors
     scales: Tensor
     out_features: Sequence[int]
-    parts: int
+    work: Work | None
+    parts: int = 1
 
 
 def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
@@ -189,7 +193,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
             or one that does not let others start early.
         columns: of the product. Several sites write all of them, one may write fewer.
     """
-    factors, scales, out_features, parts = path
+    factors, scales, out_features, work, parts = path
     planes, tokens, _, width = h.shape
     overlap, n_sites = can_overlap(), len(factors.sites)
     room = (columns,) if n_sites == 1 else tuple(out_features)
@@ -197,11 +201,15 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
     made = h.new_empty(BY_TOKEN_LIMIT, columns, dtype=dtype)
     tiles = delta_tiles(parts * width)
     grid = (tokens, sum(triton.cdiv(size, tiles.columns) for size in room))
-    delta_tokens[grid](
-        made, h, factors.pool, factors.slots, scales, factors.token_slot, factors.num_slots, tokens, width, n_sites,
-        *_three(factors.sites), *_three(out_features), *_three(room), PLANES=planes, PARTS=parts, BLOCK_R=tiles.rows,
-        BLOCK_O=tiles.columns, OVERLAP=overlap, num_warps=tiles.warps, **pdl(overlap),
-    )  # fmt: skip
+    sizes = (factors.num_slots, tokens, width, n_sites, *_three(factors.sites), *_three(out_features), *_three(room))
+    constants = {"PLANES": planes, "PARTS": parts, "BLOCK_R": tiles.rows, "BLOCK_O": tiles.columns, "OVERLAP": overlap}
+    options = {"num_warps": tiles.warps, **pdl(overlap)}
+    bank = (factors.pool, factors.slots, scales)
+    if work is None:
+        delta_tokens[grid](made, h, *bank, factors.token_slot, *sizes, **constants, **options)
+    else:
+        groups = {"BLOCK_T": work.size, "SHARES": SHARES}
+        delta_mixed[grid](made, h, *bank, work.order, work.segments, *sizes, **constants, **groups, **options)
     return made
 
 
@@ -321,13 +329,14 @@ def segment_work(token_slot: Tensor, size: int) -> Work:
 
     Returns:
         order: int32 [T], tokens sorted by slot.
-        segments: int32 [T, 3]: slot, start in ``order``, count up to ``size``; count 0 is no segment. None are behind
-            the first `num_segments` rows.
+        segments: int32 [T, 6], two tables side by side. Of a segment: slot, start in ``order``, count up to ``size``;
+            count 0 is no segment, and none are behind the first `num_segments` rows. Of a place in ``order``: its
+            token's slot, start and count of the segment that it lies in; count 0 for no adapter.
     """
     tokens = token_slot.shape[0]
     if tokens > _ONE_GROUPING_LAUNCH:
         return _sorted_work(token_slot, size)
-    order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, 3)
+    order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, SEGMENT_FIELDS.value)
     scratch = token_slot.new_empty(3, tokens)
     block = max(32, triton.next_power_of_2(tokens))
 
@@ -345,11 +354,12 @@ def _sorted_work(token_slot: Tensor, size: int) -> Work:
     position = torch.arange(tokens, dtype=torch.int32, device=token_slot.device)
     first = torch.searchsorted(by_slot, by_slot, out_int32=True)
     behind = torch.searchsorted(by_slot, by_slot, right=True, out_int32=True)
-    begins = ((position - first) % size == 0) & (by_slot >= 0)
-    count = torch.minimum(behind - position, torch.full_like(position, size))
-    rows = torch.stack([by_slot, position, count], dim=1)
+    start = position - (position - first) % size
+    count = torch.where(by_slot >= 0, (behind - start).clamp(max=size), 0)
+    begins = (start == position) & (by_slot >= 0)
+    rows = torch.stack([by_slot, start, count], dim=1)
     # Tokens that begin no segment all write the one row behind the last, which is cut off.
     target = torch.where(begins, begins.cumsum(0) - 1, tokens)
     segments = token_slot.new_zeros(tokens + 1, 3)
     segments.index_copy_(0, target, rows)
-    return Work(order.to(torch.int32), segments[:tokens], size)
+    return Work(order.to(torch.int32), torch.cat([segments[:tokens], rows], dim=1), size)

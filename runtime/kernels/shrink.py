@@ -14,6 +14,7 @@ from bdlora_compile.runtime.kernels.fields import (
     A_OFFSET,
     A_RANK,
     NUM_FIELDS,
+    SEGMENT_FIELDS,
     VARYING,
     choose,
     known_multiple_of_8,
@@ -175,11 +176,11 @@ def shrink_segments(
     segment, split = tl.program_id(0), tl.program_id(2)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
-    count = tl.load(segments + segment * 3 + 2)
+    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
     if count == 0:
         return
-    slot = tl.load(segments + segment * 3)
-    start = tl.load(segments + segment * 3 + 1)
+    slot = tl.load(segments + segment * SEGMENT_FIELDS)
+    start = tl.load(segments + segment * SEGMENT_FIELDS + 1)
     stacked = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     index = stacked // width
     row = stacked - index * width

@@ -10,6 +10,7 @@ from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
     A_RANK,
+    SEGMENT_FIELDS,
     VARYING,
     choose,
     let_next_kernel_start,
@@ -76,9 +77,9 @@ def shrink_mixed(
     """
     segment, index = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
-    slot = tl.load(segments + segment * 3)
-    start = tl.load(segments + segment * 3 + 1)
-    count = tl.load(segments + segment * 3 + 2)
+    slot = tl.load(segments + segment * SEGMENT_FIELDS)
+    start = tl.load(segments + segment * SEGMENT_FIELDS + 1)
+    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
     fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
     rank = tl.load(fields + A_RANK).to(tl.int32)
     blocks = tl.load(fields + A_BLOCKS).to(tl.int32)

@@ -4,6 +4,7 @@ Tolerance: factors are taken as they are by the reference, sums are in float32, 
 unit in the last place of fp16, 2^-11 of the value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +20,13 @@ from tests.kernels.test_kernels import DEVICE, error
 TOLERANCE = 2 * 2.0**-11
 SITES = ("q", "k", "v")
 SLOTS = [0, 1, -1, 1, 0]
+MIXES = {
+    "several of each": SLOTS,
+    "one adapter": [1] * 20,
+    "sixteen, three, one and none": [*[0] * 17, 1, 1, 1, -1],
+    "alone or without": [0, -1, 1, -1],
+    "none": [-1] * 3,
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,9 @@ CASES = {
 class Call:
     """A case with random factors and h, and what is wanted in float64."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, chosen: Sequence[int] = SLOTS, segment: int = 0) -> None:
         torch.manual_seed(len(case.ranks[0]) + case.columns)
-        self.case = case
+        self.case, self.chosen = case, chosen
         self.bank = AdapterBank(SITES[: len(case.out_features)], 2, 60000, 256, torch.float16, DEVICE)
         self.factors = {}
         for slot, ranks in enumerate(case.ranks):
@@ -75,24 +83,25 @@ class Call:
             self.bank.write(slot, self.bank.stage(own), self.bank.used_elements())
         self.width = max(map(max, case.ranks)) // case.parts
         rows = case.parts * len(case.out_features)
-        self.h = torch.randn(case.planes, len(SLOTS), rows, self.width, device=DEVICE) / 2
-        self.token_slot = torch.tensor(SLOTS, dtype=torch.int32, device=DEVICE)
+        self.h = torch.randn(case.planes, len(chosen), rows, self.width, device=DEVICE) / 2
+        self.token_slot = torch.tensor(chosen, dtype=torch.int32, device=DEVICE)
+        self.work = launch.segment_work(self.token_slot, segment) if segment else None
 
     def run(self) -> Tensor:
         """By the kernel."""
         sites = [*range(len(self.case.out_features))]
         factors = launch.Factors(self.bank.pool, self.bank.slots, self.token_slot, sites)
-        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.case.parts)
+        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.work, self.case.parts)
         delta = launch.delta(self.h, path, self.case.columns, torch.float16)
         assert delta.shape == (BY_TOKEN_LIMIT, self.case.columns)
-        return delta[: len(SLOTS)]
+        return delta[: len(self.chosen)]
 
     def expected(self) -> Tensor:
         """The same, token by token."""
-        case, found = self.case, torch.zeros(len(SLOTS), self.case.columns, dtype=torch.float64)
+        case, found = self.case, torch.zeros(len(self.chosen), self.case.columns, dtype=torch.float64)
         # [T, parts, sites, width]
         h = self.h.double().cpu().sum(0).unflatten(1, (case.parts, -1))
-        for token, slot in enumerate(SLOTS):
+        for token, slot in enumerate(self.chosen):
             begin = 0
             for site, out in enumerate(case.out_features):
                 if (slot, site) in self.factors:
@@ -107,10 +116,16 @@ class Call:
         return found
 
 
-@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
-def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """With tiles of a few rows and columns, of which all cases have several."""
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few rows and columns, of which all cases have several."""
     monkeypatch.setattr(launch, "delta_tiles", lambda _: Expand(rows=8, columns=32, warps=1))
+    monkeypatch.setattr(launch, "SHARES", 2)
+
+
+@pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
+def call(request: pytest.FixtureRequest, _small_tiles: None) -> Call:
+    """Of tokens that are not grouped."""
     return Call(CASES[request.param])
 
 
@@ -119,6 +134,36 @@ def test_all_columns_are_written(call: Call) -> None:
     found, wanted = call.run(), call.expected()
     assert error(found, wanted) < TOLERANCE
     assert not found[wanted == 0].any(), "memory that nobody wrote is NaN here"
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_tokens_have_the_same(case: str, mix: str) -> None:
+    call = Call(CASES[case], MIXES[mix], segment=16)
+    found, wanted = call.run(), call.expected()
+    assert not wanted.any() or error(found, wanted) < TOLERANCE
+    assert not found[wanted == 0].any(), "memory that nobody wrote is NaN here"
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("damage", ["order", "slot", "count", "h"])
+@pytest.mark.parametrize("case", ["three sites", "packed"])
+def test_damage_to_groups_is_noticed(case: str, damage: str) -> None:
+    """The twins: other tokens, another adapter, a token left out, another h of one of sixteen."""
+    call = Call(CASES[case], MIXES["sixteen, three, one and none"], segment=16)
+    wanted, work = call.expected(), call.work
+    assert work is not None
+    match damage:
+        case "order":
+            call.work = work._replace(order=work.order.roll(1))
+        case "slot":
+            work.segments[work.segments[:, 5] == 3, 3] = 0
+        case "count":
+            work.segments[work.segments[:, 5] == 16, 5] = 15
+        case "h":
+            call.h[:, 7] *= 1.05
+    assert not error(call.run(), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("damage", ["h", "scale", "slot"])

@@ -194,16 +194,19 @@ def test_damage_is_noticed(damage: str, form: str) -> None:
 @settings(max_examples=25, deadline=None)
 @given(slots=st.lists(st.integers(-1, 5), min_size=1, max_size=150))
 def test_segments_hold_every_token_once(grouped: Callable[[Tensor, int], launch.Work], slots: list[int]) -> None:
-    """Each token with an adapter is in one segment, of its slot; no segment is longer than allowed."""
+    """Each token with an adapter is in one segment, of its slot, not longer than allowed; its place knows which."""
     token_slot = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     order, segments, size = grouped(token_slot, 32)
-    seen = []
-    for slot, start, count in segments.tolist():
+    seen, places = [], [[slots[token], None, 0] for token in order.tolist()]
+    for slot, start, count in segments[:, :3].tolist():
         assert count <= size
         members = order[start : start + count].tolist()
+        places[start : start + count] = [[slot, start, count]] * count
         assert all(slots[token] == slot for token in members)
         seen += members
-    assert not segments[launch.num_segments(len(slots), 6, size) :].any()
+    assert not segments[launch.num_segments(len(slots), 6, size) :, :3].any()
+    found = segments[:, 3:].tolist()
+    assert [[slot, start if slot >= 0 else None, count] for slot, start, count in found] == places
     assert sorted(seen) == [token for token, slot in enumerate(slots) if slot >= 0]
 
 
