@@ -172,7 +172,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Ten
         return launch.one_plane(all_reduce._init_fn(h, *transport), parts * len(sites))
 
     work = launch.work_beside(rows.shape[0], order, segments)
-    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, work, parts), exchanged)
+    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, parts, work), exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

@@ -33,7 +33,7 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "LoRA": (
         *("apply_tokens", "expand_tokens", "shrink_tokens", "expand_segments", "shrink_segments", "group_tokens"),
-        *("shrink_mixed", "delta_tokens"),
+        *("shrink_mixed", "delta_tokens", "delta_mixed"),
     ),
     "GEMM": ("gemm", "nvjet", "cutlass", "gemv", "splitk", "_mm_", "dot_kernel"),
 }

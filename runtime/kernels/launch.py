@@ -174,15 +174,15 @@ class Beside(NamedTuple):
         factors: where those of the product's sites lie.
         scales: float32 [sites, S].
         out_features: columns that B writes for each site, from a slot's OUT_START on.
-        work: the tokens grouped by slot; None where they are not.
         parts: ranks whose shares of h lie side by side.
+        work: the tokens grouped by slot; None works token by token.
     """
 
     factors: Factors
     scales: Tensor
     out_features: Sequence[int]
-    work: Work | None
     parts: int = 1
+    work: Work | None = None
 
 
 def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
@@ -193,7 +193,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
             or one that does not let others start early.
         columns: of the product. Several sites write all of them, one may write fewer.
     """
-    factors, scales, out_features, work, parts = path
+    factors, scales, out_features, parts, work = path
     planes, tokens, _, width = h.shape
     overlap, n_sites = can_overlap(), len(factors.sites)
     room = (columns,) if n_sites == 1 else tuple(out_features)

@@ -15,14 +15,19 @@ COLUMNS = {
     "local, BD r = 24, G = 2": ("local", "BD r=24 G=2"),
     "local, ordinary r = 16": ("local", "ordinary r=16"),
     "S-LoRA, ordinary r = 16": ("slora", "ordinary r=16"),
+    "S-LoRA, ordinary r = 16 *": ("slora 4", "ordinary r=16"),
     "local, BD r = 32, attention alone *": ("local", "BD r=32 G=8, attention"),
     "local, ordinary r = 16, attention alone *": ("local", "ordinary r=16, attention"),
     "S-LoRA, ordinary r = 16, attention alone *": ("slora", "ordinary r=16, attention"),
     "transformers, no LoRA": ("transformers", "none"),
 }
 """Names on the page, and strategy and kind of adapters in the files."""
-FILE, ATTENTION = "2026-11-29-h200x2-decode.jsonl", "2026-11-29-h200x2-decode-attention.jsonl"
-"""Of the page's rows, and of those that are marked."""
+FILES = {
+    "attention alone *": "2026-11-29-h200x2-decode-attention.jsonl",
+    "*": "2026-11-29-h200x2-decode-delta-mixed.jsonl",
+    "": "2026-11-29-h200x2-decode.jsonl",
+}
+"""Of the page's rows, by how their names end; the first that fits."""
 STEPS = "2026-11-29-h200x2-loop-gaps.txt"
 IN_STEPS = {"base": "base", "local, BD r = 32, G = 8": "bd"}
 """Names there."""
@@ -58,7 +63,7 @@ def steps() -> dict[tuple[str, int, int], float]:
 @pytest.mark.parametrize("row", table(), ids=lambda row: f"{row[0]} {row[1]}")
 def test_a_row_of_the_page_is_in_its_file(row: list[str]) -> None:
     name, case, *numbers, step, to_base = row
-    results = measured(ATTENTION if name.endswith("*") else FILE)
+    results = measured(next(file for end, file in FILES.items() if name.endswith(end)))
     batch, adapters = (int(number) for number in case.split(","))
     found, base = results[*COLUMNS[name], batch, max(adapters, 1)], results["base", "none", batch, 1]
     exact = [found["gpu"], found["gpu"] / base["gpu"], *([found["floor"]] if found["floor"] else [])]

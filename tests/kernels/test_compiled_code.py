@@ -115,3 +115,10 @@ def test_a_rotation_is_short(compiled: Compiled) -> None:
 def test_what_a_launch_is_measured_with_waits_first(code: Code) -> None:
     """Started early, as LoRA's kernels are; two at a time would cost less than any of those."""
     assert code["early"][:2] == ["wait", "let start"]
+
+
+def test_delta_of_a_segment_reads_b_before_it_waits(compiled: Compiled) -> None:
+    """And tokens by themselves lose no registers to it."""
+    (order, registers), (_, by_token) = compiled["delta, mixed"], compiled["delta"]
+    assert order[: order.index("wait")] == ["wide load"] * 4 + ["barrier"]
+    assert 0 < registers <= by_token + 8

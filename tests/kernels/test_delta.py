@@ -91,7 +91,7 @@ class Call:
         """By the kernel."""
         sites = [*range(len(self.case.out_features))]
         factors = launch.Factors(self.bank.pool, self.bank.slots, self.token_slot, sites)
-        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.work, self.case.parts)
+        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.case.parts, self.work)
         delta = launch.delta(self.h, path, self.case.columns, torch.float16)
         assert delta.shape == (BY_TOKEN_LIMIT, self.case.columns)
         return delta[: len(self.chosen)]
