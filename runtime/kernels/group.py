@@ -10,8 +10,8 @@ LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def group_tokens(token_slot, order, segments, scratch, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program for up to BLOCK tokens. scratch int32 [3, tokens]; the rest as `launch.segment_work` returns it."""
+def group_tokens(token_slot, order, segments, tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """One program for up to BLOCK tokens. order and segments as `launch.segment_work` returns them."""
     t = tl.arange(0, BLOCK)
     is_token = t < tokens
     slot = tl.load(token_slot + t, mask=is_token, other=LAST)
@@ -27,26 +27,23 @@ def group_tokens(token_slot, order, segments, scratch, tokens, SIZE: tl.constexp
         ahead += tl.sum((same & (j[None, :] < t[:, None])).to(tl.int32), axis=1)
     position = first + ahead
     tl.store(order + position, t, mask=is_token)
-    # Where this token's place lies: the segment begins so many places ahead.
-    behind_begin = ahead % SIZE
+    # The segment that this token's place lies in begins so many places ahead.
+    inside = ahead % SIZE
     place = segments + position * SEGMENT_FIELDS
     tl.store(place + 3, slot, mask=is_token)
-    tl.store(place + 4, position - behind_begin, mask=is_token)
-    own_count = tl.where(slot < 0, 0, tl.minimum(count - ahead + behind_begin, SIZE))
-    tl.store(place + 5, own_count, mask=is_token)
-    begins = (slot >= 0) & (behind_begin == 0)
-    tl.store(scratch + position, begins.to(tl.int32), mask=is_token)
-    tl.store(scratch + tokens + position, slot, mask=is_token)
-    tl.store(scratch + 2 * tokens + position, tl.minimum(count - ahead, SIZE), mask=is_token)
+    tl.store(place + 4, position - inside, mask=is_token)
+    tl.store(place + 5, tl.where(slot < 0, 0, tl.minimum(count - ahead + inside, SIZE)), mask=is_token)
     tl.debug_barrier()
-    # From here on t is a position in the order.
-    begins_here = tl.load(scratch + t, mask=is_token, other=0)
-    number = tl.cumsum(begins_here, axis=0) - 1
+    # From here on t is a place.
+    place = segments + t * SEGMENT_FIELDS
+    start = tl.load(place + 4, mask=is_token, other=0)
+    count = tl.load(place + 5, mask=is_token, other=0)
+    begins = (count > 0) & (start == t)
+    number = tl.cumsum(begins.to(tl.int32), axis=0) - 1
     row = segments + number * SEGMENT_FIELDS
-    is_begin = is_token & (begins_here == 1)
-    tl.store(row, tl.load(scratch + tokens + t, mask=is_begin, other=0), mask=is_begin)
-    tl.store(row + 1, t, mask=is_begin)
-    tl.store(row + 2, tl.load(scratch + 2 * tokens + t, mask=is_begin, other=0), mask=is_begin)
-    behind = is_token & (t >= tl.sum(begins_here, axis=0))
+    tl.store(row, tl.load(place + 3, mask=begins, other=0), mask=begins)
+    tl.store(row + 1, t, mask=begins)
+    tl.store(row + 2, count, mask=begins)
+    behind = is_token & (t >= tl.sum(begins.to(tl.int32), axis=0))
     for column in tl.static_range(3):
-        tl.store(segments + t * SEGMENT_FIELDS + column, tl.zeros([BLOCK], dtype=tl.int32), mask=behind)
+        tl.store(place + column, tl.zeros([BLOCK], dtype=tl.int32), mask=behind)

@@ -337,11 +337,10 @@ def segment_work(token_slot: Tensor, size: int) -> Work:
     if tokens > _ONE_GROUPING_LAUNCH:
         return _sorted_work(token_slot, size)
     order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, SEGMENT_FIELDS.value)
-    scratch = token_slot.new_empty(3, tokens)
     block = max(32, triton.next_power_of_2(tokens))
 
     def group() -> None:
-        group_tokens[(1,)](token_slot, order, segments, scratch, tokens, SIZE=size, BLOCK=block, num_warps=8)
+        group_tokens[(1,)](token_slot, order, segments, tokens, SIZE=size, BLOCK=block, num_warps=8)
 
     ended_before_others(token_slot.device, group)
     return Work(order, segments, size)

@@ -23,6 +23,7 @@ from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.delta_mixed import delta_mixed
 from bdlora_compile.runtime.kernels.early import count_launch
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
+from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.norm import all_reduce_add_norm_rows
 from bdlora_compile.runtime.kernels.rotary import rotate_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
@@ -53,6 +54,13 @@ KINDS = {
     "wait": r"griddepcontrol\.wait",
     "let start": r"griddepcontrol\.launch_dependents",
 }
+
+WORDS = {
+    "load": r"ld\.global\.b32",
+    "store": r"st\.global\.b32",
+    "barrier": r"bar\.sync",
+}
+"""The same of kernels that know whole numbers only."""
 
 SHRINK = {"SPLITS": 4, "PARTS": 1, "PART": 0, "ROWS": 8, "BLOCK_K": 1024}
 MIXED = {"SPLITS": 4, "ROWS": 16, "BLOCK_K": 1024, "PART_K": 256, "BLOCK_T": 16}
@@ -86,6 +94,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "rotary without delta": (rotate_tokens, {**ROTARY, "HAS_DELTA": False}, 1),
     "cache": (write_tokens, CACHE, 4),
     "early": (count_launch, {}, 1),
+    "group": (group_tokens, {"SIZE": 16, "BLOCK": 64}, 8),
 }
 """Kernel, constants and warps."""
 
@@ -101,9 +110,9 @@ def code_of(kernel: Any, constants: Mapping[str, Any], warps: int) -> str:
     return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"])
 
 
-def memory_of(code: str) -> list[str]:
+def memory_of(code: str, kinds: Mapping[str, str]) -> list[str]:
     """Kinds of accesses and of waiting, in the order of the code."""
-    return [kind for line in code.splitlines() for kind, form in KINDS.items() if re.search(form, line)]
+    return [kind for line in code.splitlines() for kind, form in kinds.items() if re.search(form, line)]
 
 
 def registers_of(code: str) -> int:
@@ -121,7 +130,8 @@ def registers_of(code: str) -> int:
 def main() -> None:
     """One line."""
     code = {name: code_of(*kernel) for name, kernel in KERNELS.items()}
-    print(json.dumps({name: [memory_of(text), registers_of(text)] for name, text in code.items()}))
+    kinds = {name: WORDS if name == "group" else KINDS for name in code}
+    print(json.dumps({name: [memory_of(text, kinds[name]), registers_of(text)] for name, text in code.items()}))
 
 
 if __name__ == "__main__":

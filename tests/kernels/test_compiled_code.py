@@ -122,3 +122,10 @@ def test_delta_of_a_segment_reads_b_before_it_waits(compiled: Compiled) -> None:
     (order, registers), (_, by_token) = compiled["delta, mixed"], compiled["delta"]
     assert order[: order.index("wait")] == ["wide load"] * 4 + ["barrier"]
     assert 0 < registers <= by_token + 8
+
+
+def test_places_are_written_before_they_are_read(code: Code) -> None:
+    """By other threads of the program: there is a barrier between."""
+    accesses = [kind for kind, _ in groupby(code["group"])]
+    written = accesses.index("store")
+    assert accesses[written : written + 3] == ["store", "barrier", "load"]
