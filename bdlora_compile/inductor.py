@@ -10,7 +10,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from bdlora_compile.ir import fake_value, is_symbol, placeholders
+from bdlora_compile.ir import fake_value, is_symbol, operator_name, placeholders
 from bdlora_compile.printer import type_text
 from bdlora_compile.runtime.program import CallSource
 from bdlora_compile.version import __version__
@@ -78,12 +78,10 @@ def _cache_key_tag(module: GraphModule) -> str:
     That code calls them with all arguments spelled out and counts on these shapes, and the key has no more than their
     names: code of another version of this package would be found, and would call operators that have changed since.
     """
-    nodes = (node for node in module.graph.nodes if node.op == "call_function")
-    schemas = ((node, getattr(node.target, "_schema", None)) for node in nodes)
     own = {
-        f"{schema}: {type_text(fake_value(node))}"
-        for node, schema in schemas
-        if schema is not None and schema.name.startswith("bdlora::")
+        f"{getattr(node.target, '_schema', node.target)}: {type_text(fake_value(node))}"
+        for node in module.graph.nodes
+        if operator_name(node).startswith("bdlora::")
     }
     return "\n".join([compiler_config.cache_key_tag, f"bdlora_compile {__version__}", *sorted(own)])
 

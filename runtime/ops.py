@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, segment_tokens
+from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT, SEGMENT_FIELDS, segment_tokens
 
 if TYPE_CHECKING:
     from bdlora_compile.runtime.kernels.launch import Work
@@ -198,14 +198,16 @@ def lora_work(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
         segments: int32 [T, 6], see `kernels.launch.segment_work`. Both hold nothing where T is so small that no kernel
         wants tokens grouped, and on devices without kernels.
     """
-    tokens = math.prod(x.shape[:-1])
-    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
+    return _room_for_work(math.prod(x.shape[:-1]), token_slot)
 
 
 @lora_work.register_fake
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = math.prod(x.shape[:-1])
-    return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
+    return _room_for_work(math.prod(x.shape[:-1]), token_slot)
+
+
+def _room_for_work(tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(tokens), like.new_empty(tokens, SEGMENT_FIELDS)
 
 
 # --- on GPUs: the same by Triton kernels, for bf16 and fp16 ---------------------------------------------------------
@@ -215,7 +217,7 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
     if not has_kernels(x.dtype) or not segment_tokens(tokens):
-        return token_slot.new_empty(tokens), token_slot.new_empty(tokens, 6)
+        return _room_for_work(tokens, token_slot)
     work = _grouped(tokens, token_slot)
     return work.order, work.segments
 

@@ -9,12 +9,12 @@ import triton.language as tl
 from bdlora_compile.runtime.kernels.delta import factor_of, rows_that_write, write_delta_of_token
 from bdlora_compile.runtime.kernels.expand import h_of_segment
 from bdlora_compile.runtime.kernels.fields import (
-    SEGMENT_FIELDS,
     VARYING,
     choose,
     known_multiple_of_8,
     let_next_kernel_start,
     load_b,
+    load_place,
     site_and_tile,
     wait_for_kernel_ahead,
 )
@@ -71,8 +71,7 @@ def delta_mixed(
     """
     place = tl.program_id(0)
     token = tl.load(order + place).to(tl.int64)
-    row = segments + place * SEGMENT_FIELDS
-    chosen, begin, count = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    chosen, begin, count = load_place(segments, place)
     index, tile = site_and_tile(tl.program_id(1), tl.cdiv(ROOM0, BLOCK_O), tl.cdiv(ROOM1, BLOCK_O))
     site, size = choose(index, site0, site1, site2), choose(index, OUT0, OUT1, OUT2)
     rank, blocks, b, start, scale = factor_of(pool, slots, scales, site, chosen, num_slots)
@@ -88,17 +87,16 @@ def delta_mixed(
         t = tl.arange(0, BLOCK_T)
         is_token = t < count
         all_tokens = tl.load(order + begin + t, mask=is_token, other=0).to(tl.int64)
+        rows, h_rows, own_tile = first_row + all_tokens * ROOM, h + all_tokens * row_size, tile * SHARES + share
         if blocks == 1:
             _write_delta_of_segment(
-                first_row + all_tokens * ROOM, h + all_tokens * row_size, plane_stride, is_token, b, start, scale,
-                tile * SHARES + share, size, room, rank, blocks, index, width, n_sites,
-                PLANES, PARTS, BLOCK_T, BLOCK_O // SHARES, False, OVERLAP,
+                rows, h_rows, plane_stride, is_token, b, start, scale, own_tile, size, room, rank, blocks, index, width,
+                n_sites, PLANES, PARTS, BLOCK_T, BLOCK_O // SHARES, False, OVERLAP,
             )  # fmt: skip
         else:
             _write_delta_of_segment(
-                first_row + all_tokens * ROOM, h + all_tokens * row_size, plane_stride, is_token, b, start, scale,
-                tile * SHARES + share, size, room, rank, blocks, index, width, n_sites,
-                PLANES, PARTS, BLOCK_T, BLOCK_O // SHARES, True, OVERLAP,
+                rows, h_rows, plane_stride, is_token, b, start, scale, own_tile, size, room, rank, blocks, index, width,
+                n_sites, PLANES, PARTS, BLOCK_T, BLOCK_O // SHARES, True, OVERLAP,
             )  # fmt: skip
     else:
         write_delta_of_token(

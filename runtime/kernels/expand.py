@@ -12,13 +12,13 @@ from bdlora_compile.runtime.kernels.fields import (
     B_OFFSET,
     B_RANK,
     OUT_START,
-    SEGMENT_FIELDS,
     choose,
     h_offset,
     known_multiple_of_8,
     let_next_kernel_start,
     load_b,
     load_h,
+    load_segment,
     rows_of_tile,
     site_and_tile,
     slot_row,
@@ -214,9 +214,7 @@ def expand_segments(
     OVERLAP: the kernel ahead is the shrink of this h, which has waited for whoever wrote y: only h is waited for.
     """
     segment = tl.program_id(0)
-    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
-    slot = tl.maximum(tl.load(segments + segment * SEGMENT_FIELDS), 0)
-    first_token = tl.load(segments + segment * SEGMENT_FIELDS + 1)
+    slot, first_token, count = load_segment(segments, segment)
     index, tile = site_and_tile(tl.program_id(1), tiles0, tiles1)
     site = choose(index, site0, site1, site2)
     size = choose(index, out0, out1, out2)

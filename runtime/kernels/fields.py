@@ -5,6 +5,8 @@ kernels.
 import triton
 import triton.language as tl
 
+from bdlora_compile.runtime.kernels import tiles
+
 # Columns of the slot table, as `SlotField` has them (a kernel reads constants of its own module only).
 A_OFFSET: tl.constexpr = tl.constexpr(0)
 B_OFFSET: tl.constexpr = tl.constexpr(1)
@@ -14,12 +16,10 @@ A_BLOCKS: tl.constexpr = tl.constexpr(4)
 B_BLOCKS: tl.constexpr = tl.constexpr(5)
 OUT_START: tl.constexpr = tl.constexpr(6)
 NUM_FIELDS: tl.constexpr = tl.constexpr(7)
+SEGMENT_FIELDS: tl.constexpr = tl.constexpr(tiles.SEGMENT_FIELDS)
 
 VARYING = ["num_slots", "tokens", "n_sites", "site0", "site1", "site2"]
 """Numbers of shrinks and deltas that differ from layer to layer or call to call: one kernel serves all of them."""
-
-SEGMENT_FIELDS: tl.constexpr = tl.constexpr(6)
-"""Numbers in a row of segments, see `launch.segment_work`."""
 
 MAX_SITES = 3
 """Sites of one call: q, k and v."""
@@ -42,6 +42,20 @@ def site_and_tile(tile, tiles0, tiles1):
 def slot_row(slots, site, slot, num_slots):
     """Where a slot's fields at a site begin."""
     return slots + (site.to(tl.int64) * num_slots + slot) * NUM_FIELDS
+
+
+@triton.jit
+def load_segment(segments, number):
+    """(slot, start in the order, count) of a segment."""
+    row = segments + number * SEGMENT_FIELDS
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2)
+
+
+@triton.jit
+def load_place(segments, place):
+    """(its token's slot, start and count of the segment that it lies in) of a place in the order."""
+    row = segments + place * SEGMENT_FIELDS + 3
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2)
 
 
 @triton.jit

@@ -17,12 +17,13 @@ from bdlora_compile.runtime.kernels.apply import apply_tokens
 from bdlora_compile.runtime.kernels.delta import delta_tokens
 from bdlora_compile.runtime.kernels.delta_mixed import delta_mixed
 from bdlora_compile.runtime.kernels.expand import expand_segments, expand_tokens
-from bdlora_compile.runtime.kernels.fields import MAX_SITES, SEGMENT_FIELDS
+from bdlora_compile.runtime.kernels.fields import MAX_SITES
 from bdlora_compile.runtime.kernels.group import group_tokens
 from bdlora_compile.runtime.kernels.shrink import shrink_segments, shrink_tokens
 from bdlora_compile.runtime.kernels.shrink_mixed import shrink_mixed
 from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
+    SEGMENT_FIELDS,
     SHARES,
     Call,
     Expand,
@@ -336,7 +337,7 @@ def segment_work(token_slot: Tensor, size: int) -> Work:
     tokens = token_slot.shape[0]
     if tokens > _ONE_GROUPING_LAUNCH:
         return _sorted_work(token_slot, size)
-    order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, SEGMENT_FIELDS.value)
+    order, segments = token_slot.new_empty(tokens), token_slot.new_empty(tokens, SEGMENT_FIELDS)
     block = max(32, triton.next_power_of_2(tokens))
 
     def group() -> None:

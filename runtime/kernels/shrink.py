@@ -14,11 +14,11 @@ from bdlora_compile.runtime.kernels.fields import (
     A_OFFSET,
     A_RANK,
     NUM_FIELDS,
-    SEGMENT_FIELDS,
     VARYING,
     choose,
     known_multiple_of_8,
     let_next_kernel_start,
+    load_segment,
     slot_row,
     wait_for_kernel_ahead,
 )
@@ -176,11 +176,9 @@ def shrink_segments(
     segment, split = tl.program_id(0), tl.program_id(2)
     wait_for_kernel_ahead(OVERLAP)
     let_next_kernel_start(OVERLAP)
-    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
+    slot, start, count = load_segment(segments, segment)
     if count == 0:
         return
-    slot = tl.load(segments + segment * SEGMENT_FIELDS)
-    start = tl.load(segments + segment * SEGMENT_FIELDS + 1)
     stacked = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     index = stacked // width
     row = stacked - index * width

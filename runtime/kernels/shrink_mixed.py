@@ -10,10 +10,10 @@ from bdlora_compile.runtime.kernels.fields import (
     A_BLOCKS,
     A_OFFSET,
     A_RANK,
-    SEGMENT_FIELDS,
     VARYING,
     choose,
     let_next_kernel_start,
+    load_segment,
     slot_row,
     wait_for_kernel_ahead,
 )
@@ -77,9 +77,7 @@ def shrink_mixed(
     """
     segment, index = tl.program_id(0), tl.program_id(1)
     group, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
-    slot = tl.load(segments + segment * SEGMENT_FIELDS)
-    start = tl.load(segments + segment * SEGMENT_FIELDS + 1)
-    count = tl.load(segments + segment * SEGMENT_FIELDS + 2)
+    slot, start, count = load_segment(segments, segment)
     fields = slot_row(slots, choose(index, site0, site1, site2), slot, num_slots)
     rank = tl.load(fields + A_RANK).to(tl.int32)
     blocks = tl.load(fields + A_BLOCKS).to(tl.int32)

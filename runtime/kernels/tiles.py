@@ -116,6 +116,9 @@ LoRA of so many, which the project calls few, may lie beside its product."""
 ALONE_LIMIT = 16
 """Tokens up to which none are grouped by slot: there is little that they could share."""
 
+SEGMENT_FIELDS = 6
+"""Numbers in a row of segments, see `launch.segment_work`."""
+
 SHARES = 4
 """Parts of a tile of delta, one for each program, where at least so many tokens share a slot."""
 

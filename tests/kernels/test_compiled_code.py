@@ -30,14 +30,14 @@ def code(compiled: Compiled) -> Code:
 
 @pytest.mark.parametrize(
     ("kernel", "most"),
-    [("shrink", 96), ("expand", 96), ("apply", 120), ("shrink by segment", 80), ("expand by segment", 124)],
+    [("shrink", 96), ("expand", 96), ("apply", 120), ("shrink by segment", 80), ("expand by segment", 126)],
 )
 def test_seldom_branches_cost_no_registers(compiled: Compiled, kernel: str, most: int) -> None:
     """As many as the branches for multiples of 8 need by themselves: they decide how many programs a GPU holds.
 
     With branches for other sizes as wide as these it was 139, 179, 186, 122 and 255.
     """
-    assert 0 < compiled[kernel][1] <= most + 16, "compilers differ by a few"
+    assert 0 < compiled[kernel][1] <= most + 8, "compilers differ by a few"
 
 
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "expand by segment", "apply"])
