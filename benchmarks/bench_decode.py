@@ -19,9 +19,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from datetime import date, timedelta
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers import PretrainedConfig
 
 from bdlora_compile.machine import find_machine
 from bdlora_compile.strategy import Strategy
+from benchmarks.decode.columns import Case, Column
 from benchmarks.decode.files import (
     ATTENTION_SITES,
     CONTENTS,
@@ -44,7 +44,7 @@ from benchmarks.decode.files import (
     write_model,
     write_sparse_model,
 )
-from benchmarks.decode.loops import DecodeLoop, OurLoop, TransformersLoop
+from benchmarks.decode.loops import OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
 from benchmarks.decode.reference import NO_ADAPTER, ROWS, STEPS, Expected, prompts, references
 from benchmarks.decode.timing import PARTS, Times, measure, prefill_times, profile_steps
@@ -66,49 +66,6 @@ LOADS: dict[Strategy, Sequence[str]] = {
     "slora": ("plain16", "plain16attn"),
 }
 """What each strategy is measured with; "local" with ordinary adapters holds one factor whole on every rank."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch: rows, distinct adapters, tokens that each row holds."""
-
-    batch: int
-    adapters: int
-    context: int
-
-
-@dataclass(frozen=True)
-class Column:
-    """What batches are timed with, and profiled later.
-
-    Attributes:
-        strategy, adapters: what results call it.
-        loop: runs its steps.
-        files: the adapters that are resident then, by name; each row of a batch has one.
-        adapter_bytes: of one of them.
-    """
-
-    strategy: str
-    adapters: str
-    loop: DecodeLoop
-    files: Mapping[str, Path] = field(default_factory=dict)
-    adapter_bytes: int = 0
-
-    def load(self) -> float:
-        """Make its adapters resident; returns the seconds that it took."""
-        return self.loop.load(self.files) if isinstance(self.loop, OurLoop) and self.files else 0.0
-
-    def chosen(self, case: Case) -> AbstractContextManager[None]:
-        """A batch's adapters, inside a block."""
-        names = [*self.files][: case.adapters]
-        if not isinstance(self.loop, OurLoop) or not names:
-            return nullcontext()
-        return self.loop.chosen([names[row % case.adapters] for row in range(case.batch)])
-
-    @property
-    def names(self) -> dict[str, str]:
-        """In results."""
-        return {"strategy": self.strategy, "kind_of_adapters": self.adapters}
 
 
 class Bench:
@@ -214,7 +171,15 @@ class Bench:
     # --- columns ----------------------------------------------------------------------------------------------------
 
     def run(self, folder: Path, config: PretrainedConfig) -> None:
-        """All columns."""
+        """All columns; their recorded graphs are let go of in any case: nothing ends before they are gone."""
+        try:
+            self.run_columns(folder, config)
+        finally:
+            for loop in {id(column.loop): column.loop for column, _, _ in self.timed}.values():
+                loop.release()
+
+    def run_columns(self, folder: Path, config: PretrainedConfig) -> None:
+        """Time all, then profile them."""
         model = self.prepare(folder, config)
         expected = self.expected(model, folder)
         for strategy, kinds in self.loads():
@@ -224,8 +189,6 @@ class Bench:
             self.run_baseline(model)
         if self.device.type == "cuda":
             self.profile()
-        for loop in {id(column.loop): column.loop for column, _, _ in self.timed}.values():
-            loop.release()
 
     def loads(self) -> Iterator[tuple[Strategy, Sequence[str]]]:
         """What is measured with one load of the model each: adapters of attention alone pay for no other layers."""
@@ -335,7 +298,7 @@ class Bench:
         above = f"{times.gpu / floor:5.2f}" if floor else "     "
         extra = f" +{estimate:.2f} of collectives, an estimate" if estimate else ""
         shown = f"{times.step:7.3f} {ratio:6.3f} {times.gpu:7.3f} {times.host:6.3f} {above}{extra}"
-        self.say(f"{line_start(column, case)}  {shown}")
+        self.say(f"{column.line(case)}  {shown}")
         shape = {"tp": self.size, "fake": self.is_fake, "collectives_per_layer": per_layer, "priced_ms": estimate}
         self.write("row", **column.names, **asdict(case), **asdict(times), floor=floor, **shape)
 
@@ -348,13 +311,8 @@ class Bench:
                 with column.chosen(case):
                     found = profile_steps(column.loop, case.batch, case.context, times.gpu)
                 parts = " ".join(f"{found.parts[part]:11.2f}" for part in PARTS)
-                self.say(f"{line_start(column, case)}  {parts}")
+                self.say(f"{column.line(case)}  {parts}")
                 self.write("parts", **column.names, **asdict(case), **asdict(found))
-
-
-def line_start(column: Column, case: Case) -> str:
-    """Of a row of a printed table."""
-    return f"{column.strategy:<12} {column.adapters:<24} {case.batch:>3} {case.adapters:>3}"
 
 
 def free() -> None:

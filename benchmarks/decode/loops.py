@@ -75,6 +75,16 @@ class DecodeLoop(ABC):
         logits: Tensor = self.model(**inputs, logits_to_keep=1).logits
         return logits
 
+    def load(self, paths: Mapping[str, Path]) -> float:
+        """Make exactly these adapters resident; returns the seconds that it took. A loop without LoRA has none."""
+        assert not paths, "no LoRA"
+        return 0.0
+
+    def chosen(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """The adapters of the rows inside a block; without names the base model."""
+        assert not any(names), "no LoRA"
+        return nullcontext()
+
     @abstractmethod
     def release(self) -> None:
         """Let go of recorded graphs: a process group does not end before they are gone."""
@@ -119,7 +129,6 @@ class OurLoop(DecodeLoop):
                     tensor.normal_(std=self.model.config.initializer_range)
 
     def load(self, paths: Mapping[str, Path]) -> float:
-        """Make exactly these adapters resident; returns the seconds that it took."""
         start = time.perf_counter()
         for name in self.adapters.names:
             self.adapters.unload(name)
@@ -128,7 +137,6 @@ class OurLoop(DecodeLoop):
         return time.perf_counter() - start
 
     def chosen(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """The adapters of the rows inside a block; without names the base model."""
         return self.adapters.use(names) if any(names) else nullcontext()
 
     def new_cache(self, batch: int, length: int) -> Any:
