@@ -27,6 +27,7 @@ from torch import Tensor
 from bdlora_compile.calibrate_symmetric import Symmetric, measure_symmetric
 from bdlora_compile.census import wire_share
 from bdlora_compile.errors import BdloraError
+from bdlora_compile.first_ranks import found_by_first
 from bdlora_compile.machine import CollectiveKind, Link, Machine, fit_link
 
 _KINDS: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather_into_tensor")
@@ -166,19 +167,16 @@ def _group_sizes() -> list[int]:
 
 def _collectives(timer: Timer, device: torch.device, settings: Settings, ranks: int) -> list[Point]:
     """Both collectives at every size over the first ``ranks`` ranks; the others wait, and get the same points."""
-    group = dist.new_group(range(ranks))
-    points: list[Point] = []
-    if dist.get_rank() < ranks:
-        assert isinstance(group, dist.ProcessGroup), "this rank is in the group"
+
+    def measured(group: dist.ProcessGroup) -> list[Point]:
+        points = []
         for kind in _KINDS:
             for payload in settings.sizes:
                 seconds = timer.seconds(_collective(kind, payload, ranks, group, device), group)
                 points.append(Point(kind, ranks, float(wire_share(kind, ranks)) * payload, seconds))
-    shared: list[object] = [points]
-    dist.broadcast_object_list(shared, device=device)
-    (found,) = shared
-    assert isinstance(found, list), "rank 0's points"
-    return found
+        return points
+
+    return found_by_first(ranks, measured)
 
 
 def _collective(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bdlora_compile.collective_cost import sent_through
+from bdlora_compile.first_ranks import found_by_first
 from bdlora_compile.machine import Link, SymmetricLimits, fit_link
 from bdlora_compile.runtime.agreement import agreement_of
 from bdlora_compile.runtime.all_reduce import all_reduce, buffer_on_all, group_obstacle
@@ -46,17 +47,11 @@ def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[in
     Raises:
         ConfigError: times that do not grow with size, on all ranks.
     """
-    group = dist.group.WORLD if ranks == dist.get_world_size() else dist.new_group(range(ranks))
-    found: list[object] = [None]
-    if dist.get_rank() < ranks:
-        assert isinstance(group, dist.ProcessGroup), "this rank is in the group"
-        found = [_measure(seconds, device, sizes, group)]
-    dist.broadcast_object_list(found, device=device)
-    if isinstance(found[0], str):
-        return Symmetric(obstacle=found[0])
-    assert isinstance(found[0], dict), "rank 0's times"
+    times = found_by_first(ranks, partial(_measure, seconds, device, sizes))
+    if isinstance(times, str):
+        return Symmetric(obstacle=times)
     # On every rank: what cannot be fitted must fail on all of them.
-    return symmetric_costs(found[0], ranks)
+    return symmetric_costs(times, ranks)
 
 
 def symmetric_costs(times: Mapping[int, Mapping[str, float]], ranks: int) -> Symmetric:

@@ -124,8 +124,7 @@ def _beside(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora) -> tuple
 
     rows, factors = launch.rows_of(x), launch.Factors.of(lora.pool, lora.slots, lora.token_slot, lora.sites)
     work = launch.work_beside(rows.shape[0], lora.order, lora.segments)
-    # Delta by token: of grouped tokens it was measured behind an exchange alone (docs/kernels.md).
-    path = launch.Beside(factors, lora.scales, lora.out_features)
+    path = launch.Beside(factors, lora.scales, lora.out_features, work=work)
     return product_and_lora(x, weight, bias, path, lambda: launch.make_h_beside(rows, factors, work, lora.width))
 
 

@@ -34,6 +34,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     default_launches,
     delta_tiles,
     h_width,
+    least_together,
     plan_for,
     segment_tokens,
     shrink_beside,
@@ -209,7 +210,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
     if work is None:
         delta_tokens[grid](made, h, *bank, factors.token_slot, *sizes, **constants, **options)
     else:
-        groups = {"BLOCK_T": work.size, "SHARES": SHARES}
+        groups = {"BLOCK_T": work.size, "SHARES": SHARES, "LEAST": least_together(parts)}
         delta_mixed[grid](made, h, *bank, work.order, work.segments, *sizes, **constants, **groups, **options)
     return made
 

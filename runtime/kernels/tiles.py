@@ -120,7 +120,7 @@ SEGMENT_FIELDS = 6
 """Numbers in a row of segments, see `launch.segment_work`."""
 
 SHARES = 4
-"""Parts of a tile of delta, one for each program, where at least so many tokens share a slot."""
+"""Parts of a tile of delta, one for each program, where tokens that share a slot have theirs together."""
 
 ELEMENTS_OF_A_WARP = 256
 """Of bf16, 16 bytes for each thread."""
@@ -168,6 +168,15 @@ def delta_tiles(width: int) -> Expand:
     """
     warps = 4
     return Expand(min(max(2, _power_of_two(width)), 16), ELEMENTS_OF_A_WARP * warps, warps)
+
+
+def least_together(parts: int) -> int:
+    """Tokens that share a slot from which on they have their delta together, on the tensor cores.
+
+    Of so many the table in docs/kernels.md says that it takes less time than each by itself: with ``parts`` of ranks
+    each by itself reads more.
+    """
+    return SHARES if parts > 1 else 2 * SHARES
 
 
 def segment_tokens(tokens: int) -> int:

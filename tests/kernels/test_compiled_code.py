@@ -120,7 +120,9 @@ def test_what_a_launch_is_measured_with_waits_first(code: Code) -> None:
 def test_delta_of_a_segment_reads_b_before_it_waits(compiled: Compiled) -> None:
     """And tokens by themselves lose no registers to it."""
     (order, registers), (_, by_token) = compiled["delta, mixed"], compiled["delta"]
-    assert order[: order.index("wait")] == ["wide load"] * 4 + ["barrier"]
+    ahead = order[: order.index("wait")]
+    assert ahead[:4] == ["wide load"] * 4
+    assert set(ahead[4:]) == {"barrier"}, "one, in Triton 3.6 two"
     assert 0 < registers <= by_token + 8
 
 

@@ -121,6 +121,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a few rows and columns, of which all cases have several."""
     monkeypatch.setattr(launch, "delta_tiles", lambda _: Expand(rows=8, columns=32, warps=1))
     monkeypatch.setattr(launch, "SHARES", 2)
+    monkeypatch.setattr(launch, "least_together", lambda _: 2)
 
 
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))
