@@ -133,7 +133,10 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     points = [point for ranks in _group_sizes() for point in _collectives(timer, device, settings, ranks)]
     links = {kind: {ranks: _link(points, kind, ranks) for ranks in _group_sizes()} for kind in _KINDS}
     sizes = settings.symmetric_sizes
-    shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in _group_sizes() if sizes}
+    # The largest group first: torch numbers the rendezvous of a process, and ranks meet at equal numbers alone.
+    widest_first = [*reversed(_group_sizes())] if sizes else []
+    shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in widest_first}
+    shared = dict(sorted(shared.items()))
     machine = Machine(
         name,
         _source(device, shared),

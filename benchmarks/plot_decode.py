@@ -16,6 +16,8 @@ WAIT = "waiting for the host"
 whose rows were timed in a process that had been profiled."""
 OTHERS = "transformers"
 """Is left out: a bar several times as long as all others."""
+WAITS = "collectives"
+"""What a profile makes longer: ranks whose launches it slows unevenly wait for one another there."""
 
 
 def label(row: dict[str, Any]) -> str:
@@ -31,12 +33,17 @@ def with_parts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in ("strategy", "kind_of_adapters", "batch", "adapters", "context"))
 
-    parts = {key(line): line["parts"] for line in lines if line["kind"] == "parts"}
-    rows = [line for line in lines if line["kind"] == "row" and line["strategy"] != OTHERS]
+    profiles = {key(line): line["parts"] for line in lines if line["kind"] == "parts"}
+    rows = [dict(line) for line in lines if line["kind"] == "row" and line["strategy"] != OTHERS]
     return [
-        row if "parts" in row else {**row, "parts": {**parts.get(key(row), {}), WAIT: row["step"] - row["gpu"]}}
-        for row in rows
+        row if "parts" in row else {**row, "parts": fitted(profiles[key(row)], row["gpu"], row["step"])} for row in rows
     ]
+
+
+def fitted(parts: Mapping[str, float], gpu: float, step: float) -> dict[str, float]:
+    """The parts of a profile so that they make up the step that was timed without one: `WAITS` is shortened."""
+    excess = max(sum(parts.values()) - gpu, 0.0)
+    return {**parts, WAITS: max(parts[WAITS] - excess, 0.0), WAIT: step - gpu}
 
 
 def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -72,7 +79,7 @@ def ratios(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.axhline(1, color="grey", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(base), [str(batch) for batch in sorted(base)])
-    axes.set_xlabel("rows, each with an adapter of its own (dotted: one for all)")
+    axes.set_xlabel("rows, an adapter each (dotted: one for all)")
     axes.set_ylabel("GPU time of a step, base is 1")
     axes.legend(fontsize="small")
 

@@ -14,6 +14,7 @@ from bdlora_compile.census import number_of
 from benchmarks.decode.pricing import step_census
 from benchmarks.decode.reference import Expected
 from benchmarks.decode.timing import Span, exclusive
+from benchmarks.plot_decode import fitted
 from tests.models import ModelSpec, save_model
 
 GEMM, LORA, NORM = "nvjet_sm90_tst_64x16", "delta_tokens", "all_reduce_add_norm_rows"
@@ -30,6 +31,14 @@ def test_a_moment_counts_once_and_for_what_hides_the_rest() -> None:
 def test_equal_kinds_beside_each_other_count_once() -> None:
     spans = [Span(GEMM, 0, 4), Span(GEMM, 2, 5), Span(GEMM, 5, 6)]
     assert exclusive(spans, 1)["GEMM"] == 6
+
+
+def test_pictures_show_the_step_that_was_timed() -> None:
+    """What a profile adds by ranks that wait for one another is left out; what it does not explain is not made up."""
+    slowed = fitted({"GEMM": 2.0, "collectives": 1.5, "idle": 0.0}, 3.0, 3.25)
+    assert slowed == {"GEMM": 2.0, "collectives": 1.0, "idle": 0.0, "waiting for the host": 0.25}
+    exact = {"GEMM": 2.0, "collectives": 0.5, "idle": 0.5}
+    assert fitted(exact, 3.0, 3.0) == {**exact, "waiting for the host": 0.0}
 
 
 def test_profiles_say_when_what_ran_where() -> None:

@@ -3,13 +3,17 @@
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
-from bdlora_compile import calibrate_symmetric
+from bdlora_compile import calibrate, calibrate_symmetric
 from bdlora_compile.calibrate_symmetric import Symmetric, measure_symmetric
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.machine import SymmetricLimits
@@ -50,14 +54,55 @@ def no_buffer(*_: object) -> Tensor:
     return buffer_of(max(SIZES))
 
 
+class Rendezvous:
+    """Memory of ranks that meet as torch has it: in their group's store, where each has met others as often."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __call__(self, size: int, name: str, *_: object) -> Tensor:
+        number, self._number = self._number, self._number + 1
+        groups: Any = dist.distributed_c10d
+        store = PrefixStore(name, groups._get_default_store())
+        ranks = dist.get_process_group_ranks(groups._resolve_process_group(name))
+        store.set(f"{number}/{dist.get_rank()}", "here")
+        store.wait([f"{number}/{rank}" for rank in ranks], timedelta(seconds=5))
+        return buffer_of(size)
+
+
+def stand_ins(allocate: Callable[..., Tensor], obstacle: str = "") -> ExitStack:
+    """Inside a block."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(calibrate_symmetric, "group_obstacle", lambda _: obstacle))
+    stack.enter_context(patch("bdlora_compile.runtime.all_reduce.symmetric_buffer", allocate))
+    stack.enter_context(patch.object(calibrate_symmetric, "all_reduce", stand_in))
+    return stack
+
+
 def found(ranks: int, allocate: Callable[..., Tensor], obstacle: str = "") -> Symmetric:
     """By the first ranks of all."""
-    with (
-        patch.object(calibrate_symmetric, "group_obstacle", lambda _: obstacle),
-        patch("bdlora_compile.runtime.all_reduce.symmetric_buffer", allocate),
-        patch.object(calibrate_symmetric, "all_reduce", stand_in),
-    ):
+    with stand_ins(allocate, obstacle):
         return measure_symmetric(seconds, torch.device("cpu"), SIZES, ranks)
+
+
+def measured_over() -> list[int]:
+    """Numbers of ranks of which a whole calibration knows symmetric memory."""
+    settings = calibrate.Settings(groups=1, calls=1, sizes=[], symmetric_sizes=SIZES, copied=64, side=4)
+
+    def points(timer: object, device: object, settings: object, ranks: int) -> list[calibrate.Point]:
+        return [calibrate.Point(kind, ranks, size, size) for kind in calibrate._KINDS for size in (1.0, 2.0)]
+
+    def seconds_of(timer: object, call: Callable[[], object], group: object = None) -> float:
+        taken = call()
+        return taken if isinstance(taken, float) else 1.0
+
+    with (
+        stand_ins(Rendezvous()),
+        patch.object(calibrate, "_collectives", points),
+        patch.object(calibrate.Timer, "seconds", seconds_of),
+    ):
+        machine, _ = calibrate.measure(torch.device("cpu"), settings, "here")
+    return [*machine.symmetric]
 
 
 def check(measured: Symmetric, ranks: int) -> None:
@@ -92,6 +137,7 @@ def main() -> int:
     for ranks in (2, 3):
         with patch.dict(COSTS, one=(9.0, -1e5)):
             refused(ranks)
+    assert measured_over() == [2, 3]
     with patch("socket.gethostname", lambda: f"host {dist.get_rank()}"):
         assert found(2, buffer_of) == Symmetric(obstacle="the ranks are on several machines")
     print(f"rank {dist.get_rank()} agrees")
