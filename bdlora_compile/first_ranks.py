@@ -17,8 +17,7 @@ _T = TypeVar("_T")
 def found_by_first(ranks: int, measure: Callable[[dist.ProcessGroup], _T]) -> _T:
     """Run ``measure`` on the first ``ranks`` ranks, over their group; returns on all what rank 0 found.
 
-    The others wait for the process group's store. In a collective they would spin on their GPUs meanwhile, which kept
-    two of four H200 from ever starting a collective of their own.
+    The others wait for the process group's store: a collective would keep their GPUs busy meanwhile.
     """
     is_all = ranks == dist.get_world_size()
     group = dist.group.WORLD if is_all else dist.new_group(range(ranks))

@@ -1,7 +1,8 @@
-"""The table of docs/cost-model.md that holds estimates against a step on two H200 says what both are today."""
+"""The table of docs/cost-model.md that holds estimates against steps on H200s says what both are today."""
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,25 +17,34 @@ from bdlora_compile.machine import find_machine
 from bdlora_compile.placement import Mesh
 from bdlora_compile.sites import Site
 from bdlora_compile.timing import Declared, Seconds, Terms, group_sites, lora_seconds
-from tests.cli.test_performance_page import measured
+from tests.cli.test_performance_page import OF_FOUR, RUNS, measured
 
 PAGE = Path(__file__).parents[2] / "docs" / "cost-model.md"
-FILE = "2026-11-29-h200x2-decode.jsonl"
 COLUMNS = {
     "block-diagonal r = 32, local": ("BD r=32 G=8", Layout.LOCAL, 32, 8),
     "ordinary r = 16, local": ("ordinary r=16", Layout.LOCAL, 16, 1),
     "ordinary r = 16, S-LoRA": ("ordinary r=16", Layout.SLORA, 16, 1),
 }
 """Kind of adapters in the file, layout, R and G."""
-Row = tuple[str, int, int, int, int]
+LAYERS = {"8B": 32, "70B": 80}
+Row = tuple[str, int, str, int, int, int, int]
 
 
 def rows() -> list[Row]:
-    """Name, tokens, adapters, estimated and measured microseconds."""
-    found = re.findall(r"^\| ([^|]+) \| (\d+), (\d+) \| (\d+) \| (\d+) \|$", PAGE.read_text(), re.MULTILINE)
-    return [(name, int(tokens), int(adapters), int(told), int(took)) for name, tokens, adapters, told, took in found]
+    """Model, GPUs, name, tokens, adapters, estimated and measured microseconds."""
+    cells = r"^\| (\d+B), (\d) \| ([^|]+) \| (\d+), (\d+) \| (\d+) \| (\d+) \|$"
+    found = re.findall(cells, PAGE.read_text(), re.MULTILINE)
+    return [(model, int(size), name, *map(int, numbers)) for model, size, name, *numbers in found]
 
 
+def file_of(model: str, size: int, layout: Layout, tokens: int) -> str:
+    """Results with the present kernels."""
+    if size == 4:
+        return OF_FOUR[model == "70B"]
+    return RUNS["a" if layout is Layout.LOCAL else "b" if tokens == 16 else "d"]
+
+
+@cache
 def sites_of(model: str, ranks: int) -> dict[str, Site]:
     """Of a known model."""
     with torch.device("meta"):
@@ -48,22 +58,18 @@ def estimate(sites: Mapping[str, Site], mesh: Mesh, load: bd.Workload, layout: L
     return sum((lora_seconds(group, layout, profiles, terms) for group in group_sites(sites)), Seconds()).total
 
 
-@pytest.fixture(scope="module")
-def sites() -> dict[str, Site]:
-    return sites_of("llama-3.1-8b", 2)
-
-
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0]} {row[1]} {row[2]}")
-def test_a_row_is_the_estimate_and_the_measurement(row: Row, sites: dict[str, Site]) -> None:
-    name, tokens, adapters, told, took = row
+@pytest.mark.parametrize("row", rows(), ids=lambda row: " ".join(map(str, row[:5])))
+def test_a_row_is_the_estimate_and_the_measurement(row: Row) -> None:
+    model, size, name, tokens, adapters, told, took = row
     kind, layout, rank, blocks = COLUMNS[name]
-    layer = estimate(sites, Mesh(2), bd.Workload(tokens, adapters), layout, rank, blocks)
+    sites = sites_of(f"llama-3.1-{model.lower()}", size)
+    layer = estimate(sites, Mesh(size), bd.Workload(tokens, adapters), layout, rank, blocks)
     assert told == round(layer * 1e6)
-    results = measured(FILE)
+    results = measured(file_of(model, size, layout, tokens))
     step, base = results[layout.value, kind, tokens, adapters], results["base", "none", tokens, 1]
-    assert took == round((step["gpu"] - base["gpu"]) * 1e3 / 32)
-    # What the page says of all rows: up to about twice what was measured, and a tenth below it at most.
-    assert 0.85 < told / took < 2.3
+    assert took == round((step["gpu"] - base["gpu"]) * 1e3 / LAYERS[model])
+    # What the page says of all rows: up to nearly three times what was measured, and not below it.
+    assert 0.95 < told / took < 3
 
 
 def test_the_kernels_estimates_are_those_of_the_page() -> None:
@@ -85,9 +91,9 @@ def test_the_kernels_estimates_are_those_of_the_page() -> None:
 
 def test_layouts_are_in_their_order() -> None:
     """Ordinary adapters: where the measurement prefers a layout, by more than a tenth, the estimate does."""
-    found = {(name, tokens, adapters): (told, took) for name, tokens, adapters, told, took in rows()}
-    assert len(found) == 9
-    for (name, *load), (told, took) in found.items():
-        if "S-LoRA" in name:
-            local = found["ordinary r = 16, local", load[0], load[1]]
+    found = {(*row[:2], *row[3:5], row[2]): row[5:] for row in rows()}
+    assert len(found) == 27
+    for (*case, name), (told, took) in found.items():
+        if name == "ordinary r = 16, S-LoRA":
+            local = found[*case, "ordinary r = 16, local"]
             assert abs(took - local[1]) <= 0.1 * took or (told > local[0]) == (took > local[1])

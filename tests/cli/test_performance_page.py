@@ -2,80 +2,102 @@
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.paper_table import lines as paper_lines
+
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = {
     "base": ("base", "none"),
     "local, BD r = 32, G = 8": ("local", "BD r=32 G=8"),
     "local, BD r = 24, G = 2": ("local", "BD r=24 G=2"),
+    "local, BD r = 64, G = 8": ("local", "BD r=64 G=8"),
     "local, ordinary r = 16": ("local", "ordinary r=16"),
     "S-LoRA, ordinary r = 16": ("slora", "ordinary r=16"),
-    "S-LoRA, ordinary r = 16 *": ("slora 4", "ordinary r=16"),
-    "local, BD r = 32, attention alone *": ("local", "BD r=32 G=8, attention"),
-    "local, ordinary r = 16, attention alone *": ("local", "ordinary r=16, attention"),
-    "S-LoRA, ordinary r = 16, attention alone *": ("slora", "ordinary r=16, attention"),
+    "local, BD r = 32, attention alone": ("local", "BD r=32 G=8, attention"),
+    "local, ordinary r = 16, attention alone": ("local", "ordinary r=16, attention"),
+    "S-LoRA, ordinary r = 16, attention alone": ("slora", "ordinary r=16, attention"),
     "transformers, no LoRA": ("transformers", "none"),
 }
 """Names on the page, and strategy and kind of adapters in the files."""
-FILES = {
-    "attention alone *": "2026-11-29-h200x2-decode-attention.jsonl",
-    "*": "2026-11-29-h200x2-decode-delta-mixed.jsonl",
-    "": "2026-11-29-h200x2-decode.jsonl",
+NOT_PROFILED = "a"
+"""The run whose steps count."""
+RUNS = {
+    "a": "2026-11-29-h200x2-decode-local.jsonl",
+    "b": "2026-11-29-h200x2-decode.jsonl",
+    "c": "2026-11-29-h200x2-decode-attention.jsonl",
+    "d": "2026-11-29-h200x2-decode-delta-mixed.jsonl",
 }
-"""Of the page's rows, by how their names end; the first that fits."""
-STEPS = "2026-11-29-h200x2-loop-gaps.txt"
-IN_STEPS = {"base": "base", "local, BD r = 32, G = 8": "bd"}
-"""Names there."""
+OF_FOUR = ("2026-11-29-h200x4-decode-8b.jsonl", "2026-11-29-h200x4-decode-70b.jsonl")
+Rows = dict[tuple[str, str, int, int], dict[str, Any]]
 
 
-def measured(file: str) -> dict[tuple[str, str, int, int], dict[str, Any]]:
+def measured(file: str) -> Rows:
     """Rows of a run by strategy, kind of adapters, rows and adapters."""
-    lines = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / file).read_text().splitlines()]
+    found = [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
     return {
-        (row["strategy"], row["kind_of_adapters"], row["batch"], row["adapters"]): row
-        for row in lines
+        # One file has S-LoRA both ways: its delta by token, and grouped from four tokens on.
+        (row["strategy"].removesuffix(" 4"), row["kind_of_adapters"], row["batch"], row["adapters"]): row
+        for row in found
         if row["kind"] == "row"
     }
 
 
-def table() -> list[list[str]]:
-    """Cells of the table of two H200."""
+def table(title: str) -> list[list[str]]:
+    """Cells of the first table behind a title."""
     page = (ROOT / "docs" / "performance.md").read_text()
-    rows = re.search(r"\*\*Two H200\*\*.*?\n\| --- [^\n]*\n(.*?)\n\n", page, re.DOTALL)
+    rows = re.search(rf"\*\*{title}\*\*.*?\n\| --- [^\n]*\n(.*?)\n\n", page, re.DOTALL)
     assert rows is not None
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1].splitlines()]
 
 
-def steps() -> dict[tuple[str, int, int], float]:
-    """Steps of a loop that reads each token, medians of all forms of graphs, by name, rows and adapters."""
-    text = (ROOT / "benchmarks" / "results" / STEPS).read_text()
-    found: dict[tuple[str, int, int], list[float]] = {}
-    for name, rows, adapters, step in re.findall(r"^(\w+) (\d+)/(\d+) [\d,one]+ +step ([\d.]+)", text, re.MULTILINE):
-        found.setdefault((name, int(rows), int(adapters)), []).append(float(step))
-    return {case: statistics.median(times) for case, times in found.items()}
-
-
-@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row[0]} {row[1]}")
-def test_a_row_of_the_page_is_in_its_file(row: list[str]) -> None:
-    name, case, *numbers, step, to_base = row
-    results = measured(next(file for end, file in FILES.items() if name.endswith(end)))
+def of(results: Rows, name: str, case: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """A row of a file and its base, if it is there."""
     batch, adapters = (int(number) for number in case.split(","))
-    found, base = results[*COLUMNS[name], batch, max(adapters, 1)], results["base", "none", batch, 1]
-    exact = [found["gpu"], found["gpu"] / base["gpu"], *([found["floor"]] if found["floor"] else [])]
-    assert [number for number in numbers if number] == [f"{value:.2f}" for value in exact]
+    found = results.get((*COLUMNS[name], batch, max(adapters, 1)))
+    return (found, results["base", "none", batch, 1]) if found else None
+
+
+def told(row: dict[str, Any], base: dict[str, Any], measure: str) -> list[str]:
+    """Milliseconds and their ratio to the base model's, as the page has them."""
+    return [f"{row[measure]:.2f}", f"{row[measure] / base[measure]:.2f}"]
+
+
+@pytest.mark.parametrize("row", table("Two H200"), ids=lambda row: f"{row[0]} {row[1]}")
+def test_a_row_of_two_is_in_its_file(row: list[str]) -> None:
+    name, case, run, *numbers = row
+    found = of(measured(RUNS[run]), name, case)
+    assert found is not None
+    floor = [f"{found[0]['floor']:.2f}"] if found[0]["floor"] else [""]
+    steps = told(*found, "step") if run == NOT_PROFILED else ["", ""]
     if name.startswith("transformers"):
-        assert (step, to_base) == (f"{found['step']:.1f}", "")
-    elif step:
-        own = steps()[IN_STEPS[name], batch, adapters]
-        assert (step, to_base) == (f"{own:.2f}", f"{own / steps()['base', batch, 0]:.2f}")
+        steps = [f"{found[0]['step']:.1f}", ""]
+    assert numbers == [*told(*found, "gpu"), *floor, *steps]
 
 
-def test_the_table_has_rows() -> None:
-    """Of all columns, some with steps."""
-    assert {row[0] for row in table()} == set(COLUMNS)
-    assert sum(bool(row[-1]) for row in table()) == 5
+@pytest.mark.parametrize("row", table("Four H200"), ids=lambda row: f"{row[0]} {row[1]}")
+def test_a_row_of_four_is_in_its_files(row: list[str]) -> None:
+    name, case, *numbers = row
+    for file, cells in zip(OF_FOUR, (numbers[:4], numbers[4:]), strict=True):
+        found = of(measured(file), name, case)
+        assert cells == ([*told(*found, "gpu"), *told(*found, "step")] if found else [""] * 4)
+
+
+def test_the_tables_have_all_rows() -> None:
+    """Of all runs and columns on two GPUs, and all that was measured on four."""
+    two, four = table("Two H200"), table("Four H200")
+    assert {row[0] for row in (*two, *four)} == set(COLUMNS)
+    assert {row[2] for row in two} == set(RUNS)
+    assert len(measured(RUNS[NOT_PROFILED])) == sum(row[2] == NOT_PROFILED for row in two)
+    assert len(measured(OF_FOUR[0])) == len(four) == 22
+
+
+def test_what_stands_beside_the_paper_is_the_tools_output() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    own = [line for line in paper_lines([RESULTS / file for file in OF_FOUR]) if "| 16, 16 |" in line]
+    assert len(own) == 4
+    assert all(line in page for line in own)
