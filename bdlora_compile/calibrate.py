@@ -133,7 +133,8 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     points = [point for ranks in _group_sizes() for point in _collectives(timer, device, settings, ranks)]
     links = {kind: {ranks: _link(points, kind, ranks) for ranks in _group_sizes()} for kind in _KINDS}
     sizes = settings.symmetric_sizes
-    # The largest group first: torch numbers the rendezvous of a process, and ranks meet at equal numbers alone.
+    # The largest group first: torch numbers the rendezvous of a process, and ranks meet at equal numbers alone
+    # (https://github.com/pytorch/pytorch/issues/196082).
     widest_first = [*reversed(_group_sizes())] if sizes else []
     shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in widest_first}
     shared = dict(sorted(shared.items()))
