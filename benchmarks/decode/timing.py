@@ -23,7 +23,7 @@ from benchmarks.decode.loops import ROOM, DecodeLoop
 STEPS = 24
 ROUNDS = 3
 PROFILED = 4
-"""Steps of a round, rounds, and steps that are profiled."""
+"""Steps of a round, rounds, and steps whose profile counts."""
 PARTS = ("GEMM", "LoRA", "attention", "collectives", "rest", "idle")
 _ORDER = ("GEMM", "attention", "collectives", "rest", "LoRA")
 """Kinds of kernels, the one first to which a moment belongs in which several run."""
@@ -99,13 +99,14 @@ def profile_steps(loop: DecodeLoop, batch: int, context: int, gpu: float) -> Pro
     loop.run(6, read=True)
     _align(loop.device)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        loop.run(PROFILED, read=False)
+        loop.run(1 + PROFILED, read=False)
         torch.cuda.synchronize()
     spans = [
         Span(event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
         for event in found.events()
         if event.device_type == DeviceType.CUDA
     ]
+    spans = behind_first(spans, 1 + PROFILED)
     parts = exclusive(spans, PROFILED)
     return Profile({**parts, "idle": max(gpu - sum(parts.values()), 0.0)}, _largest(_totals(spans, PROFILED)))
 
@@ -134,6 +135,11 @@ class Span(NamedTuple):
     name: str
     start: float
     end: float
+
+
+def behind_first(spans: Sequence[Span], steps: int) -> list[Span]:
+    """Those of all steps but the first, in which ranks wait for the one that begins last; each step has as many."""
+    return sorted(spans, key=lambda span: span.start)[len(spans) // steps :]
 
 
 def _totals(spans: Sequence[Span], steps: int) -> dict[str, float]:

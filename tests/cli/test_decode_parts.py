@@ -13,7 +13,7 @@ import bdlora_compile as bd
 from bdlora_compile.census import number_of
 from benchmarks.decode.pricing import step_census
 from benchmarks.decode.reference import Expected
-from benchmarks.decode.timing import Span, exclusive
+from benchmarks.decode.timing import Span, behind_first, exclusive
 from benchmarks.plot_decode import fitted
 from tests.models import ModelSpec, save_model
 
@@ -31,6 +31,15 @@ def test_a_moment_counts_once_and_for_what_hides_the_rest() -> None:
 def test_equal_kinds_beside_each_other_count_once() -> None:
     spans = [Span(GEMM, 0, 4), Span(GEMM, 2, 5), Span(GEMM, 5, 6)]
     assert exclusive(spans, 1)["GEMM"] == 6
+
+
+def test_waits_of_the_first_step_do_not_count() -> None:
+    """Its ranks begin one after the other."""
+    step = [Span(GEMM, 0, 4), Span(NORM, 4, 5)]
+    waits = [Span(GEMM, 0, 4), Span(NORM, 4, 50)]
+    later = [Span(name, start + at, end + at) for at in (50, 55) for name, start, end in step]
+    assert behind_first([*later, *waits], 3) == later
+    assert exclusive(behind_first([*later, *waits], 3), 2)["collectives"] == 1
 
 
 def test_pictures_show_the_step_that_was_timed() -> None:
