@@ -27,7 +27,7 @@ from torch import Tensor
 from bdlora_compile.calibrate_symmetric import Symmetric, measure_symmetric
 from bdlora_compile.census import wire_share
 from bdlora_compile.errors import BdloraError
-from bdlora_compile.first_ranks import found_by_first
+from bdlora_compile.first_ranks import measure_on_first
 from bdlora_compile.machine import CollectiveKind, Link, Machine, fit_link
 
 _KINDS: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather_into_tensor")
@@ -133,8 +133,8 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     points = [point for ranks in _group_sizes() for point in _collectives(timer, device, settings, ranks)]
     links = {kind: {ranks: _link(points, kind, ranks) for ranks in _group_sizes()} for kind in _KINDS}
     sizes = settings.symmetric_sizes
-    # The largest group first: torch numbers the rendezvous of a process, and ranks meet at equal numbers alone
-    # (https://github.com/pytorch/pytorch/issues/196082).
+    # The largest group first: torch counts a process's rendezvous, and ranks meet only if their counts are equal
+    # (https://github.com/pytorch/pytorch/issues/196082). The file has them in ascending order.
     widest_first = [*reversed(_group_sizes())] if sizes else []
     shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in widest_first}
     shared = dict(sorted(shared.items()))
@@ -180,7 +180,7 @@ def _collectives(timer: Timer, device: torch.device, settings: Settings, ranks: 
                 points.append(Point(kind, ranks, float(wire_share(kind, ranks)) * payload, seconds))
         return points
 
-    return found_by_first(ranks, measured)
+    return measure_on_first(ranks, measured)
 
 
 def _collective(

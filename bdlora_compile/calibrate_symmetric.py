@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bdlora_compile.collective_cost import sent_through
-from bdlora_compile.first_ranks import found_by_first
+from bdlora_compile.first_ranks import measure_on_first
 from bdlora_compile.machine import Link, SymmetricLimits, fit_link
 from bdlora_compile.runtime.agreement import agreement_of
 from bdlora_compile.runtime.all_reduce import all_reduce, buffer_on_all, group_obstacle
@@ -47,7 +47,7 @@ def measure_symmetric(seconds: Seconds, device: torch.device, sizes: Sequence[in
     Raises:
         ConfigError: times that do not grow with size, on all ranks.
     """
-    times = found_by_first(ranks, partial(_measure, seconds, device, sizes))
+    times = measure_on_first(ranks, partial(_measure, seconds, device, sizes))
     if isinstance(times, str):
         return Symmetric(obstacle=times)
     # On every rank: what cannot be fitted must fail on all of them.

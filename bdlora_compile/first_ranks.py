@@ -14,7 +14,7 @@ _LIMIT = timedelta(minutes=30)
 _T = TypeVar("_T")
 
 
-def found_by_first(ranks: int, measure: Callable[[dist.ProcessGroup], _T]) -> _T:
+def measure_on_first(ranks: int, measure: Callable[[dist.ProcessGroup], _T]) -> _T:
     """Run ``measure`` on the first ``ranks`` ranks, over their group; returns on all what rank 0 found.
 
     The others wait for the process group's store: a collective would keep their GPUs busy meanwhile.

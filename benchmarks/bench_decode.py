@@ -46,7 +46,7 @@ from benchmarks.decode.files import (
 )
 from benchmarks.decode.loops import OurLoop, TransformersLoop
 from benchmarks.decode.pricing import priced
-from benchmarks.decode.reference import NO_ADAPTER, ROWS, STEPS, Expected, prompts, references
+from benchmarks.decode.reference import COPIES, NO_ADAPTER, ROWS, STEPS, Expected, prompts, references
 from benchmarks.decode.timing import PARTS, Times, measure, prefill_times, profile_steps
 
 KINDS = {
@@ -225,11 +225,15 @@ class Bench:
             self.took(strategy, f"load of {len(names)} adapters, {column.adapters}", column.load())
             column = replace(column, adapter_bytes=loop.adapters[names[0]].nbytes)
             start = time.perf_counter()
-            logits = loop.logits(self.prompts, [None if i is None else names[i] for i in ROWS], STEPS)
+            chosen = [None if i is None else names[i] for i in ROWS]
+            logits = loop.logits(self.prompts, chosen, STEPS)
             self.took(strategy, f"first forwards, {column.adapters}", time.perf_counter() - start)
             if self.makes_weights:
                 loop.fill_weights()
             self.check(strategy, column.adapters, expected.get(kind), logits)
+            if self.compares:
+                logits = loop.logits(self.prompts.repeat(COPIES, 1), COPIES * chosen, STEPS)
+                self.check(strategy, column.adapters, expected.get(kind), logits)
             if not self.base_step:
                 if self.compares:
                     without = loop.logits(self.prompts, [None] * len(ROWS), STEPS)
@@ -252,13 +256,13 @@ class Bench:
         """
         if expected is None:
             return
-        found = expected.check(logits)
-        self.say(f"  {strategy}, {adapters}: {found.text}")
-        self.write("check", strategy=strategy, kind_of_adapters=adapters, **asdict(found))
+        found, rows = expected.check(logits), logits.shape[0]
+        self.say(f"  {strategy}, {adapters}, {rows} rows: {found.text}")
+        self.write("check", strategy=strategy, kind_of_adapters=adapters, rows=rows, **asdict(found))
         try:
             found.verify()
         except AssertionError as error:
-            self.failures.append(f"{strategy}, {adapters}: {error}")
+            self.failures.append(f"{strategy}, {adapters}, {rows} rows: {error}")
 
     def run_baseline(self, model: Path) -> None:
         """transformers' tensor parallelism with ``mode="reduce-overhead"``."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from benchmarks.decode.timing import PARTS
 
-WAIT = "waiting for the host"
+HOST_WAIT = "waiting for the host"
 """What a loop that reads every token adds to the same steps launched one behind the other; not known of older files,
 whose rows were timed in a process that had been profiled."""
 OTHERS = "transformers"
 """Is left out: a bar several times as long as all others."""
-WAITS = "collectives"
+STRETCHED = "collectives"
 """What a profile makes longer: ranks whose launches it slows unevenly wait for one another there."""
 
 
@@ -28,7 +28,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def with_parts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Our rows with what a profile found of each, and `WAIT`; older files have parts in the row itself."""
+    """Our rows with what a profile found of each, and `HOST_WAIT`; older files have parts in the row itself."""
 
     def key(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in ("strategy", "kind_of_adapters", "batch", "adapters", "context"))
@@ -36,21 +36,24 @@ def with_parts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     profiles = {key(line): line["parts"] for line in lines if line["kind"] == "parts"}
     rows = [dict(line) for line in lines if line["kind"] == "row" and line["strategy"] != OTHERS]
     return [
-        row if "parts" in row else {**row, "parts": fitted(profiles[key(row)], row["gpu"], row["step"])} for row in rows
+        row if "parts" in row else {**row, "parts": fitted(profiles.get(key(row), {}), row["gpu"], row["step"])}
+        for row in rows
     ]
 
 
 def fitted(parts: Mapping[str, float], gpu: float, step: float) -> dict[str, float]:
-    """The parts of a profile so that they make up the step that was timed without one: `WAITS` is shortened."""
+    """The parts of a profile and `HOST_WAIT`; `STRETCHED` is shortened, to nothing if need be, so that they make up
+    the step that was timed without a profile."""
     excess = max(sum(parts.values()) - gpu, 0.0)
-    return {**parts, WAITS: max(parts[WAITS] - excess, 0.0), WAIT: step - gpu}
+    stretched = {STRETCHED: max(parts[STRETCHED] - excess, 0.0)} if parts else {}
+    return {**parts, **stretched, HOST_WAIT: step - gpu}
 
 
 def stacked(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """A bar for each row, from the parts that a profile found to the wall time of a step."""
     places = range(len(rows))
     ends = [0.0] * len(rows)
-    for part in (*PARTS, WAIT):
+    for part in (*PARTS, HOST_WAIT):
         values = [row["parts"].get(part, 0.0) for row in rows]
         axes.barh(places, values, left=ends, label=part)
         ends = [end + value for end, value in zip(ends, values, strict=True)]

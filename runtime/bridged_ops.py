@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bdlora_compile.runtime.all_reduce import all_reduce
-from bdlora_compile.runtime.kernels.tiles import can_overlap, one_plane_shrink
+from bdlora_compile.runtime.kernels.tiles import TOGETHER_BEHIND_EXCHANGE, can_overlap, one_plane_shrink
 from bdlora_compile.runtime.linear_op import Lora, as_delta, has_delta, product_and_lora, room_for_delta
 from bdlora_compile.runtime.ops import accumulate_dtype, has_kernels, lora_expand, lora_shrink
 
@@ -172,7 +172,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Ten
         return launch.one_plane(all_reduce._init_fn(h, *transport), parts * len(sites))
 
     work = launch.work_beside(rows.shape[0], order, segments)
-    return product_and_lora(x, weight, bias, launch.Beside(factors, scales, out_features, parts, work), exchanged)
+    path = launch.Beside(factors, scales, out_features, parts, work, TOGETHER_BEHIND_EXCHANGE)
+    return product_and_lora(x, weight, bias, path, exchanged)
 
 
 @torch.library.custom_op("bdlora::lora_expand_", mutates_args=("y",))

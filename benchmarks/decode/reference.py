@@ -19,6 +19,8 @@ STEPS = 6
 
 ROWS = (0, 1, None, 2)
 """Which adapter of a kind each row of the prompts has; None for none."""
+COPIES = 8
+"""How often these rows come in a second batch that is compared: decode steps of so many rows have LoRA of their own."""
 OTHERS = (1, None, 2, 0)
 """Another for each."""
 NO_ADAPTER = "none"
@@ -86,18 +88,20 @@ class Expected:
     unit: float
 
     def check(self, found: Tensor) -> Check:
-        """What a column found, against these."""
+        """What a column found, against these; of several copies of the rows all."""
         found = found.float().cpu()
+        copies = found.shape[0] // self.exact.shape[0]
+        exact, swapped = (logits.repeat(copies, 1, 1) for logits in (self.exact, self.swapped))
         rounding = _relative(self.rounded, self.exact)
         chosen = found.argmax(2)
         return Check(
-            error=_relative(found, self.exact),
+            error=_relative(found, exact),
             rounding=rounding,
             allowed=_allowed(rounding, self.unit, times=2),
-            swapped=float((found - self.swapped).abs().amax((1, 2)).min() / self.exact.abs().max()),
-            gap=_gap(self.exact, chosen),
+            swapped=float((found - swapped).abs().amax((1, 2)).min() / exact.abs().max()),
+            gap=_gap(exact, chosen),
             gap_allowed=_allowed(rounding, self.unit, times=1),
-            equal=int((chosen == self.exact.argmax(2)).sum()),
+            equal=int((chosen == exact.argmax(2)).sum()),
             tokens=chosen.numel(),
         )
 

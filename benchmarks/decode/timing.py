@@ -138,7 +138,7 @@ class Span(NamedTuple):
 
 
 def behind_first(spans: Sequence[Span], steps: int) -> list[Span]:
-    """Those of all steps but the first, in which ranks wait for the one that begins last; each step has as many."""
+    """Those of all steps but the first, in which ranks wait for the one that begins last; all have equally many."""
     return sorted(spans, key=lambda span: span.start)[len(spans) // steps :]
 
 

@@ -61,14 +61,15 @@ def delta_mixed(
     num_slots, tokens, width, n_sites, site0, site1, site2,
     OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr, ROOM0: tl.constexpr, ROOM1: tl.constexpr,
     ROOM2: tl.constexpr, PLANES: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_T: tl.constexpr, SHARES: tl.constexpr, LEAST: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_T: tl.constexpr, SHARES: tl.constexpr, TOGETHER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (places in the order of the tokens, column tiles of all sites); else as `delta_tokens`.
 
-    A tile of a segment of LEAST tokens or more, up to BLOCK_T, is cut into SHARES, of which its first programs have one
-    each, for all of the segment's tokens; the others end. SHARES is at most LEAST. OVERLAP: the order and the segments,
-    too, are read before the kernel ahead has ended.
+    A tile of a segment of TOGETHER tokens or more, up to BLOCK_T, is cut into SHARES, of which its first programs have
+    one each, for all of the segment's tokens; the others end. OVERLAP: the order and the segments, too, are read before
+    the kernel ahead has ended.
     """
+    tl.static_assert(SHARES <= TOGETHER, "a segment has a program for each share")
     place = tl.program_id(0)
     token = tl.load(order + place).to(tl.int64)
     chosen, begin, count = load_place(segments, place)
@@ -79,7 +80,7 @@ def delta_mixed(
     plane_stride = tokens.to(tl.int64) * row_size
     ROOM: tl.constexpr = ROOM0 + ROOM1 + ROOM2
     first_row, room = delta + choose(index, 0, ROOM0, ROOM0 + ROOM1), choose(index, ROOM0, ROOM1, ROOM2)
-    if (count >= LEAST) & (size // blocks % 8 == 0) & (start % 8 == 0):
+    if (count >= TOGETHER) & (size // blocks % 8 == 0) & (start % 8 == 0):
         share = place - begin
         # Who waits for this kernel waits for the one ahead, too, if some programs do; the others make room at once.
         if share >= SHARES:

@@ -25,6 +25,7 @@ from bdlora_compile.runtime.kernels.tiles import (
     BY_TOKEN_LIMIT,
     SEGMENT_FIELDS,
     SHARES,
+    TOGETHER,
     Call,
     Expand,
     OneLaunch,
@@ -34,7 +35,6 @@ from bdlora_compile.runtime.kernels.tiles import (
     default_launches,
     delta_tiles,
     h_width,
-    least_together,
     plan_for,
     segment_tokens,
     shrink_beside,
@@ -178,6 +178,7 @@ class Beside(NamedTuple):
         out_features: columns that B writes for each site, from a slot's OUT_START on.
         parts: ranks whose shares of h lie side by side.
         work: the tokens grouped by slot; None works token by token.
+        together: so many of a group have their delta computed together; fewer go token by token, too.
     """
 
     factors: Factors
@@ -185,6 +186,7 @@ class Beside(NamedTuple):
     out_features: Sequence[int]
     parts: int = 1
     work: Work | None = None
+    together: int = TOGETHER
 
 
 def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
@@ -195,7 +197,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
             or one that does not let others start early.
         columns: of the product. Several sites write all of them, one may write fewer.
     """
-    factors, scales, out_features, parts, work = path
+    factors, scales, out_features, parts, work, together = path
     planes, tokens, _, width = h.shape
     overlap, n_sites = can_overlap(), len(factors.sites)
     room = (columns,) if n_sites == 1 else tuple(out_features)
@@ -210,7 +212,7 @@ def delta(h: Tensor, path: Beside, columns: int, dtype: torch.dtype) -> Tensor:
     if work is None:
         delta_tokens[grid](made, h, *bank, factors.token_slot, *sizes, **constants, **options)
     else:
-        groups = {"BLOCK_T": work.size, "SHARES": SHARES, "LEAST": least_together(parts)}
+        groups = {"BLOCK_T": work.size, "SHARES": SHARES, "TOGETHER": together}
         delta_mixed[grid](made, h, *bank, work.order, work.segments, *sizes, **constants, **groups, **options)
     return made
 

@@ -120,7 +120,14 @@ SEGMENT_FIELDS = 6
 """Numbers in a row of segments, see `launch.segment_work`."""
 
 SHARES = 4
-"""Parts of a tile of delta, one for each program, where tokens that share a slot have theirs together."""
+"""Parts of a tile of delta, one for each program, where tokens that share a slot have theirs computed together."""
+
+TOGETHER = 8
+"""Tokens that share a slot from which on that is so, on the tensor cores. Sixteen of a slot were faster so, four of a
+block-diagonal adapter slower; what lies between was not measured."""
+
+TOGETHER_BEHIND_EXCHANGE = 4
+"""The same behind an exchange between ranks, where four of a slot were faster so."""
 
 ELEMENTS_OF_A_WARP = 256
 """Of bf16, 16 bytes for each thread."""
@@ -161,22 +168,13 @@ def shrink_beside(tokens: int, in_features: int, width: int) -> Shrink:
 
 
 def delta_tiles(width: int) -> Expand:
-    """A program of `delta_tokens`; ``width``: of h, all parts together.
+    """A program of `delta_tokens` and `delta_mixed`; ``width``: of h, all parts together.
 
     A thread has 8 columns of y, 16 bytes, and all rows of B at them: no sums across threads, which took longer than
     the rest of the kernel.
     """
     warps = 4
     return Expand(min(max(2, _power_of_two(width)), 16), ELEMENTS_OF_A_WARP * warps, warps)
-
-
-def least_together(parts: int) -> int:
-    """Tokens that share a slot from which on they have their delta together, on the tensor cores.
-
-    Of so many the table in docs/kernels.md says that it takes less time than each by itself: with ``parts`` of ranks
-    each by itself reads more.
-    """
-    return SHARES if parts > 1 else 2 * SHARES
 
 
 def segment_tokens(tokens: int) -> int:

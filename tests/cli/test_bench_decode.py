@@ -26,7 +26,11 @@ def written(folder: Path, *options: str, ranks: int = 1) -> dict[str, list[dict[
 def test_columns_are_checked_and_timed(tmp_path: Path) -> None:
     """On two ranks. Adapters of attention alone have a load of their own, without LoRA at other layers."""
     rows = written(tmp_path, "--kinds", "bd32", "bd32attn", ranks=2)
-    assert [row["kind_of_adapters"] for row in rows["check"]] == ["BD r=32 G=8", "none", "BD r=32 G=8, attention"]
+    assert [(row["kind_of_adapters"], row["rows"]) for row in rows["check"]] == [
+        *(("BD r=32 G=8", rows) for rows in (4, 32)),
+        ("none", 4),
+        *(("BD r=32 G=8, attention", rows) for rows in (4, 32)),
+    ]
     assert all(row["error"] < row["allowed"] < row["swapped"] for row in rows["check"])
     assert [row["strategy"] for row in rows["row"]] == ["base", "local", "local"]
     assert all(row["step"] > 0 for row in rows["row"])

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 import bdlora_compile as bd
 from bdlora_compile import calibrate
@@ -63,3 +65,19 @@ def test_a_single_rank_measures_no_collectives(monkeypatch: pytest.MonkeyPatch) 
     for size, groups in ((1, []), (2, [2]), (3, [2, 3]), (8, [2, 4, 8])):
         monkeypatch.setattr(dist, "get_world_size", lambda size=size: size)
         assert calibrate._group_sizes() == groups
+
+
+def test_the_machine_of_h200s_is_what_was_printed() -> None:
+    """When it was measured; the twin: another latency would not be there."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    then = (results / "2026-11-29-h200x4-calibrate.txt").read_text().splitlines()
+
+    def shown(machine: bd.Machine) -> set[str]:
+        text = StringIO()
+        calibrate.show(machine, [], Console(file=text, width=80))
+        return set(text.getvalue().splitlines()) - {""}
+
+    machine = find_machine("h200-nvlink")
+    assert machine.is_measured(4)
+    assert shown(machine) <= set(then)
+    assert not shown(replace(machine, launch=2e-6)) <= set(then)

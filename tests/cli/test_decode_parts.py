@@ -48,6 +48,7 @@ def test_pictures_show_the_step_that_was_timed() -> None:
     assert slowed == {"GEMM": 2.0, "collectives": 1.0, "idle": 0.0, "waiting for the host": 0.25}
     exact = {"GEMM": 2.0, "collectives": 0.5, "idle": 0.5}
     assert fitted(exact, 3.0, 3.0) == {**exact, "waiting for the host": 0.0}
+    assert fitted({}, 3.0, 3.5) == {"waiting for the host": 0.5}, "a run that was cut off has rows without a profile"
 
 
 def test_profiles_say_when_what_ran_where() -> None:
@@ -77,6 +78,17 @@ def test_logits_within_rounding_are_accepted() -> None:
     assert (check.equal, check.tokens) == (1, 2)
     assert check.error == pytest.approx(0.01)
     assert check.gap == pytest.approx(0.005)
+
+
+def test_each_copy_of_the_rows_is_compared() -> None:
+    """A single one that is off is noticed."""
+    right = logits([1.0, 0.51, 0.0], [0.0, 1.0, 0.998]).repeat(3, 1, 1)
+    check = expected().check(right)
+    check.verify()
+    assert (check.equal, check.tokens) == (3, 6)
+    right[4, 0, 2] += 0.5
+    with pytest.raises(AssertionError, match="the logits are off"):
+        expected().check(right).verify()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def no_buffer(*_: object) -> Tensor:
 
 
 class Rendezvous:
-    """Memory of ranks that meet as torch has it: in their group's store, where each has met others as often."""
+    """Memory of ranks that meet as torch has it: in their group's store, if each has met others equally often."""
 
     def __init__(self) -> None:
         self._number = 0

@@ -86,7 +86,7 @@ KERNELS: dict[str, tuple[Any, Mapping[str, Any], int]] = {
     "apply, rank 8, gate/up of 8B": (apply_tokens, {**GATE_UP, "ROWS": 8}, 8),
     "apply": (apply_tokens, {**APPLY}, 4),
     "delta": (delta_tokens, DELTA, 4),
-    "delta, mixed": (delta_mixed, {**DELTA, "BLOCK_T": 16, "SHARES": 4, "LEAST": 8}, 4),
+    "delta, mixed": (delta_mixed, {**DELTA, "BLOCK_T": 16, "SHARES": 4, "TOGETHER": 8}, 4),
     "norm": (all_reduce_add_norm_rows, NORM, 16),
     "norm and delta": (all_reduce_add_norm_rows, {**NORM, "HAS_DELTA": True}, 16),
     "swiglu": (swiglu_tokens, SWIGLU, 4),

@@ -122,7 +122,7 @@ def test_delta_of_a_segment_reads_b_before_it_waits(compiled: Compiled) -> None:
     (order, registers), (_, by_token) = compiled["delta, mixed"], compiled["delta"]
     ahead = order[: order.index("wait")]
     assert ahead[:4] == ["wide load"] * 4
-    assert set(ahead[4:]) == {"barrier"}, "one, in Triton 3.6 two"
+    assert ahead[4:] in (["barrier"], ["barrier"] * 2), "two in Triton 3.6"
     assert 0 < registers <= by_token + 8
 
 

@@ -24,6 +24,7 @@ MIXES = {
     "several of each": SLOTS,
     "one adapter": [1] * 20,
     "sixteen, three, one and none": [*[0] * 17, 1, 1, 1, -1],
+    "two and three": [0, 1, 1, 0, 1],
     "alone or without": [0, -1, 1, -1],
     "none": [-1] * 3,
 }
@@ -91,7 +92,7 @@ class Call:
         """By the kernel."""
         sites = [*range(len(self.case.out_features))]
         factors = launch.Factors(self.bank.pool, self.bank.slots, self.token_slot, sites)
-        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.case.parts, self.work)
+        path = launch.Beside(factors, self.bank.scales, self.case.out_features, self.case.parts, self.work, together=3)
         delta = launch.delta(self.h, path, self.case.columns, torch.float16)
         assert delta.shape == (BY_TOKEN_LIMIT, self.case.columns)
         return delta[: len(self.chosen)]
@@ -121,7 +122,6 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a few rows and columns, of which all cases have several."""
     monkeypatch.setattr(launch, "delta_tiles", lambda _: Expand(rows=8, columns=32, warps=1))
     monkeypatch.setattr(launch, "SHARES", 2)
-    monkeypatch.setattr(launch, "least_together", lambda _: 2)
 
 
 @pytest.fixture(params=CASES, ids=lambda name: name.replace(" ", "_"))

@@ -16,6 +16,7 @@ from bdlora_compile.runtime.beside import product_beside
 from bdlora_compile.runtime.bridged_ops import lora_expand_, lora_linear_bridged
 from bdlora_compile.runtime.bridged_ops import lora_shrink_grouped as grouped
 from bdlora_compile.runtime.cache_ops import cache_write_
+from bdlora_compile.runtime.kernels import launch
 from bdlora_compile.runtime.kernels.tiles import BY_TOKEN_LIMIT
 from bdlora_compile.runtime.linear_op import lora_linear, lora_linear_beside, with_delta
 from bdlora_compile.runtime.norm_op import all_reduce_add_norm
@@ -152,6 +153,26 @@ def test_a_product_beside_an_exchange(any_call: Call, part: int, monkeypatch: py
     lora = (*call.bank, *call.work(), SITES, 8, call.case.out_features, 2, part)
     arguments = (call.x, call.weight, call.bias, *lora, *transport)
     check_beside(call, lora_linear_bridged._backend_fns["cuda"], lora_linear_bridged, *arguments)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_how_many_share_an_adapter_to_have_their_delta_together(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As measured: fewer behind an exchange, whether ranks have shares of h (column sites) or all of it (row sites)."""
+    monkeypatch.setattr(bridged_ops, "all_reduce", TwiceOverRanks())
+    paths, delta = [], launch.delta
+
+    def noted(h: Tensor, path: launch.Beside, columns: int, dtype: torch.dtype) -> Tensor:
+        paths.append(path)
+        return delta(h, path, columns, dtype)
+
+    monkeypatch.setattr(launch, "delta", noted)
+    call = Call(64, ranks=EVEN_RANKS)
+    lora = (call.x, call.weight, call.bias, *call.bank, *call.work(), SITES, 8, call.case.out_features)
+    transport = (torch.zeros(64, dtype=torch.uint8, device=DEVICE), 0, 0, "group")
+    on_gpu(lora_linear_beside)(*lora)
+    lora_linear_bridged._backend_fns["cuda"](*lora, parts, 0, *transport)
+    assert [path.together for path in paths] == [8, 4]
+    assert all(path.work is not None for path in paths)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="streams are a GPU's")
