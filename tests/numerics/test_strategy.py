@@ -18,7 +18,7 @@ from bdlora_compile.census import Census
 from bdlora_compile.estimate import ModelShape, estimate, phases
 from bdlora_compile.factors import Layout
 from bdlora_compile.ir import Origin
-from bdlora_compile.machine import Link, SymmetricLimits, find_machine, fit_link, known_machines
+from bdlora_compile.machine import Link, LinkKind, SymmetricLimits, find_machine, fit_link, known_machines
 from bdlora_compile.placement import Mesh
 from bdlora_compile.runtime.adapter_targets import FactorKind
 from bdlora_compile.runtime.agreement import Alone
@@ -349,6 +349,19 @@ def test_links_are_fitted_and_extrapolated() -> None:
     with pytest.raises(bd.ConfigError, match="positive slope"):
         fit_link([(size, 1 / size) for size in sizes], "all_reduce")
     made_up = bd.Machine("m", "by hand", 1.0, 1.0, 0.0, {2: known}, {2: known})
-    assert made_up.link("all_reduce", 8) == Link(2 * known.latency, known.bandwidth)
+    assert made_up.link("all_reduce", 32) == Link(2 * known.latency, known.bandwidth)
     assert made_up.is_measured(2)
     assert not made_up.is_measured(8)
+
+
+def test_latencies_grow_as_they_did_from_two_to_four_h200() -> None:
+    """Of all ways of exchange, within 12 %; with the square root of the ranks, the twin, some would not."""
+    machine = find_machine("h200-nvlink")
+    ways = (machine.all_reduce, machine.all_gather, machine.one_shot, machine.two_shot)
+    grown = [way[4].latency / way[2].latency for way in ways]
+    reduce, gather, one_shot, two_shot = ({2: way[2]} for way in ways)
+    two = replace(machine, all_reduce=reduce, all_gather=gather, one_shot=one_shot, two_shot=two_shot)
+    kinds: tuple[LinkKind, ...] = ("all_reduce", "all_gather_into_tensor", "one_shot", "two_shot")
+    told = [two.link(kind, 4).latency / two.link(kind, 2).latency for kind in kinds]
+    assert all(abs(own / measured - 1) < 0.12 for own, measured in zip(told, grown, strict=True))
+    assert max(2**0.5 / measured - 1 for measured in grown) > 0.3
