@@ -135,8 +135,8 @@ def measure(device: torch.device, settings: Settings, name: str) -> tuple[Machin
     sizes = settings.symmetric_sizes
     # The largest group first: torch counts a process's rendezvous, and ranks meet only if their counts are equal
     # (https://github.com/pytorch/pytorch/issues/196082). The file has them in ascending order.
-    widest_first = [*reversed(_group_sizes())] if sizes else []
-    shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in widest_first}
+    largest_first = reversed(_group_sizes())
+    shared = {ranks: measure_symmetric(timer.seconds, device, sizes, ranks) for ranks in largest_first if sizes}
     shared = dict(sorted(shared.items()))
     machine = Machine(
         name,

@@ -45,15 +45,17 @@ def file_of(model: str, size: int, layout: Layout, tokens: int) -> str:
 
 
 @cache
-def sites_of(model: str, ranks: int) -> dict[str, Site]:
-    """Of a known model."""
+def sites_of(model: str, ranks: int) -> Mapping[str, Site]:
+    """Of Llama-3.1, by its size."""
+    config = known_config(f"llama-3.1-{model.lower()}")
     with torch.device("meta"):
-        return dict(served_sites(AutoModelForCausalLM.from_config(known_config(model)), Mesh(ranks), strict=True))
+        return served_sites(AutoModelForCausalLM.from_config(config), Mesh(ranks), strict=True)
 
 
-def estimate(sites: Mapping[str, Site], mesh: Mesh, load: bd.Workload, layout: Layout, rank: int, blocks: int) -> float:
+def estimate(model: str, ranks: int, load: bd.Workload, layout: Layout, rank: int, blocks: int) -> float:
     """Seconds of a layer's LoRA on H200s, all adapters alike."""
-    terms = Terms(mesh, load, find_machine("h200-nvlink"), rank, element_size=2)
+    sites = sites_of(model, ranks)
+    terms = Terms(Mesh(ranks), load, find_machine("h200-nvlink"), rank, element_size=2)
     profiles = [{site: Declared.along_split_dim(own.role, rank, blocks) for site, own in sites.items()}]
     return sum((lora_seconds(group, layout, profiles, terms) for group in group_sites(sites)), Seconds()).total
 
@@ -62,14 +64,13 @@ def estimate(sites: Mapping[str, Site], mesh: Mesh, load: bd.Workload, layout: L
 def test_a_row_is_the_estimate_and_the_measurement(row: Row) -> None:
     model, size, name, tokens, adapters, told, took = row
     kind, layout, rank, blocks = COLUMNS[name]
-    sites = sites_of(f"llama-3.1-{model.lower()}", size)
-    layer = estimate(sites, Mesh(size), bd.Workload(tokens, adapters), layout, rank, blocks)
+    layer = estimate(model, size, bd.Workload(tokens, adapters), layout, rank, blocks)
     assert told == round(layer * 1e6)
     results = measured(file_of(model, size, layout, tokens))
     step, base = results[layout.value, kind, tokens, adapters], results["base", "none", tokens, 1]
     assert took == round((step["gpu"] - base["gpu"]) * 1e3 / LAYERS[model])
-    # What the page says of all rows: up to nearly three times what was measured, and not below it.
-    assert 0.95 < told / took < 3
+    # What the page says of all rows: up to nearly three times what was measured, with 70B, and not below it.
+    assert 0.95 < told / took < (3 if model == "70B" else 2.3)
 
 
 def test_the_kernels_estimates_are_those_of_the_page() -> None:
@@ -78,12 +79,10 @@ def test_the_kernels_estimates_are_those_of_the_page() -> None:
         r"^\| (8B|70B), ([a-z-]+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", PAGE.read_text(), re.MULTILINE
     )
     assert len(found) == 12
-    of_model = {model: sites_of(f"llama-3.1-{model.lower()}", 8) for model in ("8B", "70B")}
     above = []
     for model, kind, rank, tokens, told, took in found:
         blocks = 8 if kind == "block-diagonal" else 1
-        load, own = bd.Workload(int(tokens), int(tokens)), of_model[model]
-        layer = estimate(own, Mesh(8), load, Layout.LOCAL, int(rank), blocks)
+        layer = estimate(model, 8, bd.Workload(int(tokens), int(tokens)), Layout.LOCAL, int(rank), blocks)
         assert told == f"{layer * 1e6:.1f}"
         above.append(float(took) / float(told))
     assert f"takes {min(above):.1f} to {max(above):.1f} times its estimate" in PAGE.read_text()
@@ -101,14 +100,12 @@ def test_layouts_are_in_their_order() -> None:
 
 def test_a_step_in_another_layout_costs_what_is_estimated() -> None:
     """S-LoRA's less the local layout's, ordinary adapters, 16 rows: performance.md has these numbers; not so of 70B."""
-    told = {}
+    told, layouts = {}, (Layout.SLORA, Layout.LOCAL)
     for model, size in (("8B", 2), ("8B", 4), ("70B", 4)):
-        results = measured(RUNS["b"] if size == 2 else OF_FOUR[model == "70B"])
-        steps = [results[layout.value, "ordinary r=16", 16, 16]["gpu"] for layout in (Layout.SLORA, Layout.LOCAL)]
-        layers = [
-            estimate(sites_of(f"llama-3.1-{model.lower()}", size), Mesh(size), bd.Workload(16, 16), layout, 16, 1)
-            for layout in (Layout.SLORA, Layout.LOCAL)
-        ]
+        # On two GPUs one run has both.
+        results = measured(file_of(model, size, Layout.SLORA, 16))
+        steps = [results[layout.value, "ordinary r=16", 16, 16]["gpu"] for layout in layouts]
+        layers = [estimate(model, size, bd.Workload(16, 16), layout, 16, 1) for layout in layouts]
         expected = (layers[0] - layers[1]) * 1e3 * LAYERS[model]
         told[model, size] = f"{steps[0] - steps[1]:.2f}", f"{expected:.2f}"
         assert model == "70B" or expected == pytest.approx(steps[0] - steps[1], rel=0.1)
