@@ -7,7 +7,7 @@ submodules of a loaded model: these are not looked at again once a forward has b
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from bdlora_compile.runtime.program import Launched
 
 _LIMIT = 64
 _CACHE_TENSORS = ("store", "lengths", "starts")
+_NO_FIELDS = {field.name: None for field in fields(CausalLMOutputWithPast)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class KnownStep:
         for position, name in self.from_cache.items():
             args[position] = getattr(cache, name)
         results = self.launched.program(*args)
-        return CausalLMOutputWithPast(logits=results[self.logits], past_key_values=cache if self.gives_cache else None)
+        return _output(results[self.logits], cache if self.gives_cache else None)
 
 
 class KnownSteps:
@@ -97,6 +98,16 @@ class KnownSteps:
     def forget(self) -> None:
         """Forget all steps: the model is compiled anew."""
         self._steps.clear()
+
+
+def _output(logits: Tensor, cache: LocalCache | None) -> CausalLMOutputWithPast:
+    """What the class's constructor makes of the same; that takes a quarter of a step's Python."""
+    held = {"logits": logits} if cache is None else {"logits": logits, "past_key_values": cache}
+    made = CausalLMOutputWithPast.__new__(CausalLMOutputWithPast)
+    made.__dict__.update(_NO_FIELDS, **held)
+    for name, value in held.items():
+        OrderedDict.__setitem__(made, name, value)
+    return made
 
 
 def _sources(

@@ -127,8 +127,7 @@ class StepGraphs:
     def __init__(
         self, arguments: frozenset[int], in_place: frozenset[int], recorder: Callable[[], Recorder], limit: int = _LIMIT
     ) -> None:
-        self._arguments = sorted(arguments)
-        self._in_place = in_place
+        self._arguments = [(index, index in in_place) for index in sorted(arguments)]
         self._new_recorder = recorder
         self._recorder = recorder()
         self._limit = limit
@@ -154,7 +153,7 @@ class StepGraphs:
         if variant in self._refused:
             self.stats.plain += 1
             return forward(args)
-        key = (variant, *(self._signature(index, args[index]) for index in self._arguments))
+        key = (variant, *[_signature(args[index], is_in_place) for index, is_in_place in self._arguments])
         recorded = self._recorded.get(key)
         if recorded is None and self._may_record(key):
             recorded = self._record(key, args, forward)
@@ -184,8 +183,8 @@ class StepGraphs:
     def _record(self, key: Hashable, args: Sequence[Any], forward: Forward) -> _Recorded | None:
         inputs = {
             index: _Input.like(args[index])
-            for index in self._arguments
-            if index not in self._in_place and isinstance(args[index], Tensor)
+            for index, is_in_place in self._arguments
+            if not is_in_place and isinstance(args[index], Tensor)
         }
         static = [inputs[index].own if index in inputs else value for index, value in enumerate(args)]
         try:
@@ -203,11 +202,11 @@ class StepGraphs:
         recorded = self._recorded[key] = _Recorded(inputs, replay, results)
         return recorded
 
-    def _signature(self, index: int, value: Any) -> Hashable:
-        if not isinstance(value, Tensor):
-            return value
-        address = value.data_ptr() if index in self._in_place else None
-        return (value.shape, value.stride(), value.dtype, value.device, address)
+
+def _signature(value: Any, is_in_place: bool) -> Hashable:
+    if not isinstance(value, Tensor):
+        return value
+    return (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() if is_in_place else None)
 
 
 def _first_error(error: BaseException) -> BaseException:

@@ -8,12 +8,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import bdlora_compile as bd
-from bdlora_compile import backend
+from bdlora_compile import backend, known_steps
 from bdlora_compile.ir import Captured
 from bdlora_compile.mutation import argument_indices, buffer_arguments, mutated_arguments
 from bdlora_compile.runtime import program, step_graphs
+from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.runtime.step_graphs import StepGraphs
 from tests.api.conftest import Files, files  # noqa: F401  # a fixture
 
@@ -272,7 +274,7 @@ def test_a_model_decodes_alike(
     # Sabotage: an address left out of what a step is known by.
     monkeypatch.undo()
     for steps in with_stand_in:
-        steps._in_place = frozenset()
+        steps._arguments = [(index, False) for index, _ in steps._arguments]
     assert not torch.equal(found, decode(model, adapters, with_stand_in))
 
 
@@ -313,6 +315,26 @@ def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs
         monkeypatch.undo()
     model.compile(backend="bdlora")
     assert not model.bdlora_known_steps._steps
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_a_known_step_gives_what_transformers_would(has_cache: bool) -> None:
+    """Made without the class's constructor: fields, keys and order are equal, and it can be assigned to."""
+    logits = torch.ones(2, 1, 3)
+    shape = CacheShape(num_layers=1, local_heads=1, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
+    cache = LocalCache(shape, batch=2, length=8) if has_cache else None
+    found, expected = (make(logits, cache) for make in (known_steps._output, by_constructor))
+    assert type(found) is type(expected)
+    assert vars(found) == vars(expected)
+    assert [*found.items()] == [*expected.items()]
+    assert all(own is other for own, other in zip(found.to_tuple(), expected.to_tuple(), strict=True))
+    assert all(own is other for own, other in zip(tree_leaves(found), tree_leaves(expected), strict=True))
+    found.loss = torch.zeros(())
+    assert found["loss"] is found.loss
+
+
+def by_constructor(logits: torch.Tensor, cache: LocalCache | None) -> CausalLMOutputWithPast:
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 def assert_parts_of_prompts_are_replayed(model: Any, cache: Any, graphs: list[StepGraphs]) -> None:
