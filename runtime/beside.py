@@ -3,7 +3,6 @@
 And launches that must have ended before any kernel starts that is launched behind them.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -62,7 +61,8 @@ def _second_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
     Also where something fails between: memory that the second one uses is given back to the current one.
     """
-    current, beside = torch.cuda.current_stream(device), _stream_of(device, threading.get_ident())
+    current = torch.cuda.current_stream(device)
+    beside = _stream_beside(current)
     beside.wait_stream(current)
     try:
         yield beside
@@ -71,6 +71,10 @@ def _second_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
 
 
 @cache
-def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One for a device, since cuBLAS keeps a workspace for each; one for a thread, since others' may be recorded."""
-    return torch.cuda.Stream(device)
+def _stream_beside(current: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Always the same one, since torch keeps a workspace for cuBLAS on each.
+
+    A recording, which has a stream of its own (`step_graphs.CudaRecorder`), has one of its own here, too: what plain
+    forwards and other threads launch meanwhile is not recorded, and their workspace is not the graph's.
+    """
+    return torch.cuda.Stream(current.device)

@@ -37,17 +37,27 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one memory pool: they never run at the same time."""
+    """Records CUDA graphs that share one memory pool: they never run at the same time.
+
+    On a stream that nothing else uses. A graph holds the address of the workspace that torch keeps for cuBLAS on its
+    stream, and torch gives workspaces back while graphs live: when another graph of that stream ends, or another model
+    is compiled with ``mode="reduce-overhead"`` (https://github.com/pytorch/pytorch/issues/193402). One that was made
+    here goes back to this pool, which stays as long as its graphs; one of a plain forward's stream would be others'
+    memory, or unmapped.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
         # Each thread has a handle of cuBLAS, and a recording cannot make it: another thread may have warmed up.
         torch.cuda.current_blas_handle()
         # Other threads (NCCL's watchdog, uploads of adapters) go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = run()
         self._pool = graph.pool()
         return graph.replay, results

@@ -13,7 +13,7 @@ def test_streams_meet_again_also_where_something_fails(monkeypatch: pytest.Monke
     """Memory that the second one uses is given back to the current one."""
     current, second = MagicMock(), MagicMock()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
-    monkeypatch.setattr(beside, "_stream_of", lambda *_: second)
+    monkeypatch.setattr(beside, "_stream_beside", {current: second}.get)
 
     def use() -> None:
         with beside._second_stream(torch.device("cuda")) as found:
@@ -29,3 +29,11 @@ def test_streams_meet_again_also_where_something_fails(monkeypatch: pytest.Monke
     else:
         use()
     current.wait_stream.assert_called_once_with(second)
+
+
+def test_each_stream_has_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording's is not that of plain forwards, and stays the same."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    plain, recording = MagicMock(), MagicMock()
+    assert beside._stream_beside(plain) is beside._stream_beside(plain)
+    assert beside._stream_beside(plain) is not beside._stream_beside(recording)

@@ -1,5 +1,7 @@
 """Recorded decode steps: equal to plain ones, whatever of their inputs changes; a stand-in records on the CPU."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -181,15 +183,44 @@ def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest
     told: list[str] = []
 
     @contextmanager
-    def recording(graph: object, pool: object, capture_error_mode: str) -> Iterator[None]:
+    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         told.append("recording begins")
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.append("handle"))
     step_graphs.CudaRecorder()(lambda: told.append("forward"))
     assert told == ["handle", "recording begins", "forward"]
+
+
+def test_each_recorder_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else uses it, and all of a recorder's graphs do: the workspace that cuBLAS has there is their pool's."""
+    streams: list[object] = []
+
+    @contextmanager
+    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    for recorder in (step_graphs.CudaRecorder(), step_graphs.CudaRecorder()):
+        for _ in range(2):
+            recorder(lambda: None)
+    assert streams[0] is streams[1] is not streams[2] is streams[3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuBLAS is on GPUs")
+@pytest.mark.parametrize("arguments", [(), ("--shared",)])
+def test_recorded_products_outlive_what_torch_keeps_for_cublas(arguments: Sequence[str]) -> None:
+    """Another model's graphs make torch give its workspaces back; the twin shares its stream with plain forwards."""
+    command = [sys.executable, "-m", "tests.runtime.cleared_workspaces", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (found.stdout.strip() == "equal") is not bool(arguments), found.stderr
 
 
 def test_a_forward_that_the_caller_records_is_not_replayed(
