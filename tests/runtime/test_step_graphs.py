@@ -229,7 +229,7 @@ def test_a_forward_that_the_caller_records_is_not_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A replay inside a recording is an error of CUDA's."""
-    model, _ = bd.load(files.model, dtype=torch.float64)
+    model, _ = bd.load(files.model, dtype=torch.float64, device="cpu")
     model.compile(backend="bdlora")
     cache = bd.make_cache(model, 2, 16)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_model_decodes_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Replayed with other tokens and other adapters; a cache's place, forgotten, would show in the second row."""
-    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
+    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64, "device": "cpu"}
     model, adapters = bd.load(files.model, **options)
     model.compile(backend="bdlora")
     found = decode(model, adapters, with_stand_in)
@@ -311,7 +311,7 @@ def test_a_model_decodes_alike(
 
 def test_known_steps_pass_dynamo_by(files: Files, with_stand_in: list[StepGraphs], monkeypatch: Any) -> None:  # noqa: F811
     """From the second step on the program is called directly; what a graph depends on, changed, asks Dynamo."""
-    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64}
+    options: dict[str, Any] = {"adapters": files.adapters, "dtype": torch.float64, "device": "cpu"}
     model, adapters = bd.load(files.model, **options)
     model.compile(backend="bdlora")
     asked: list[int] = []
@@ -386,7 +386,7 @@ def assert_parts_of_prompts_are_replayed(model: Any, cache: Any, graphs: list[St
 
 def test_options_that_need_a_gpu_say_so(files: Files) -> None:  # noqa: F811
     torch._dynamo.reset()
-    model, _ = bd.load(files.model)
+    model, _ = bd.load(files.model, device="cpu")
     for options in ({"mode": "reduce-overhead"}, {"options": {"cuda_graphs": True}}):
         model.compile(backend="bdlora", **options)
         with pytest.raises(bd.ConfigError, match="a model on CUDA"):
