@@ -27,11 +27,15 @@ def launch(module: str, arguments: Sequence[str], processes: int, stop_seconds: 
 
     A process says itself what went wrong; the launcher's own trace of a failed child would hide it. SIGTERM and SIGINT
     are passed on to the processes, which then have ``stop_seconds`` to end (30 in torch releases that cannot be told).
+    Refused in a process of torchrun: each would start all of them again, beside one another on the same GPUs.
     """
+    from torch.distributed import is_torchelastic_launched
     from torch.distributed.elastic.multiprocessing.api import SignalException  # importing torch takes seconds
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if is_torchelastic_launched():
+        refuse("bdlora: found a process of torchrun, expected a shell: bdlora starts its --tp processes by itself")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

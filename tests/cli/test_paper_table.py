@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.paper_table import PAPER, lines, main, parameters, read
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-29-h200x2-decode.jsonl"
+FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "2026-11-30-h200x2-decode.jsonl"
 
 
 @pytest.mark.parametrize(("model", "rank"), PAPER)

@@ -114,3 +114,12 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = runner.invoke(app, ["run", str(tmp_path / "missing"), "--prompt", "a"])
     assert result.exit_code == 2
     assert "no such folder" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("arguments", [["calibrate"], ["run", "MODEL", "--prompt", "a"], ["serve", "MODEL"]])
+def test_processes_of_torchrun_start_no_others(files: tuple[Path, Path], arguments: list[str]) -> None:
+    """Each would start all ranks, on the same GPUs; the other tests are the twin."""
+    told = [str(files[0]) if argument == "MODEL" else argument for argument in arguments]
+    result = runner.invoke(app, told, env={"TORCHELASTIC_RUN_ID": "outer"})
+    assert result.exit_code == 2
+    assert "found a process of torchrun, expected a shell" in " ".join(result.output.split())
