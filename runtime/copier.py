@@ -30,7 +30,10 @@ class Copier(Protocol):
         ...
 
     def step(self, tickets: Sequence[Ticket]) -> None:
-        """A forward is about to be launched on the current stream, and reads what ``tickets`` upload."""
+        """A forward is about to be launched on the current stream, and reads what ``tickets`` upload.
+
+        It begins when the one before has ended, whatever stream that is on.
+        """
         ...
 
     def upload(self, work: Work) -> Ticket:
@@ -72,7 +75,12 @@ class StreamCopier:
 
     def step(self, tickets: Sequence[Ticket]) -> None:
         # Loads may come from another thread, whose current stream is not that of the forwards.
-        self._compute = torch.cuda.current_stream(self._device)
+        current = torch.cuda.current_stream(self._device)
+        # A caller who records has waited for the GPU, and may not wait for other streams inside.
+        if current != self._compute and not torch.cuda.is_current_stream_capturing():
+            # Forwards share memory: the slots of their tokens, recorded ones' tensors, what ranks exchange.
+            current.wait_stream(self._compute)
+            self._compute = current
         self._wait(tickets)
 
     def upload(self, work: Work) -> Ticket:

@@ -129,11 +129,15 @@ class Deployment:
             ConfigError: the selection was made for another batch, or the forward has too many tokens.
         """
         selection = self.selection
-        if self._written is None or self._written[0] is not selection or self._written[1:] != (batch, seq):
-            self._write(selection, batch, seq)
+        is_written = self._written is not None and self._written[0] is selection and self._written[1:] == (batch, seq)
+        used = self._used if is_written else selection.used()
+        # Before anything is written, which a forward on another stream may still read.
         for rank in self.ranks:
-            rank.bank.before_step(self._used)
-        return bool(self._used)
+            rank.bank.before_step(used)
+        if not is_written:
+            self._write(selection, batch, seq)
+            self._used = used
+        return bool(used)
 
     def _write(self, selection: Selection, batch: int, seq: int) -> None:
         slots = selection.by_token(batch, seq)
@@ -148,4 +152,3 @@ class Deployment:
                 )
             buffer[: slots.numel()].copy_(slots)
         self._written = (selection, batch, seq)
-        self._used = selection.used()
