@@ -156,7 +156,7 @@ class _Leading:
             if self._is_over.is_set():
                 raise _dismissed()
             modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            self._send(Call(target, method.__name__, args, kwargs, *modes, self._writer.take_gone()))
+            self._send(Call(target, method.__name__, args, kwargs, *modes))
             self._is_inside = True
             try:
                 return method(target, *args, **kwargs)
@@ -211,7 +211,10 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
     }
     reader = Reader(makers, fixed, model.bdlora.plan.device)
     failure: Exception | None = None
+    message: Message | None = None
     while True:
+        # A call holds its cache, which rank 0 may have no more.
+        message = None
         try:
             message = reader.read(channel.receive(_GRACE if failure else None))
         except RuntimeError as error:

@@ -37,7 +37,6 @@ class Call:
         method: its name.
         args, kwargs: tensors arrive with their strides, on the receiver's device: graphs are guarded by both.
         grad, inference: torch's modes on rank 0, by which graphs are guarded too.
-        gone: numbers of things that rank 0 has no more.
     """
 
     target: Any
@@ -46,7 +45,6 @@ class Call:
     kwargs: Mapping[str, Any]
     grad: bool
     inference: bool
-    gone: Sequence[int]
 
     def run(self) -> None:
         """Do it here; results are rank 0's business."""
@@ -58,7 +56,7 @@ Message = Signal | Call
 
 
 class Writer:
-    """Makes bytes of messages, on rank 0.
+    """Makes bytes of messages, on rank 0: numbers of things that it has no more, and the message itself.
 
     Args:
         leader: given to what is named, so that its own methods are sent as well.
@@ -72,18 +70,14 @@ class Writer:
         self._count = 0
         self._gone: list[int] = []
 
-    def take_gone(self) -> Sequence[int]:
-        """Numbers of what was forgotten since the last time."""
-        gone, self._gone = self._gone, []
-        return gone
-
     def write(self, message: Message) -> bytes:
         """The bytes.
 
         Raises:
             ConfigError: something in it cannot be sent.
         """
-        buffer = io.BytesIO()
+        buffer, gone = io.BytesIO(), self._gone[:]
+        pickle.dump(gone, buffer)
         try:
             _Pickler(buffer, self._name).dump(message)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -93,6 +87,8 @@ class Writer:
                 expected="tensors, numbers, texts, and caches of `bdlora_compile.make_cache`",
                 remedy="pass what the model's forward needs alone; streamers and criteria belong to `generate`",
             ) from error
+        # Finalizers add to this very list, also meanwhile; what could not be sent above is sent with the next message.
+        del self._gone[: len(gone)]
         return buffer.getvalue()
 
     def _name(self, value: Any) -> object:
@@ -104,12 +100,12 @@ class Writer:
         if not isinstance(value, LocalCache | Batch):
             return None
         if value not in self._numbers:
-            self._count += 1
-            self._numbers[value] = self._count
-            weakref.finalize(value, self._gone.append, self._count)
             if isinstance(value, LocalCache):
                 _require_new(value)
                 value.leader = self._leader
+            self._count += 1
+            self._numbers[value] = self._count
+            weakref.finalize(value, self._gone.append, self._count)
         return (type(value).__name__, self._numbers[value], *value.arguments)
 
 
@@ -130,11 +126,14 @@ class Reader:
         self._made: dict[int, Any] = {}
 
     def read(self, data: bytes) -> Message:
-        """The message; it came over the process group, whose ranks trust each other."""
-        message: Message = _Unpickler(io.BytesIO(data), self._find).load()
-        if isinstance(message, Call):
-            for number in message.gone:
-                self._made.pop(number, None)
+        """The message; it came over the process group, whose ranks trust each other.
+
+        What rank 0 has no more is forgotten before anything is made, so that memory is used as it is there.
+        """
+        stream = io.BytesIO(data)
+        for number in pickle.load(stream):
+            self._made.pop(number, None)
+        message: Message = _Unpickler(stream, self._find).load()
         return message
 
     def _find(self, name: Any) -> Any:

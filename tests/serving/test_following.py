@@ -53,7 +53,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def messages(target: Target, *kinds: str) -> list[bytes]:
     """A call that fails, and signals by name."""
     writer = Writer(None, {"target": target})  # type: ignore[arg-type]  # nothing is named that has a leader
-    call = Call(target, "work", (), {}, grad=False, inference=False, gone=())
+    call = Call(target, "work", (), {}, grad=False, inference=False)
     return [writer.write(call if kind == "call" else Signal[kind]) for kind in kinds]
 
 

@@ -1,8 +1,9 @@
 """The engine's parts by themselves: queues, texts, sampling, messages."""
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import bdlora_compile as bd
+from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.serving import text
-from bdlora_compile.serving.messages import Call, Reader, Writer
+from bdlora_compile.serving.messages import Call, Reader, Signal, Writer
 from bdlora_compile.serving.queues import FairQueues, Key
 from bdlora_compile.serving.requests import SamplingParams
 from bdlora_compile.serving.sampling import RowSampling, choose_tokens
@@ -243,7 +245,7 @@ def test_tensors_arrive_with_their_strides() -> None:
     ]
     target = object()
     writer, reader = Writer(Nobody(), {"it": target}), Reader({}, {"it": target}, torch.device("cpu"))
-    message = reader.read(writer.write(Call(target, "run", tensors, {}, False, False, ())))
+    message = reader.read(writer.write(Call(target, "run", tensors, {}, False, False)))
     assert isinstance(message, Call)
     assert message.target is target
     for sent, got in zip(tensors, message.args, strict=True):
@@ -254,4 +256,49 @@ def test_tensors_arrive_with_their_strides() -> None:
 def test_what_cannot_be_sent_is_refused() -> None:
     """Before anything is sent."""
     with pytest.raises(bd.ConfigError, match="cannot be sent"):
-        Writer(Nobody(), {}).write(Call(None, "run", [lambda: None], {}, False, False, ()))
+        Writer(Nobody(), {}).write(Call(None, "run", [lambda: None], {}, False, False))
+
+
+CACHE = CacheShape(1, 1, 4, torch.float32, torch.device("cpu"))
+
+
+def cache_messages() -> tuple[Callable[[LocalCache], Call], Writer, Reader, "weakref.WeakSet[LocalCache]"]:
+    """Calls with a cache, what writes and reads them, and the caches that the reader has made and that are there."""
+    target, made = object(), weakref.WeakSet[LocalCache]()
+
+    def make(batch: int, length: int) -> LocalCache:
+        assert not made, "the one before is gone before another is made"
+        made.add(cache := LocalCache(CACHE, batch, length))
+        return cache
+
+    def call(cache: LocalCache) -> Call:
+        return Call(target, "run", (), {"past_key_values": cache}, False, False)
+
+    fixed = {"it": target}
+    return call, Writer(Nobody(), fixed), Reader({"LocalCache": make}, fixed, torch.device("cpu")), made
+
+
+def test_caches_end_on_other_ranks_when_they_do_on_rank_0() -> None:
+    """Each is in several calls, as in a loop of tokens; one that cannot be sent with its call is no exception."""
+    call, writer, reader, made = cache_messages()
+    for _ in range(3):
+        cache = LocalCache(CACHE, 1, 8)
+        for _ in range(3):
+            reader.read(writer.write(call(cache)))
+            assert len(made) == 1
+        del cache
+        with pytest.raises(bd.ConfigError, match="cannot be sent"):
+            writer.write(Call(None, "run", [lambda: None], {}, False, False))
+    reader.read(writer.write(Signal.BEAT))
+    assert not made
+
+
+def test_a_cache_that_was_filled_before_is_refused_each_time() -> None:
+    """Other ranks would make an empty one."""
+    call, writer, _, _ = cache_messages()
+    cache = LocalCache(CACHE, 1, 8)
+    cache.set_lengths([3])
+    for _ in range(2):
+        with pytest.raises(bd.ConfigError, match="filled before the other ranks followed"):
+            writer.write(call(cache))
+    assert cache.leader is None
