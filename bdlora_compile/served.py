@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
@@ -100,14 +100,23 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     @contextmanager
     def _room_in_cache(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Check that the forward fits its cache before anything is written, and count its tokens after it ran."""
+        """Check that the forward fits its cache before anything is written, and count its tokens after it ran.
+
+        One that fails leaves the rows as long as they were, wherever it failed: the next one may be the same again.
+        """
         cache, tokens = kwargs.get("past_key_values"), _tokens(args, kwargs)
         if not isinstance(cache, LocalCache) or tokens is None:
             yield
             return
         batch, seq = tokens.shape[:2]
         cache.require_room(self.bdlora_cache_shape, batch, seq)
-        yield
+        try:
+            yield
+        except BaseException:
+            # A device that is lost takes nothing any more; the error that is on its way says so.
+            with suppress(RuntimeError):
+                cache.write_lengths()
+            raise
         cache.advance(seq)
 
     def _call_compiled(self, *args: Any, **kwargs: Any) -> Any:

@@ -223,10 +223,15 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
 
     @led
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens each row holds: those behind them are forgotten, and written next."""
+        """Say how many tokens each row holds: those behind them are forgotten, padding too, and written next."""
         if len(lengths) != self.batch or not all(0 <= length <= self.length for length in lengths):
             raise _misfit(f"{self.batch} rows of up to {self.length} tokens", f"rows of {list(lengths)} tokens")
         self._used = list(lengths)
+        self.write_lengths()
+        torch.minimum(self.starts, self.lengths, out=self.starts)
+
+    def write_lengths(self) -> None:
+        """Tell the device what the host has counted: a forward that failed may have counted there already."""
         # The host does not wait for the forwards before.
         self.lengths.copy_(torch.tensor(self._used), non_blocking=True)
 

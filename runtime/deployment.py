@@ -32,6 +32,28 @@ class RankState:
     all_reduce: AllReduce
 
 
+@dataclass(slots=True, eq=False)
+class _Block:
+    """What forwards use inside a block, in its own thread or task and in those that are started there.
+
+    Attributes:
+        outer: the block that it lies in.
+        is_open: whether it has not ended: only then the slots are those of its adapters.
+    """
+
+    selection: Selection
+    outer: "_Block | None"
+    is_open: bool = True
+
+    def end(self) -> "_Block | None":
+        """Returns: the innermost block around it that has not ended."""
+        self.is_open = False
+        found = self.outer
+        while found is not None and not found.is_open:
+            found = found.outer
+        return found
+
+
 @dataclass(slots=True)
 class Deployment:
     """A model's state in this process; every graph of the model reads it.
@@ -63,7 +85,7 @@ class Deployment:
     watch: StepWatch | None = None
     stand_ins: StandIns | None = None
     # Each thread, and each task of an event loop, has its own choice.
-    _choice: ContextVar[Selection | None] = field(default_factory=lambda: ContextVar("bdlora_choice", default=None))
+    _block: ContextVar[_Block | None] = field(default_factory=lambda: ContextVar("bdlora_block", default=None))
     _num_choices: int = 0
     last_step: Any = None
     _written: tuple[Selection, int, int] | None = None
@@ -80,9 +102,16 @@ class Deployment:
 
         Raises:
             ConfigError: this thread chose nothing while another has a `use` block open: which of both the caller
-                means cannot be known.
+                means cannot be known. Or its block has ended, and its slots may be others' by now.
         """
-        own = self._choice.get()
+        own = self._block.get()
+        if own is not None and not own.is_open:
+            raise ConfigError(
+                "forward",
+                found="a task or thread that was started inside an `adapters.use` block, which has ended since",
+                expected="a block that is open as long as forwards use it",
+                remedy="enter `adapters.use(...)` in the task itself",
+            )
         if own is None and self._num_choices:
             raise ConfigError(
                 "forward",
@@ -90,17 +119,31 @@ class Deployment:
                 expected="a choice of adapters in the thread that runs the model",
                 remedy="enter `adapters.use(...)` in this thread; `adapters.use(None)` is the base model",
             )
-        return BASE_ONLY if own is None else own
+        return BASE_ONLY if own is None else own.selection
 
     @contextmanager
     def chosen(self, selection: Selection) -> Iterator[None]:
-        """Let this thread's forwards use ``selection`` inside the block."""
-        previous = self._choice.get()
-        self._choice.set(selection)
+        """Let this thread's forwards use ``selection`` inside the block.
+
+        Raises:
+            ConfigError: a block that was entered later is open still: forwards used that one's.
+        """
+        own = _Block(selection, self._block.get())
+        self._block.set(own)
         try:
             yield
         finally:
-            self._choice.set(previous)
+            outer, current = own.end(), self._block.get()
+            # What ends a generator may be another task, in which nothing of it is set.
+            if current is own:
+                self._block.set(outer)
+            elif current is not None and current.is_open:
+                raise ConfigError(
+                    "adapters.use",
+                    found="a block that ends before one that was entered inside of it, as in generators read in turn",
+                    expected="each to end before the one that it lies in: forwards since had the later one's adapters",
+                    remedy="enter a block around each forward, not around a `yield`",
+                )
 
     @contextmanager
     def chosen_by_user(self, selection: Selection) -> Iterator[None]:
@@ -116,8 +159,9 @@ class Deployment:
 
     def repeat_rows(self, repeats: int) -> None:
         """Every row of this thread's batch became ``repeats`` rows."""
-        selection = self.selection
-        self._choice.set(replace(selection, repeats=selection.repeats * repeats))
+        block = self._block.get()
+        if block is not None:
+            block.selection = replace(block.selection, repeats=block.selection.repeats * repeats)
 
     def select(self, batch: int, seq: int) -> bool:
         """Write the slot of each token of the coming forward into every hosted bank; ``step`` is held.

@@ -58,7 +58,7 @@ class World:
 
     def new_set(self) -> bd.AdapterSet:
         """Empty, whatever a machine that failed left behind."""
-        self.model.bdlora._choice.set(None)
+        self.model.bdlora._block.set(None)
         self.model.bdlora._num_choices = 0
         for rank in self.model.bdlora.ranks:
             for slot in list(rank.bank._sizes):

@@ -145,3 +145,37 @@ def test_other_cache_implementations_are_refused(served: tuple[Any, Any]) -> Non
     model, _ = served
     with pytest.raises(bd.ConfigError, match="cache_implementation"):
         model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), cache_implementation="static", max_new_tokens=1)
+
+
+def test_a_forward_that_fails_late_leaves_its_rows_as_they_were(
+    files: Files, served: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are the likeliest thing not to fit, and lengths are written before; the same again is right."""
+    model, adapters = served
+    cache = bd.make_cache(model, 2, 16)
+    program = type(model.bdlora).select
+
+    def forward_and_fail(*args: Any) -> bool:
+        cache.lengths.add_(PROMPT.shape[1])
+        raise torch.OutOfMemoryError("logits")
+
+    monkeypatch.setattr(type(model.bdlora), "select", forward_and_fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        two_steps(model, adapters, cache)
+    monkeypatch.setattr(type(model.bdlora), "select", program)
+    assert cache.lengths.tolist() == [0, 0]
+    assert relative_error(two_steps(model, adapters, cache), reference(files)) < TOLERANCE
+
+
+def test_padding_is_forgotten_with_the_tokens_before_it(served: tuple[Any, Any]) -> None:
+    """Rows that are emptied after a padded batch hold no padding; those that keep it keep it."""
+    model, adapters = served
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    cache, fresh = bd.make_cache(model, 2, 16), bd.make_cache(model, 2, 16)
+    with adapters.use(ROWS), torch.no_grad():
+        model(PROMPT, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.set_lengths([3, 3])
+        assert cache.starts.tolist() == [2, 0]
+        cache.set_lengths([0, 0])
+        found, right = (model(PROMPT, past_key_values=one, use_cache=True).logits for one in (cache, fresh))
+    assert torch.equal(found, right)

@@ -1,5 +1,7 @@
 """Choosing adapters: by row, by token, nested, outside a forward, with rows that `generate` repeats; loads."""
 
+from collections.abc import Iterator
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -172,3 +174,44 @@ def test_a_thread_that_compiles_sends_no_other_past_the_lock(
         during = model(IDS).logits
     assert len(ran) == 2
     assert torch.equal(before, during)
+
+
+def test_a_task_that_outlives_its_block_is_refused(served: tuple[Any, Any], reference: Reference) -> None:
+    """As `asyncio.create_task` and `to_thread` copy it: the slot may be another adapter's by then."""
+    model, adapters = served
+    with adapters.use("plain"):
+        task = copy_context()
+        inside = task.run(logits, model)
+    assert relative_error(inside, reference.logits(IDS, ["plain", "plain"])) < TOLERANCE, "the twin: it is open"
+    with pytest.raises(bd.ConfigError, match=r"inside an `adapters\.use` block, which has ended"):
+        task.run(logits, model)
+    assert relative_error(logits(model), reference.logits(IDS, [None, None])) < TOLERANCE
+
+
+def test_generators_that_are_read_in_turn_are_noticed(served: tuple[Any, Any], reference: Reference) -> None:
+    """The innermost block counts, whose ever it is; who ends first is told, and nothing is left behind."""
+    model, adapters = served
+
+    def steps(name: str) -> Iterator[torch.Tensor]:
+        with adapters.use(name):
+            while True:
+                yield logits(model)
+
+    first, second = steps("plain"), steps("blocks")
+    next(first)
+    next(second)
+    assert relative_error(next(first), reference.logits(IDS, ["blocks", "blocks"])) < TOLERANCE
+    with pytest.raises(bd.ConfigError, match="ends before one that was entered inside of it"):
+        first.close()  # type: ignore[attr-defined]  # a generator
+    second.close()  # type: ignore[attr-defined]
+    assert relative_error(logits(model), reference.logits(IDS, [None, None])) < TOLERANCE
+
+
+def test_a_block_may_end_in_another_task(served: tuple[Any, Any]) -> None:
+    """As generators do whose reader has gone: nothing of it is set there."""
+    model, adapters = served
+    block = adapters.use("plain")
+    copy_context().run(block.__enter__)
+    block.__exit__(None, None, None)
+    logits(model)
+    assert not model.bdlora._num_choices
