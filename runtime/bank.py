@@ -93,7 +93,9 @@ class AdapterBank:
         self._copier = copier or PlainCopier()
         self._sizes: dict[int, int] = {}
         self._uploads: dict[int, Ticket] = {}
-        # Taken now: a full device must not stop a move.
+        # Taken now: a full device must not stop a move, nor an upload whose slot has been given to it.
+        self._rows = self.slots[:, 0].clone(memory_format=torch.contiguous_format)
+        self._scales = self.scales[:, 0].clone(memory_format=torch.contiguous_format)
         self._bounce = self.pool.new_empty(min(max(capacity, 1), _BOUNCE_BYTES // self.pool.element_size()))
 
     def stage(self, factors: Mapping[str, tuple[LocalFactors, float]]) -> StagedAdapter:
@@ -154,11 +156,13 @@ class AdapterBank:
 
     def _copy(self, slot: int, staged: StagedAdapter, start: int) -> None:
         self.pool[start : start + staged.chunk.numel()].copy_(staged.chunk, non_blocking=True)
-        rows = self.slots[:, slot]
-        rows.copy_(staged.rows, non_blocking=True)
-        rows[:, SlotField.A_OFFSET] += start
-        rows[:, SlotField.B_OFFSET] += start
-        self.scales[:, slot].copy_(staged.scales, non_blocking=True)
+        # By way of memory that lies together: else torch would ask the device for some, and might get none.
+        self._rows.copy_(staged.rows, non_blocking=True)
+        self._rows[:, SlotField.A_OFFSET] += start
+        self._rows[:, SlotField.B_OFFSET] += start
+        self.slots[:, slot].copy_(self._rows)
+        self._scales.copy_(staged.scales, non_blocking=True)
+        self.scales[:, slot].copy_(self._scales)
 
     def _move_all(self, moves: Sequence[Move]) -> None:
         for move in moves:

@@ -6,6 +6,7 @@ Every decode step of a batch is such a forward, and so is every part of a prompt
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -56,11 +57,24 @@ class CudaRecorder:
             self._stream = torch.cuda.Stream()
         # Each thread has a handle of cuBLAS, and a recording cannot make it: another thread may have warmed up.
         torch.cuda.current_blas_handle()
-        # Other threads (NCCL's watchdog, uploads of adapters) go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            results = run()
-        self._pool = graph.pool()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        caller = torch.cuda.current_stream()
+        try:
+            # Other threads (NCCL's watchdog, uploads of adapters) go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results = run()
+        except BaseException:
+            self._abandon(caller)
+            raise
         return graph.replay, results
+
+    def _abandon(self, caller: torch.cuda.Stream) -> None:
+        """What torch leaves of a recording that is broken off: its stream is current, its pool being recorded into."""
+        torch.cuda.set_stream(caller)
+        with suppress(RuntimeError):  # where it was ended after all
+            torch._C._cuda_endAllocateToPool(caller.device_index, self._pool)
+        self._pool = self._stream = None
 
 
 @dataclass(slots=True)

@@ -5,10 +5,12 @@ collectives in a CUDA graph, and nothing watches symmetric memory: whoever waits
 exception can reach it. What can be done is to say which rank is lost, and to end the process.
 """
 
+import math
 import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn, Protocol
@@ -66,7 +68,8 @@ class StepWatch:
         self._give_up = give_up
         self._mark = mark
         self._end = end
-        self._newest: tuple[Mark, float] | None = None
+        # Of forwards that the device has not passed, oldest first; as many as the host may be ahead.
+        self._marks: deque[tuple[Mark, float]] = deque()
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
@@ -77,7 +80,7 @@ class StepWatch:
         mark = self._mark()
         if mark is None:
             return
-        self._newest = mark, self._limits[is_first]
+        self._marks.append((mark, self._limits[is_first]))
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="bdlora-step-watch", daemon=True)
             self._thread.start()
@@ -87,19 +90,13 @@ class StepWatch:
         self._stopped.set()
 
     def _watch(self) -> None:
-        watched = passed = None
-        since = 0.0
+        had_marks, since = False, 0.0
         while not self._stopped.wait(min(_POLL_SECONDS, self._limits[0] / 4)):
-            if watched is None and self._newest is not passed:
-                # Of the forwards that came meanwhile the last one: the device cannot pass it without the others.
-                watched, since = self._newest, time.monotonic()
-            if watched is None:
-                continue
-            mark, limit = watched
             try:
-                if mark.query():
-                    watched, passed = None, watched
-                    continue
+                if self._pass() or not had_marks:
+                    since = time.monotonic()
+                had_marks = bool(self._marks)
+                limit = self._marks[0][1] if had_marks else math.inf
                 is_late = time.monotonic() - since > limit
                 reason = f"a forward that was not over after {limit:g} s" if is_late else ""
             except RuntimeError as error:
@@ -107,3 +104,11 @@ class StepWatch:
             if reason:
                 self._end(self._give_up(reason))
                 return
+
+    def _pass(self) -> bool:
+        """Forget the forwards that the device has passed; returns whether there are any."""
+        has_passed = False
+        while self._marks and self._marks[0][0].query():
+            self._marks.popleft()
+            has_passed = True
+        return has_passed

@@ -1,7 +1,10 @@
 """The adapter bank alone: where factors lie, what moving keeps, and what has to wait for what on a device."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from bdlora_compile.errors import AdapterError
 from bdlora_compile.factors import LocalFactors, LocalShape
@@ -130,3 +133,30 @@ def test_a_value_that_overflows_is_refused() -> None:
     huge = LocalFactors(shape, torch.full((1, 16), 1e6), torch.ones(1, 8))
     with pytest.raises(AdapterError, match="overflows"):
         own.stage({"first": (huge, 1.0)})
+
+
+class HostCopies(TorchFunctionMode):
+    """Targets of copies from a staged adapter, which lies in the host's memory."""
+
+    def __init__(self, staged: StagedAdapter) -> None:
+        super().__init__()
+        self._sources = [staged.chunk, staged.rows, staged.scales]
+        self.targets: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and any(args[1] is source for source in self._sources):
+            self.targets.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_upload_asks_the_device_for_no_memory() -> None:
+    """By then its slot has been given to it. torch takes some where elements lie apart; a slot's rows of tables do."""
+    own = bank(4096)
+    newcomer = staged(own, 4, seed=0)
+    with HostCopies(newcomer) as copies:
+        own.write(2, newcomer, 32)
+    assert len(copies.targets) == 3
+    assert all(target.is_contiguous() for target in copies.targets)
+    assert not own.slots[:, 2].is_contiguous()
+    assert torch.equal(own.scales[:, 2], newcomer.scales)
+    assert (own.slots[:, 2, SlotField.A_OFFSET] == newcomer.rows[:, SlotField.A_OFFSET] + 32).all()

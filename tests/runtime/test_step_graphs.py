@@ -189,6 +189,8 @@ def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.append("handle"))
     step_graphs.CudaRecorder()(lambda: told.append("forward"))
@@ -206,12 +208,46 @@ def test_each_recorder_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
     for recorder in (step_graphs.CudaRecorder(), step_graphs.CudaRecorder()):
         for _ in range(2):
             recorder(lambda: None)
     assert streams[0] is streams[1] is not streams[2] is streams[3]
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves its stream current and its pool open: later work would run there, later recordings be refused."""
+    caller, current, open_pools = MagicMock(), [object()], list[object]()
+    streams, pools = [object(), object()], iter([(0, 1), (0, 2)])
+    current[0] = caller
+
+    @contextmanager
+    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert pool not in open_pools, "already recording to it"
+        current[0] = stream
+        open_pools.append(pool)
+        yield
+        open_pools.remove(pool)
+        current[0] = caller
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.pop())
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: open_pools.remove(pool), raising=False)
+    recorder = step_graphs.CudaRecorder()
+    with pytest.raises(ZeroDivisionError):
+        recorder(lambda: 1 // 0)
+    assert current == [caller]
+    assert not open_pools
+    assert recorder(lambda: "results")[1] == "results"
+    assert not streams, "on another stream than the one that broke"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="cuBLAS is on GPUs")

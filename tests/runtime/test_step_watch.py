@@ -95,6 +95,16 @@ def test_the_last_of_several_forwards_is_noticed(watched: Watched) -> None:
     assert watched.ended.wait(10)
 
 
+def test_a_host_that_is_far_ahead_is_no_loss(watched: Watched) -> None:
+    """The device passes one forward after the other; all that are launched take it ten times the limit."""
+    for _ in range(40):
+        watched.watch.launched()
+    for number in range(1, 40):
+        assert not watched.ended.wait(LIMIT / 4)
+        watched.device.passed.add(number)
+    assert watched.ended.wait(10), "the last one does not end"
+
+
 def test_the_first_forward_of_a_graph_has_more_time(watched: Watched) -> None:
     watched.watch.launched(is_first=True)
     assert not watched.ended.wait(2 * LIMIT)
