@@ -189,7 +189,7 @@ def make_cache(model: PreTrainedModel, batch: int, length: int) -> LocalCache:
             expected="a model from `bdlora_compile.load` or `attach`",
             remedy="load the model with `bdlora_compile.load`",
         )
-    return LocalCache(model.bdlora_cache_shape, batch, length)
+    return model.new_cache(batch, length)
 
 
 def _check_dtype(dtype: object) -> None:
@@ -317,7 +317,7 @@ def reports(model: PreTrainedModel) -> Sequence[Report]:
 
 
 def release_graphs(model: PreTrainedModel) -> None:
-    """Let go of the CUDA graphs of a loaded model; a later forward is recorded anew.
+    """Let go of the CUDA graphs of a loaded model, and of ended caches' memory; a later forward is recorded anew.
 
     Call it before ``torch.distributed.destroy_process_group()`` on GPUs: that waits for recorded collectives to go, and
     so for ever for those of a model that is still there (https://github.com/pytorch/pytorch/issues/115388). No other
@@ -327,3 +327,4 @@ def release_graphs(model: PreTrainedModel) -> None:
     if isinstance(model, ServedModel):
         for steps in list(model.bdlora.step_graphs):
             steps.forget()
+        model.bdlora_memories.forget()

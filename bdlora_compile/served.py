@@ -1,7 +1,8 @@
 """What a loaded model adds to its Hugging Face class: a cache of own heads, and errors where it cannot do a thing."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, NoReturn
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 
 from bdlora_compile.errors import ConfigError, HollowError
 from bdlora_compile.known_steps import KnownSteps
-from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding
+from bdlora_compile.runtime.cache import CacheShape, LocalCache, left_padding, new_memory
+from bdlora_compile.runtime.cache_memory import CacheMemories
 from bdlora_compile.runtime.deployment import Deployment
 from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.selection import Selection
@@ -28,6 +30,7 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
 
     bdlora: Deployment
     bdlora_cache_shape: CacheShape
+    bdlora_memories: CacheMemories
     bdlora_known_steps: KnownSteps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +178,15 @@ class ServedModel(PreTrainedModel):  # type: ignore[misc]  # transformers is unt
             )
         repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
         length = -(-max_cache_length // _CACHE_STEP) * _CACHE_STEP
-        model_kwargs["past_key_values"] = LocalCache(self.bdlora_cache_shape, batch_size * repeats, length)
+        model_kwargs["past_key_values"] = self.new_cache(batch_size * repeats, length)
+
+    def new_cache(self, batch: int, length: int, number: Hashable = None) -> LocalCache:
+        """A cache of ``batch`` rows of up to ``length`` tokens; ``number``: as on rank 0, if the other ranks follow."""
+        size, memories = (batch, length), self.bdlora_memories
+        memory = memories.take(size, number)
+        cache = LocalCache(self.bdlora_cache_shape, batch, length, memory)
+        weakref.finalize(cache, memories.give, size, memory).atexit = False
+        return cache
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         """Never: ``generate`` would compile the model a second time with another backend."""
@@ -239,6 +250,7 @@ def serve(model: PreTrainedModel, deployment: Deployment, cache_shape: CacheShap
         model.generation_config.use_cache = True
     model.bdlora = deployment
     model.bdlora_cache_shape = cache_shape
+    model.bdlora_memories = CacheMemories(partial(new_memory, cache_shape), deployment.follow_forwards)
     model.bdlora_known_steps = KnownSteps()
     model.__class__ = type(cls.__name__, (ServedModel, cls), {"__module__": cls.__module__})
 

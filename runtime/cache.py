@@ -1,6 +1,6 @@
 """A key/value cache that holds this rank's heads only, for transformers' ``generate`` and for loops of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from bdlora_compile.errors import ConfigError, HollowError
+from bdlora_compile.runtime.cache_memory import CacheMemory, Size
 from bdlora_compile.runtime.leading import Leader, led
 
 
@@ -127,6 +128,7 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         shape: what the model needs on a rank.
         batch: rows.
         length: tokens that a row can hold.
+        memory: what it lies in; its own by default.
 
     Attributes:
         store: [layers, 2, batch, local kv heads, length, head_dim]. One tensor for all layers, so that a compiled
@@ -134,14 +136,14 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
             lie together: to attention each head of each row is a sequence of its own.
         lengths: int64 [batch], tokens that each row holds, left padding included.
         starts: int64 [batch], tokens of left padding in each row: they are never seen.
+        number: of its memory, the same on all ranks; see `runtime.cache_memory`.
         leader: on rank 0, once other ranks that follow have one like it (see `runtime.leading`).
     """
 
-    def __init__(self, shape: CacheShape, batch: int, length: int) -> None:
-        size = (shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim)
-        self.store = _hosted_zeros(size, shape)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=shape.device)
-        self.starts = torch.zeros(batch, dtype=torch.int64, device=shape.device)
+    def __init__(self, shape: CacheShape, batch: int, length: int, memory: CacheMemory | None = None) -> None:
+        memory = memory or new_memory(shape, (batch, length), None)
+        self.number = memory.number
+        self.store, self.lengths, self.starts = memory.store, memory.lengths, memory.starts
         super().__init__(layers=[LocalCacheLayer(self.store, self.lengths, i) for i in range(shape.num_layers)])
         self.shape = shape
         self.batch = batch
@@ -152,9 +154,9 @@ class LocalCache(Cache):  # type: ignore[misc]  # transformers is untyped for my
         _mark_sizes_dynamic(self)
 
     @property
-    def arguments(self) -> tuple[int, int]:
-        """What another rank makes its own from: batch and length."""
-        return self.batch, self.length
+    def arguments(self) -> tuple[int, int, Hashable]:
+        """What another rank makes its own from: batch, length and number."""
+        return self.batch, self.length, self.number
 
     @property
     def is_used(self) -> bool:
@@ -301,6 +303,15 @@ def hosted(tensor: Tensor) -> Sequence[Tensor]:
     """The tensors that the hosted ranks hold in place of ``tensor``, which is the first hosted rank's."""
     peers: Sequence[Tensor] = getattr(tensor, "bdlora_peers", ())
     return (tensor, *peers)
+
+
+def new_memory(shape: CacheShape, size: Size, number: Hashable) -> CacheMemory:
+    """Memory of a new cache, all zeros. Its store has the number, by which recorded forwards know it."""
+    batch, length = size
+    store = _hosted_zeros((shape.num_layers, 2, batch, shape.local_heads, length, shape.head_dim), shape)
+    store.bdlora_number = number  # type: ignore[attr-defined]  # read back by `step_graphs`
+    lengths, starts = (torch.zeros(batch, dtype=torch.int64, device=shape.device) for _ in range(2))
+    return CacheMemory(number, store, lengths, starts, (*hosted(store), lengths, starts))
 
 
 def _hosted_zeros(size: Sequence[int], shape: CacheShape) -> Tensor:

@@ -183,6 +183,12 @@ class Deployment:
             self._used = used
         return bool(used)
 
+    def follow_forwards(self) -> None:
+        """Let what is launched next on the current stream run behind all forwards that were launched."""
+        with self.step:
+            for rank in self.ranks:
+                rank.bank.before_step(())
+
     def _write(self, selection: Selection, batch: int, seq: int) -> None:
         slots = selection.by_token(batch, seq)
         for rank in self.ranks:

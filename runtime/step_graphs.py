@@ -136,8 +136,8 @@ class _Recorded:
 class StepGraphs:
     """Runs a program's forwards, replaying those that it has seen before.
 
-    A forward is known by its variant, the shapes of its arguments, and the addresses of those that it writes in place
-    (the cache) or that stay where they are (buffers of the model): these are used there. Other arguments are copied
+    A forward is known by its variant, the shapes of its arguments, and the places of those that it writes in place (the
+    cache) or that stay where they are (buffers of the model): these are used there. Other arguments are copied
     into tensors of its own. Weights and adapters lie at fixed addresses and are read there, so a loaded or evicted
     adapter needs nothing here. Results are copies: the next forward does not change them.
 
@@ -230,7 +230,9 @@ class StepGraphs:
 def _signature(value: Any, is_in_place: bool) -> Hashable:
     if not isinstance(value, Tensor):
         return value
-    return (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() if is_in_place else None)
+    # The number of a cache, too: whether a forward is known must not depend on a rank's own addresses.
+    place = (value.data_ptr(), getattr(value, "bdlora_number", None)) if is_in_place else None
+    return (value.shape, value.stride(), value.dtype, value.device, place)
 
 
 def _first_error(error: BaseException) -> BaseException:

@@ -18,7 +18,6 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 
 from bdlora_compile.errors import BdloraError, ConfigError, LostRankError
-from bdlora_compile.model import make_cache
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.served import ServedModel
 from bdlora_compile.serving.batch import Batch
@@ -205,8 +204,9 @@ class _Leading:
 
 def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> None:
     """Repeat rank 0's calls until it ends."""
-    makers = {
-        "LocalCache": lambda batch, length: make_cache(model, batch, length),
+    makers: Mapping[str, Callable[..., Any]] = {
+        # Numbers that rank 0 gave, apart from those that caches get here.
+        "LocalCache": lambda batch, length, number: model.new_cache(batch, length, ("rank 0", number)),
         "Batch": lambda rows, length: Batch(model, rows, length),
     }
     reader = Reader(makers, fixed, model.bdlora.plan.device)

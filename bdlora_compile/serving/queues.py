@@ -10,6 +10,7 @@ their rows can hold, however many requests one of them sends.
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Generic, TypeVar
 
 from bdlora_compile.errors import QueueFullError
@@ -18,6 +19,14 @@ Key = str | None
 """An adapter's name, None for the base model."""
 
 _T = TypeVar("_T")
+
+
+class Readiness(Enum):
+    """Whether an adapter's requests can run."""
+
+    READY = "now"
+    NO_ROOM = "when others have ended: those that run before it take what it waits for"
+    COMING = "soon, whatever others do meanwhile"
 
 
 class FairQueues(Generic[_T]):
@@ -70,24 +79,27 @@ class FairQueues(Generic[_T]):
             remedy="send it again later, or start more replicas",
         )
 
-    def next(self, can_run: Callable[[Key], bool], patience: int) -> tuple[Key] | None:
+    def next(self, readiness: Callable[[Key], Readiness], patience: int) -> tuple[Key] | None:
         """Whose turn it is, in a tuple since a key may be None; None if it is nobody's.
 
-        An adapter that cannot run now is passed over, ``patience`` times at most: then nobody is served before it.
+        An adapter that has no room is passed over, ``patience`` times at most: then nobody is served before it.
 
         Args:
-            can_run: whether an adapter can run now.
-            patience: how often others may overtake one that cannot.
+            readiness: whether an adapter can run now.
+            patience: how often others may overtake one that has no room.
         """
         overtaken: list[Key] = []
         with self._lock:
             order = sorted(self._queues, key=self._served.__getitem__)
         for key in order:
             # Asking may take long, and may empty a queue: not under the lock.
-            if can_run(key):
+            found = readiness(key)
+            if found is Readiness.READY:
                 for other in overtaken:
                     self._passed[other] = self._passed.get(other, 0) + 1
                 return (key,)
+            if found is Readiness.COMING:
+                continue
             if self._passed.get(key, 0) >= patience:
                 return None
             if key in self._queues:

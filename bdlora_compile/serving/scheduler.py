@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from bdlora_compile.errors import AdapterError, BdloraError, LostRankError, RequestError
+from bdlora_compile.errors import AdapterError, BdloraError, LostRankError, QueueFullError, RequestError
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.runtime.pending import Pending
 from bdlora_compile.runtime.selection import NO_ADAPTER
 from bdlora_compile.serving.batch import Batch
-from bdlora_compile.serving.queues import FairQueues, Key
+from bdlora_compile.serving.queues import FairQueues, Key, Readiness
 from bdlora_compile.serving.requests import Finished, FinishReason, Token, Usage
 from bdlora_compile.serving.rows import Row, Step, Waiting
 from bdlora_compile.serving.sampling import Choice, RowSampling, choose_tokens
@@ -68,6 +68,8 @@ class Scheduler:
         self._joining: deque[tuple[int, Row]] = deque()
         self._reading: dict[str, Pending[None]] = {}
         self._unread: Step | None = None
+        # Of requests that have not ended; any thread adds.
+        self._open: set[Stream] = set()
         self.waiting: FairQueues[Waiting] = FairQueues(limits.max_waiting, limits.max_waiting_per_adapter)
         self.counts = Counts()
         self.stepping_since: float | None = None
@@ -84,8 +86,8 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
-        return not self.running and not len(self.waiting)
+        """Whether all requests have ended; one on its way from the queue to a row has not."""
+        return not self._open
 
     def add(self, stream: Stream) -> None:
         """Queue a request.
@@ -93,7 +95,12 @@ class Scheduler:
         Raises:
             QueueFullError: see `FairQueues.put`.
         """
-        self.waiting.put(stream.request.adapter, Waiting(stream, self._clock()))
+        self._open.add(stream)
+        try:
+            self.waiting.put(stream.request.adapter, Waiting(stream, self._clock()))
+        except QueueFullError:
+            self._open.discard(stream)
+            raise
 
     def step(self) -> bool:
         """Do what there is to do now; False if that is nothing."""
@@ -133,8 +140,10 @@ class Scheduler:
             self._refuse(waiting, "error", error)
         for row in rows:
             if row is not None:
-                self.counts.finished["error"] += 1
-                row.stream.publish(Finished("error", row.usage, error, None, row.waited_seconds))
+                self._publish(row.stream, Finished("error", row.usage, error, None, row.waited_seconds))
+        for stream in [*self._open]:
+            # Failed on its way from the queue to a row.
+            self._publish(stream, Finished("error", Usage(len(stream.request.prompt), 0), error))
 
     def check(self) -> None:
         """A decode step for nobody. What it writes into rows, their next steps overwrite."""
@@ -156,23 +165,25 @@ class Scheduler:
             if taken is not None:
                 continue
             # Others may overtake an adapter that the pool has no room for once for each row.
-            turn = self.waiting.next(self._can_run, patience=self._limits.max_rows)
+            turn = self.waiting.next(self._readiness, patience=self._limits.max_rows)
             if turn is None:
                 return
             self._join(index, self.waiting.pop(turn[0]))
 
-    def _can_run(self, key: Key) -> bool:
+    def _readiness(self, key: Key) -> Readiness:
         """Whether a request of an adapter can have a row now."""
         if key is None:
-            return True
+            return Readiness.READY
         try:
-            return self._adapters.has_room(key) and self._is_read(key)
+            if not self._adapters.has_room(key):
+                return Readiness.NO_ROOM
+            return Readiness.READY if self._is_read(key) else Readiness.COMING
         except LostRankError:
             raise
         except BdloraError as error:
             # It was unloaded, its files are not there any more, or pinned adapters have taken the pool.
             self.end_waiting(key, error)
-            return False
+            return Readiness.COMING
 
     def _is_read(self, key: str) -> bool:
         """Whether an adapter can be used without reading files; if not, they are read beside the steps."""
@@ -220,12 +231,16 @@ class Scheduler:
         self._joining = deque(entry for entry in self._joining if entry[1] is not row)
         if row.hold is not None:
             self._adapters.release(row.hold)
-        self.counts.finished[reason] += 1
-        row.stream.publish(Finished(reason, row.usage, error, stop, row.waited_seconds))
+        self._publish(row.stream, Finished(reason, row.usage, error, stop, row.waited_seconds))
 
     def _refuse(self, waiting: Waiting, reason: FinishReason, error: BdloraError | None = None) -> None:
-        self.counts.finished[reason] += 1
-        waiting.stream.publish(Finished(reason, Usage(len(waiting.stream.request.prompt), 0), error))
+        self._publish(waiting.stream, Finished(reason, Usage(len(waiting.stream.request.prompt), 0), error))
+
+    def _publish(self, stream: Stream, end: Finished) -> None:
+        """The last event of a request."""
+        self._open.discard(stream)
+        self.counts.finished[end.reason] += 1
+        stream.publish(end)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -294,21 +309,22 @@ class Scheduler:
         row.last = choice.id
         self.waiting.charge(row.stream.request.adapter, 1)
         self.counts.generated_tokens += 1
-        text, stop_text = ("", None) if row.text is None else row.text.push(choice.id)
-        end = self._end_of(row, choice.id, stop_text)
-        if end is not None and stop_text is None and row.text is not None:
+        end = self._end_of(row, choice.id)
+        text, stop_text = "", None
+        # A token that stops a text is no part of it, as a text that does.
+        if row.text is not None and (end is None or end[0] != "stop"):
+            text, stop_text = row.text.push(choice.id)
+        if row.text is not None and end is not None and stop_text is None:
             rest, stop_text = row.text.finish()
             text += rest
-            end = end if stop_text is None else ("stop", stop_text)
+        end = end if stop_text is None else ("stop", stop_text)
         row.stream.publish(Token(choice.id, text, choice.logprob, choice.top))
         if end is not None:
             self._end(index, row, *end)
 
-    def _end_of(self, row: Row, token: int, stop_text: str | None) -> tuple[FinishReason, str | int | None] | None:
-        """(reason, what stopped it) if a row ends with this token."""
+    def _end_of(self, row: Row, token: int) -> tuple[FinishReason, str | int | None] | None:
+        """(reason, what stopped it) if a row ends with this token, whatever its text."""
         sampling = row.stream.request.sampling
-        if stop_text is not None:
-            return "stop", stop_text
         if token in sampling.stop_token_ids:
             return "stop", token
         if token in self._eos and not sampling.ignore_eos:

@@ -215,8 +215,10 @@ def test_stop_conditions(engine: Engine, world: World) -> None:
 
     shown, finished = run(stop=("never", stop))
     assert (shown, finished.reason, finished.stop) == (text[: text.index(stop)], "stop", stop)
-    _, finished = run(stop_token_ids=(expected[3],))
+    shown, finished = run(stop_token_ids=(expected[3],))
     assert (finished.reason, finished.stop) == ("stop", expected[3])
+    before = expected[: expected.index(expected[3])]
+    assert shown == world.tokenizer.decode(before), "what stops it is no part of it, token or text"
     assert finished.usage.completion_tokens == expected.index(expected[3]) + 1
     completion = engine.submit(Request(tuple(range(3, 49)), None, GREEDY)).result(30)
     assert (completion.finished.reason, len(completion.ids)) == ("length", 2), "48 tokens are a full row"
@@ -362,6 +364,27 @@ def test_drain(unstarted: Callable[..., Engine], world: World) -> None:
         streams = [engine.submit(Request((5,), None, SamplingParams(max_tokens=46, ignore_eos=True))) for _ in range(9)]
         assert not engine.drain(0.001)
         assert {stream.result(5).finished.reason for stream in streams} >= {"cancelled"}
+
+
+def test_a_request_on_its_way_to_a_row_is_not_over(
+    unstarted: Callable[..., Engine], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the queue nor in a row while its adapter is brought in: a drain waits for it."""
+    hold, is_held, may_go = bd.AdapterSet.hold, threading.Event(), threading.Event()
+
+    def slow(self: bd.AdapterSet, name: str) -> Any:
+        is_held.set()
+        assert may_go.wait(10)
+        return hold(self, name)
+
+    with unstarted() as engine:
+        monkeypatch.setattr(bd.AdapterSet, "hold", slow)
+        stream = engine.submit(Request((5, 9), "a", GREEDY))
+        assert is_held.wait(10)
+        assert not engine._running_scheduler().is_idle
+        may_go.set()
+        assert engine.drain(30)
+        assert stream.result(1).ids == world.alone((5, 9), "a", COUNT)
 
 
 @pytest.fixture

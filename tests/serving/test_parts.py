@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import bdlora_compile as bd
 from bdlora_compile.runtime.cache import CacheShape, LocalCache
 from bdlora_compile.serving import text
 from bdlora_compile.serving.messages import Call, Reader, Signal, Writer
-from bdlora_compile.serving.queues import FairQueues, Key
+from bdlora_compile.serving.queues import FairQueues, Key, Readiness
 from bdlora_compile.serving.requests import SamplingParams
 from bdlora_compile.serving.sampling import RowSampling, choose_tokens
 from bdlora_compile.serving.text import TextStream, fast_tokenizer_of
@@ -22,8 +22,12 @@ from bdlora_compile.serving.text import TextStream, fast_tokenizer_of
 # --- queues -----------------------------------------------------------------------------------------------------------
 
 
-def always(key: Key) -> bool:
-    return True
+def always(key: Key) -> Readiness:
+    return Readiness.READY
+
+
+def all_but_stuck(key: Key) -> Readiness:
+    return Readiness.NO_ROOM if key == "stuck" else Readiness.READY
 
 
 def test_a_flood_starves_nobody() -> None:
@@ -70,10 +74,22 @@ def test_an_adapter_without_room_is_overtaken_a_few_times_only() -> None:
     queues.put("stuck", 0)
     for number in range(10):
         queues.put("other", number)
-    assert [queues.next(lambda key: key != "stuck", 3) for _ in range(5)] == [("other",)] * 3 + [None] * 2
+    assert [queues.next(all_but_stuck, 3) for _ in range(5)] == [("other",)] * 3 + [None] * 2
     assert queues.next(always, 3) == ("stuck",)
     queues.pop("stuck")
     assert queues.next(always, 3) == ("other",)
+
+
+def test_an_adapter_that_is_still_read_stops_nobody() -> None:
+    """Its requests lose nothing by others that go first."""
+    queues: FairQueues[int] = FairQueues(1000, 1000)
+    queues.put("slow", 0)
+    for number in range(10):
+        queues.put("other", number)
+    for _ in range(10):
+        assert queues.next(lambda key: Readiness.COMING if key == "slow" else Readiness.READY, 3) == ("other",)
+        queues.pop("other")
+    assert queues.next(always, 3) == ("slow",)
 
 
 def test_in_order_within_an_adapter_and_nothing_kept() -> None:
@@ -266,7 +282,7 @@ def cache_messages() -> tuple[Callable[[LocalCache], Call], Writer, Reader, "wea
     """Calls with a cache, what writes and reads them, and the caches that the reader has made and that are there."""
     target, made = object(), weakref.WeakSet[LocalCache]()
 
-    def make(batch: int, length: int) -> LocalCache:
+    def make(batch: int, length: int, number: Hashable) -> LocalCache:
         assert not made, "the one before is gone before another is made"
         made.add(cache := LocalCache(CACHE, batch, length))
         return cache

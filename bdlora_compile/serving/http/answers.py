@@ -92,14 +92,6 @@ async def answer(service: Service, http: HttpRequest, job: Job) -> Response:
     Raises:
         ApiError, BdloraError: it is refused, or failed before its first byte was sent.
     """
-    if len(job.prompts) * job.choices > service.settings.max_choices:
-        raise ApiError(
-            400,
-            f"n: found {len(job.prompts)} prompts times {job.choices}, expected at most "
-            f"{service.settings.max_choices} completions; send several requests",
-            param="n",
-            code="invalid_value",
-        )
     fingerprint = service.fingerprint(job.adapter)
     streams = service.submit_all(job.requests())
     run = Run(service, job, streams, fingerprint)
@@ -186,9 +178,15 @@ async def _whole(run: Run, http: HttpRequest) -> Response:
     try:
         await while_connected(http.receive, read(), run.seconds)
         form = run.job.form
-        choices = [form.whole(index, tokens[index], reasons[index]) for index in range(len(tokens))]
+
+        def written() -> Response:
+            choices = [form.whole(index, tokens[index], reasons[index]) for index in range(len(tokens))]
+            return JSONResponse(run.document(form.whole_object, choices, usage=run.usage()))
+
+        # Long ones take seconds; other requests are answered meanwhile.
+        response = await asyncio.to_thread(written)
         status = 200
-        return JSONResponse(run.document(form.whole_object, choices, usage=run.usage()))
+        return response
     except ClientGone:
         # Nobody reads this.
         return Response(status_code=status)

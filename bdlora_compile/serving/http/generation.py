@@ -12,6 +12,10 @@ from bdlora_compile.serving.http.forms import ChatForm, CompletionForm
 from bdlora_compile.serving.http.protocol import ChatRequest, CompletionRequest
 from bdlora_compile.serving.http.service import Service
 from bdlora_compile.serving.http.words import Words
+from bdlora_compile.serving.requests import SamplingParams
+
+_MAX_WHOLE_LOGPROBS = 1 << 18
+"""Two seconds of a CPU core."""
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     **RESPONSES,
@@ -30,8 +34,10 @@ def router(service: Service) -> APIRouter:
     async def complete(body: CompletionRequest, http: Request) -> Response:
         """Continue one or several prompts."""
         adapter = _admit(service, body)
-        # Long texts take milliseconds to encode; other requests go on meanwhile.
-        prompts = await asyncio.to_thread(_prompts, service.words, body)
+        several = _several(body)
+        _check_choices(len(several), body.choices, service.settings.max_choices)
+        # Long texts take seconds to encode; other requests go on meanwhile.
+        prompts = await asyncio.to_thread(_encoded, service.words, several)
         form = CompletionForm(service.words, body.logprobs is not None)
         return await answer(service, http, _job(service, body, adapter, prompts, form))
 
@@ -43,6 +49,7 @@ def router(service: Service) -> APIRouter:
         if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
             raise ApiError(400, "max_tokens: differs from max_completion_tokens; give one of them", param="max_tokens")
         adapter = _admit(service, body)
+        _check_choices(1, body.choices, service.settings.max_choices)
         messages = [message.for_template() for message in body.messages]
         prompt = await asyncio.to_thread(service.words.encode_chat, messages)
         form = ChatForm(service.words, bool(body.logprobs))
@@ -68,11 +75,41 @@ def _job(
     form: CompletionForm | ChatForm,
 ) -> Job:
     sampling = body.sampling(service.settings.max_length)
+    if not body.is_streamed:
+        _check_size(len(prompts) * body.choices, sampling)
     return Job(body.model, adapter, prompts, sampling, body.choices, body.is_streamed, body.wants_usage, form)
 
 
-def _prompts(words: Words, body: CompletionRequest) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, whichever of OpenAI's four forms it has."""
+def _check_choices(prompts: int, each: int, limit: int) -> None:
+    if prompts * each > limit:
+        raise ApiError(
+            400,
+            f"n: found {prompts} prompts times {each}, expected at most {limit} completions; send several requests",
+            param="n",
+            code="invalid_value",
+        )
+
+
+def _check_size(choices: int, sampling: SamplingParams) -> None:
+    """An answer in one piece is written in one go, in which no other thread runs."""
+    if sampling.logprobs is None:
+        return
+    most = choices * sampling.max_tokens * (sampling.logprobs + 1)
+    if most > _MAX_WHOLE_LOGPROBS:
+        raise ApiError(
+            400,
+            f"logprobs: found up to {most} of them in one answer ({choices} completions of {sampling.max_tokens} "
+            f"tokens), expected at most {_MAX_WHOLE_LOGPROBS}; set max_tokens, ask for fewer, or set stream",
+            param="logprobs",
+        )
+
+
+def _several(body: CompletionRequest) -> list[Any]:
+    """The prompts, whichever of OpenAI's four forms they have."""
     found = body.prompt
-    several: list[Any] = [found] if isinstance(found, str) or isinstance(found[0], int) else list(found)
+    return [found] if isinstance(found, str) or isinstance(found[0], int) else list(found)
+
+
+def _encoded(words: Words, several: list[Any]) -> list[tuple[int, ...]]:
+    """Token ids of each prompt."""
     return [words.encode(one) if isinstance(one, str) else tuple(one) for one in several]

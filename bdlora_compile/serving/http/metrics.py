@@ -56,7 +56,7 @@ class Metrics:
 
     def meter(self, adapter: str | None) -> "Meter":
         """Measures one request from now on."""
-        return Meter(self, adapter)
+        return Meter(self, self._label(adapter))
 
     def forget(self, adapter: str) -> None:
         """An adapter was unloaded: its series go, and another one may have its label."""
@@ -67,9 +67,11 @@ class Metrics:
             histogram.remove(adapter)
         self._ended.remove_by_labels({"adapter": adapter})
 
-    def observe(self, adapter: str | None, seconds: tuple[float | None, ...], reason: str) -> None:
+    def observe(self, label: str, seconds: tuple[float | None, ...], reason: str) -> None:
         """A request ended; (first token, per token, whole) in seconds, None where there is none."""
-        label = self._label(adapter)
+        if label not in (BASE_LABEL, *self._labels):
+            # Its adapter was unloaded meanwhile, and another one may have the place.
+            label = OTHER_LABEL
         for histogram, value in zip(self._series, seconds, strict=True):
             # Made by `labels`, so that all series of a label come and go together.
             child = histogram.labels(label)
@@ -90,11 +92,11 @@ class Metrics:
 
 
 class Meter:
-    """Times the events of one request. ``adapter`` is one that was known when the request was accepted."""
+    """Times the events of one request. ``label`` is that of its adapter, known when the request was accepted."""
 
-    def __init__(self, metrics: Metrics, adapter: str | None) -> None:
+    def __init__(self, metrics: Metrics, label: str) -> None:
         self._metrics = metrics
-        self._adapter = adapter
+        self._label = label
         self._start = time.monotonic()
         self._first: float | None = None
         self._tokens = 0
@@ -108,7 +110,7 @@ class Meter:
             return
         to_first = None if self._first is None else self._first - self._start
         per_token = None if self._first is None or self._tokens < 2 else (now - self._first) / (self._tokens - 1)
-        self._metrics.observe(self._adapter, (to_first, per_token, now - self._start), event.reason)
+        self._metrics.observe(self._label, (to_first, per_token, now - self._start), event.reason)
 
 
 class _EngineState(Collector):

@@ -6,12 +6,14 @@ and any other one is refused by the field's name. Fields that nobody declared ar
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from bdlora_compile.serving.requests import MAX_LOGPROBS, SamplingParams
 
 _MAX_N = 128
 _MAX_STOPS = 16
+_MAX_FIELDS = 64
+"""More than any request has."""
 _NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 """As `AdapterSet` has it: names go into logs and metrics."""
 
@@ -28,19 +30,32 @@ def _only(*values: object) -> Any:
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
 
 
-class StreamOptions(BaseModel):
-    """Options of a streamed answer."""
+class _Body(BaseModel):
+    """An object of a request.
+
+    One error is enough for who sent it: what is wrong a million times must not be told a million times, which takes
+    minutes in which no other thread runs. So lists of unlimited length end with their first error (``fail_fast``).
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"{len(value)} fields, of at most {_MAX_FIELDS}")
+        return value
+
+
+class StreamOptions(_Body):
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: _only(False, None) = None  # type: ignore[valid-type]
 
 
-class _Sampled(BaseModel):
+class _Sampled(_Body):
     """What both kinds of request have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -48,13 +63,13 @@ class _Sampled(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=_MAX_STOPS)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=_MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     # vLLM's.
     top_k: int | None = Field(None, ge=-1)
-    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=_MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     # Not honoured.
     frequency_penalty: _only(0, None) = None  # type: ignore[valid-type]
@@ -92,7 +107,7 @@ class _Sampled(BaseModel):
         )
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(_Sampled):
@@ -101,8 +116,8 @@ class CompletionRequest(_Sampled):
     prompt: (
         Annotated[str, Field(min_length=1)]
         | TokenIds
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, min_length=1)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: _only(1, None) = None  # type: ignore[valid-type]
@@ -114,22 +129,18 @@ class CompletionRequest(_Sampled):
         return self._sampling(self.max_tokens or 16, self.logprobs)
 
 
-class TextPart(BaseModel):
+class TextPart(_Body):
     """A part of a message; text is the only kind."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(_Body):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
     # What an assistant's message has beside its text when it is sent back.
     refusal: _only(None) = None  # type: ignore[valid-type]
@@ -149,7 +160,7 @@ class Message(BaseModel):
 class ChatRequest(_Sampled):
     """Body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -174,20 +185,16 @@ class ChatRequest(_Sampled):
         return self._sampling(tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(_Body):
     """Body of ``/v1/load_lora_adapter``, as vLLM's: ``lora_path`` lies below an adapter root of the server."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str = Field(pattern=_NAME)
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(_Body):
     """Body of ``/v1/unload_lora_adapter``, as vLLM's."""
-
-    model_config = ConfigDict(extra="forbid")
 
     lora_name: str
     lora_int_id: _only(None) = None  # type: ignore[valid-type]

@@ -27,7 +27,7 @@ class Words:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a prompt, with the special tokens that the tokenizer adds."""
-        return tuple(self._tokenizer.encode(text).ids)
+        return self._encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Ids of a conversation by the model's chat template, ready for the assistant's turn.
@@ -52,7 +52,12 @@ class Words:
                 remedy="change the roles or their order",
             ) from error
         # The template has written the special tokens.
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        # As a batch of one: for a text alone tokenizers keeps Python's lock, and long ones take seconds.
+        (found,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return tuple(found.ids)
 
     def token_text(self, token: int) -> str:
         """A token alone; special ones by their names."""

@@ -46,6 +46,16 @@ def test_an_unloaded_adapter_gives_its_label_back() -> None:
     assert samples(service.metrics, "bdlora_requests_total") == {("last", "stop"): 1}
 
 
+def test_requests_that_outlive_their_adapter_take_no_label() -> None:
+    """Its rows finish after the unload, when another one may have the place; a name that comes back has its own."""
+    _, service = fake_service(metrics_adapters=1)
+    late = service.metrics.meter("old")
+    service.metrics.forget("old")
+    late.see(Finished("stop", Usage(1, 0)))
+    run_one(service.metrics, "new")
+    assert samples(service.metrics, "bdlora_requests_total") == {(OTHER_LABEL, "stop"): 1, ("new", "stop"): 1}
+
+
 def test_latencies_are_counted(client: openai.OpenAI, server: FakeServer) -> None:
     metrics = server.service.metrics
     before = samples(metrics, "bdlora_time_to_first_token_seconds_count").get(("math",), 0)

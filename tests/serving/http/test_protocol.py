@@ -6,8 +6,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 import bdlora_compile as bd
+from bdlora_compile.serving.http.protocol import ChatRequest, CompletionRequest
 from tests.serving.http.fake import BASE, FakeServer, until
 
 PROMPT = "<5>"
@@ -139,6 +141,37 @@ def test_what_cannot_be_honoured_is_refused_by_name(server: FakeServer, kind: st
     assert error["type"] == "invalid_request_error"
     assert error["param"] == next(iter(field))
     assert error["param"] in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("chat", {"messages": [{}] * 10_000}),
+        ("chat", {"messages": [{"role": "user", "content": [{}] * 10_000}]}),
+        ("completions", {"prompt": [""] * 10_000}),
+        ("completions", {"prompt": [-1] * 10_000}),
+        ("completions", {"prompt": [[]] * 10_000}),
+        ("completions", dict.fromkeys(map(str, range(10_000)))),
+    ],
+    ids=["messages", "parts", "texts", "ids", "lists", "fields"],
+)
+def test_what_is_wrong_many_times_is_told_once(kind: str, field: dict[str, Any]) -> None:
+    """Pydantic would tell it as often, in each branch of a union, for minutes in which no other thread runs."""
+    body = ChatRequest if kind == "chat" else CompletionRequest
+    asked = {"model": BASE, "prompt": PROMPT} if kind == "completions" else {"model": BASE}
+    with pytest.raises(ValidationError) as refused:
+        body.model_validate(asked | field)
+    assert refused.value.error_count() < 16
+
+
+def test_answers_of_too_many_logprobs_are_refused(server: FakeServer) -> None:
+    """In one piece: it is written in one go. Events may be as many."""
+    asked: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": PROMPT}]}
+    asked |= {"logprobs": True, "top_logprobs": 20, "max_tokens": 2000, "n": 16}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "logprobs"
+    assert "set max_tokens, ask for fewer, or set stream" in answer.json()["error"]["message"]
 
 
 def test_values_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
