@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,8 @@ from bdlora_compile.runtime.leading import Leader, led
 from bdlora_compile.runtime.pending import Pending, in_background
 from bdlora_compile.runtime.selection import NO_ADAPTER, Names, Selection, choose
 from bdlora_compile.runtime.staging import StagedContent
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,13 @@ class AdapterSet:
         Between two steps of a server, on all ranks, once rank 0 has seen ``pending.is_staged``: ``pending.commit()``.
         """
         number = self._begin_load(name, path)
-        return Pending(self._reading[number][0], lambda: self._finish(number))
+        return self._pending(number)
 
     @led
     def _begin_load(self, name: str, path: str | Path) -> int:
-        content = in_background(lambda: self._tiers.stage(name, Path(path)))
-        return self._begin(content, lambda: self._settle(name, content.result))
+        return self._begin(
+            lambda: self._tiers.stage(name, Path(path)), lambda content: self._settle(name, content.result)
+        )
 
     @led
     def unload(self, name: str) -> None:
@@ -187,19 +190,18 @@ class AdapterSet:
             AdapterError: a name is not known.
         """
         number = self._begin_prefetch(names)
-        return Pending(self._reading[number][0], lambda: self._finish(number))
+        return self._pending(number)
 
     @led
     def _begin_prefetch(self, names: str | Sequence[str]) -> int:
         with self._lock:
             missing = [one for one in self._tiers.all_known(names) if one.slot is None and one.staged is None]
-        parts = in_background(lambda: self._tiers.stage_again(missing))
 
-        def settle() -> None:
+        def settle(parts: Future[Any]) -> None:
             with self._lock:
                 self._tiers.bring_in(self._tiers.all_known(names), "prefetch of adapters", parts.result)
 
-        return self._begin(parts, settle)
+        return self._begin(lambda: self._tiers.stage_again(missing), settle)
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
@@ -290,13 +292,32 @@ class AdapterSet:
         with self._lock:
             return AdapterInfo.of(self._tiers.put(name, content, problem), self._tiers.element_size)
 
-    def _begin(self, reading: Future[Any], settle: Callable[[], Any]) -> int:
+    def _begin(self, read: Callable[[], _T], settle: Callable[[Future[_T]], Any]) -> int:
         with self._lock:
             number = next(self._numbers)
-            self._reading[number] = (reading, settle)
-            return number
+        # Rank 0 asks before it commits: the disk of another one must not stall its steps.
+        reading = in_background(read, lambda: self._deployment.agreement.announce(_read(number)))
+        with self._lock:
+            self._reading[number] = (reading, lambda: settle(reading))
+        return number
+
+    def _pending(self, number: int) -> Pending[Any]:
+        agreement = self._deployment.agreement
+        return Pending(
+            self._reading[number][0],
+            lambda: agreement.all_announced(_read(number)),
+            lambda: self._finish(number),
+        )
 
     @led
     def _finish(self, number: int) -> Any:
         """Commit what was begun under a number: the same one on all ranks, as they make the same calls."""
-        return self._reading.pop(number)[1]()
+        try:
+            return self._reading.pop(number)[1]()
+        finally:
+            self._deployment.agreement.retract(_read(number))
+
+
+def _read(number: int) -> str:
+    """What a rank announces when it has read what was begun under a number."""
+    return f"read/{number}"

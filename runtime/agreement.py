@@ -55,6 +55,18 @@ class Agreement(Protocol):
         """
         ...
 
+    def announce(self, what: str) -> None:
+        """Say that this rank has come to something; from any thread, and without waiting for other ranks."""
+        ...
+
+    def all_announced(self, what: str) -> bool:
+        """Whether every rank has; True also where they cannot be asked any more, which the next exchange tells."""
+        ...
+
+    def retract(self, what: str) -> None:
+        """Forget what this rank said, once all have looked."""
+        ...
+
     def give_up(self, reason: str) -> AgreementError:
         """The error of a forward whose collective failed, which names the ranks of which nothing is heard.
 
@@ -68,6 +80,13 @@ class Alone:
 
     def exchange(self, topic: str, text: str, *, is_setup: bool = False) -> Sequence[str]:
         return [text]
+
+    def announce(self, what: str) -> None: ...
+
+    def all_announced(self, what: str) -> bool:
+        return True
+
+    def retract(self, what: str) -> None: ...
 
     def give_up(self, reason: str) -> AgreementError:
         return _lost_in_forward(reason, "")
@@ -125,6 +144,20 @@ class StoreAgreement:
                 remedy="start all ranks again; the process that holds the store (rank 0, or the launcher) died or hung",
             )
             raise self._lost from error
+
+    def announce(self, what: str) -> None:
+        with suppress(dist.DistError, RuntimeError):
+            self._store.set(f"{what}/{self._rank}", "1")
+
+    def all_announced(self, what: str) -> bool:
+        try:
+            return self._store.check([f"{what}/{rank}" for rank in range(self._size)])
+        except (dist.DistError, RuntimeError):
+            return True
+
+    def retract(self, what: str) -> None:
+        with suppress(dist.DistError, RuntimeError):
+            self._store.delete_key(f"{what}/{self._rank}")
 
     def give_up(self, reason: str) -> AgreementError:
         if self._lost is None:

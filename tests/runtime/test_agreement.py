@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from bdlora_compile.errors import AgreementError
 from bdlora_compile.runtime import agreement
 from bdlora_compile.runtime.agreement import DEFAULT_TIMEOUT, StoreAgreement, is_lost_rank, require_equal
+from bdlora_compile.runtime.pending import Pending, in_background
 
 SHORT = timedelta(seconds=1)
 
@@ -133,6 +134,42 @@ def test_an_impatient_rank_follows_one_that_has_heard_all() -> None:
     store.compare_set("0/verdict", "", "complete")  # rank 0 is done, and its own text is all that it saw in time
     second = StoreAgreement(store, 1, 2, timedelta(0))
     assert outcome(second) == "text,text"
+
+
+def test_what_all_ranks_have_announced_is_known_without_waiting() -> None:
+    """And forgotten; where the store has gone there is nothing to wait for, and the next exchange says so."""
+    store = HashStore()
+    before = store.num_keys()
+    first, second = (StoreAgreement(store, rank, 2, SHORT) for rank in range(2))
+    first.announce("read/3")
+    second.announce("read/4")
+    assert not first.all_announced("read/3")
+    second.announce("read/3")
+    assert first.all_announced("read/3")
+    for rank in (first, second):
+        rank.retract("read/3")
+        rank.retract("read/4")
+    assert store.num_keys() == before
+
+    class Gone(HashStore):
+        def check(self, *_: object) -> bool:
+            raise dist.DistNetworkError("connection closed")
+
+    assert StoreAgreement(Gone(), 0, 2, SHORT).all_announced("read/3")
+
+
+def test_a_background_read_is_over_when_all_ranks_have_read() -> None:
+    store = HashStore()
+    first, second = (StoreAgreement(store, rank, 2, SHORT) for rank in range(2))
+    reading = in_background(lambda: "content", lambda: first.announce("read/0"))
+    pending = Pending(reading, lambda: first.all_announced("read/0"), reading.result)
+    pending.wait(timedelta(seconds=0.1))
+    assert reading.done()
+    assert not pending.is_staged, "the other rank's disk is slow"
+    second.announce("read/0")
+    pending.wait()
+    assert pending.is_staged
+    assert pending.commit() == "content"
 
 
 def test_ranks_at_different_calls_are_told_at_once() -> None:
