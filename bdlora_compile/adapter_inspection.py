@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from bdlora_compile.errors import AdapterError, BdloraError
 from bdlora_compile.factors import Layout, LocalShape, local_shape
+from bdlora_compile.model_config import read_model_config
 from bdlora_compile.placement import Mesh, site_pieces
 from bdlora_compile.plan import ModelPlan, check_degree, plan_model
 from bdlora_compile.roles import sites_of
@@ -68,7 +69,7 @@ def plan_for(model: str | Path, tp: int, layout: Layout) -> ModelPlan:
     Raises:
         PlacementError: ``tp`` does not divide the model.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = read_model_config(model)
     dtype = config.dtype or torch.float32
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(config, dtype=dtype)

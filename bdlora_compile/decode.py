@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -27,6 +26,7 @@ from bdlora_compile.commands.common import parse_adapters
 from bdlora_compile.errors import BdloraError, ConfigError
 from bdlora_compile.ir import Origin
 from bdlora_compile.model import load, release_graphs, reports
+from bdlora_compile.model_config import read_tokenizer
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.strategy import Strategy
@@ -112,7 +112,7 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 
 def _tokenize(job: Job) -> dict[str, Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
+    tokenizer = read_tokenizer(job.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     texts = [_chat(tokenizer, prompt) for prompt, _ in job.rows]
@@ -129,7 +129,7 @@ def _chat(tokenizer: Any, prompt: str) -> str:
 
 
 def _show_answers(job: Job, new: Tensor, console: Console) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    tokenizer = read_tokenizer(job.model)
     table = Table("prompt", "adapter", "answer", title="one batch, every row with its own adapter", show_lines=True)
     for (prompt, name), tokens in zip(job.rows, new, strict=True):
         table.add_row(prompt, name or "(base)", tokenizer.decode(tokens, skip_special_tokens=True).strip())

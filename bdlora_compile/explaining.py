@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bdlora_compile import attention
 from bdlora_compile.backend import analyse
@@ -28,6 +28,7 @@ from bdlora_compile.foreign.explaining import Inputs, explain_sharded, is_of_oth
 from bdlora_compile.hollow import hollow_out, materialize_buffers
 from bdlora_compile.known_models import known_config
 from bdlora_compile.machine import Machine, find_machine
+from bdlora_compile.model_config import read_model_config
 from bdlora_compile.placement import Mesh
 from bdlora_compile.plan import ModelPlan, plan_model
 from bdlora_compile.printer import dtype_text
@@ -202,7 +203,7 @@ def _config_of(model: str | Path | PretrainedConfig | Callable[..., Any]) -> tup
     assert isinstance(model, (str, Path)), "others were explained before"
     path = Path(model)
     if path.is_dir() or path.is_file():
-        return AutoConfig.from_pretrained(path), str(model)
+        return read_model_config(path), str(model)
     return known_config(str(model)), str(model)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from bdlora_compile import attention
 from bdlora_compile.deploying import Setup, deploy, needed_sites, offered_sites, served_sites
 from bdlora_compile.errors import ConfigError
 from bdlora_compile.hollow import materialize_buffers
 from bdlora_compile.machine import Machine
+from bdlora_compile.model_config import read_model_config
 from bdlora_compile.ranks import Ranks
 from bdlora_compile.report import Report
 from bdlora_compile.runtime.adapter_capacity import Capacity
@@ -102,7 +103,7 @@ def load(
     choice = Choice.parse(strategy, workload, machine)
     ranks = ranks or Ranks.of_process_group()
     folder = _folder_of(path_or_id)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_model_config(folder)
     attention.require_plain_scores(config)
     dtype = dtype or config.dtype or torch.float32
     target = torch.device(device) if device is not None else _default_device()

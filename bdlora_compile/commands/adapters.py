@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bdlora_compile.commands.common import check_new
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -82,6 +84,7 @@ def convert(
 
     Example: bdlora adapters convert adapters/math adapters/math-bd8 --nblocks 8 --rank 64
     """
+    check_new(out)
     with _errors_said():
         from bdlora_compile.adapter_conversion import convert_adapter, write_adapter  # importing torch takes seconds
         from bdlora_compile.adapter_inspection import plan_for
@@ -124,6 +127,7 @@ def merge(
 
     Example: bdlora adapters merge ./SmolLM2 examples/adapters/pirate ./SmolLM2-pirate
     """
+    check_new(out)
     with _errors_said():
         from bdlora_compile.adapter_inspection import plan_for  # importing torch takes seconds
         from bdlora_compile.adapter_merging import merge_adapter
@@ -168,10 +172,12 @@ def _peft_reads(out: Path, base: str) -> str:
     except ImportError:
         return "not checked by PEFT, which is not installed"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from bdlora_compile.model_config import read_model_config
 
     with torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        hollow = AutoModelForCausalLM.from_config(read_model_config(base))
     PeftModel.from_pretrained(hollow, str(out), low_cpu_mem_usage=True)
     return "PEFT loads it"
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bdlora_compile.commands.common import launch
+from bdlora_compile.commands.common import check_output, launch
 
 
 def calibrate(
@@ -23,6 +23,7 @@ def calibrate(
     Example: bdlora calibrate --tp 2 --out machine.json && bdlora explain --config llama-3.1-8b --tp 2
     --machine machine.json --strategy auto
     """
+    check_output(out, "--out")
     arguments = ["--out", str(out)] if out else []
     arguments += ["--name", name] if name else []
     arguments += ["--quick"] if quick else []

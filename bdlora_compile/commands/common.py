@@ -70,6 +70,18 @@ def refuse(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def check_output(path: Path | None, option: str) -> None:
+    """What is written at the end must have a folder at the beginning: the work between would be lost."""
+    if path is not None and not path.parent.is_dir():
+        refuse(f"{option} {path}: found no folder {path.parent}, expected one that exists; create it")
+
+
+def check_new(path: Path) -> None:
+    """Before the work, whose result has to lie somewhere."""
+    if path.exists():
+        refuse(f"{path}: found something there, expected a new folder; choose another path, or remove it")
+
+
 def check_model(model: str) -> None:
     """A path must be a folder; anything of the form ``name`` or ``owner/name`` may be on the hub."""
     looks_like_a_path = model.count("/") > 1 or model.startswith((".", "~", "/"))

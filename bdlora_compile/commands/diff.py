@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bdlora_compile.commands.common import refuse
+from bdlora_compile.commands.common import check_output, refuse
 
 
 class Part(StrEnum):
@@ -44,6 +44,8 @@ def diff(
       bdlora explain --config llama-3.1-8b --tp 4 --nblocks 4 --json new.json
       bdlora diff released.json new.json --only comm --fail-on new-collective --fail-on lora-collective
     """
+    check_output(html, "--html")
+    check_output(json, "--json")
     from bdlora_compile.comparing import RULES, compare  # importing torch takes seconds
     from bdlora_compile.comparison_text import show
     from bdlora_compile.errors import ConfigError

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bdlora_compile.commands.common import StrategyName, checked_adapters, refuse
+from bdlora_compile.commands.common import StrategyName, check_output, checked_adapters, refuse
 
 
 def explain(
@@ -76,6 +76,8 @@ def explain(
     if model is not None and not Path(model).is_dir():
         refuse(f"{model}: found no such folder, expected a Hugging Face model folder; for a known name use --config")
     adapters = checked_adapters(adapter)
+    check_output(html, "--html")
+    check_output(json, "--json")
     from bdlora_compile.errors import BdloraError  # importing torch takes seconds
     from bdlora_compile.explaining import Load
     from bdlora_compile.explaining import explain as make

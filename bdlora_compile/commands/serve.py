@@ -53,7 +53,7 @@ def serve(
     except ModuleNotFoundError as error:
         refuse(
             f"bdlora serve: found no package {error.name}, expected those of the extra serve; "
-            "run: pip install 'bdlora-compile[serve]'"
+            "run in a checkout: pip install -e '.[serve]'"
         )
     flags = {
         "model": model,

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bdlora_compile.cli import app
 from tests.models import AdapterSpec, ModelSpec, save_adapter, save_model
@@ -74,9 +76,13 @@ def test_the_first_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = save_model(ModelSpec(layers=1), tmp_path / "path/or/hub-id")
     for seed, name in enumerate(("math", "code", "law")):
         save_adapter(AdapterSpec(rank=4), model, tmp_path / "adapters" / name, seed)
+    letters = Tokenizer(models.WordLevel({"<pad>": 0, "a": 3, "b": 4}, unk_token="<pad>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>").save_pretrained(model)
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
-    batch = {"input_ids": torch.full((3, 4), 7), "attention_mask": torch.ones(3, 4, dtype=torch.int64)}
-    names: dict[str, Any] = {"batch": {**batch, "max_new_tokens": 2, "do_sample": False}}
+    names: dict[str, Any] = {"texts": ["ab", "b", "aba"]}
     exec(compile(snippet, "README.md", "exec"), names)
     assert sorted(names["adapters"].names) == ["code", "law", "math"]
+    assert names["batch"]["attention_mask"].tolist()[1] == [0, 0, 1]
+    assert names["batch"]["input_ids"].device.type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -123,3 +123,62 @@ def test_processes_of_torchrun_start_no_others(files: tuple[Path, Path], argumen
     result = runner.invoke(app, told, env={"TORCHELASTIC_RUN_ID": "outer"})
     assert result.exit_code == 2
     assert "found a process of torchrun, expected a shell" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain", "ADAPTER"],
+        ["adapters", "inspect", "ADAPTER", "--model", "ADAPTER"],
+        ["adapters", "merge", "ADAPTER", "MODEL", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_an_adapter_in_the_place_of_a_model_is_named(
+    files: tuple[Path, Path], tmp_path: Path, arguments: list[str]
+) -> None:
+    """transformers would say that a model_type is missing."""
+    places = {"ADAPTER": str(files[1]), "MODEL": str(files[0]), "OUT": str(tmp_path / "out")}
+    result = runner.invoke(app, [places.get(argument, argument) for argument in arguments])
+    assert result.exit_code == 2
+    assert "found an adapter's folder, expected a Hugging Face model folder" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["calibrate", "--tp", "1", "--out", "missing/machine.json"],
+        ["explain", "--config", "llama-3.2-1b", "--html", "missing/page.html"],
+        ["diff", "a.json", "b.json", "--json", "missing/told.json"],
+    ],
+    ids=" ".join,
+)
+def test_a_result_without_a_folder_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("{}")
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "found no folder missing, expected one that exists" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("arguments", [["convert", "ADAPTER", "OUT"], ["merge", "MODEL", "ADAPTER", "OUT"]])
+def test_a_folder_that_is_there_is_not_written_over(
+    files: tuple[Path, Path], tmp_path: Path, arguments: list[str]
+) -> None:
+    """Said before the work."""
+    places = {"ADAPTER": str(files[1]), "MODEL": str(files[0]), "OUT": str(tmp_path)}
+    extra = ["--nblocks", "2"] if arguments[0] == "convert" else []
+    result = runner.invoke(app, ["adapters", *(places.get(argument, argument) for argument in arguments), *extra])
+    assert result.exit_code == 2
+    assert "found something there, expected a new folder" in " ".join(result.output.split())
+
+
+def test_an_unknown_setting_of_a_file_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = tmp_path / "serve.toml"
+    settings.write_text("max_rowz = 4\n")
+    result = runner.invoke(app, ["serve", str(files[0]), "--config", str(settings)])
+    assert result.exit_code == 2
+    assert "max_rowz: found an unknown setting, expected one of model, " in " ".join(result.output.split())

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 import uvicorn
 from fastapi import FastAPI
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bdlora_compile.errors import BdloraError, ConfigError
 from bdlora_compile.model import load, release_graphs
+from bdlora_compile.model_config import read_tokenizer
 from bdlora_compile.ranks import Ranks
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.serving.engine import Engine
@@ -67,7 +68,7 @@ def _serve(model: PreTrainedModel, adapters: AdapterSet, settings: ServeSettings
     with follow(model, adapters, timedelta(seconds=settings.step_timeout)) as drives:
         if not drives:
             return 0
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        tokenizer = read_tokenizer(settings.model)
         engine = Engine(
             model,
             adapters,

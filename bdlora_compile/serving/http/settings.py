@@ -143,6 +143,13 @@ def _table(value: object) -> dict[str, Any]:
 def _config_error(where: str, error: ValidationError) -> ConfigError:
     first = error.errors(include_input=False, include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{where} {field}",
+            found="an unknown setting",
+            expected=f"one of {', '.join(ServeSettings.model_fields)}",
+            remedy="correct its name",
+        )
     return ConfigError(
         f"{where} {field}".strip(),
         found="a value that cannot be honoured",
