@@ -98,8 +98,11 @@ class LoraPlacement:
         with self.graph.inserting_after(grid):
             kept = self.graph.call_function(operator.getitem, (grid, index[:2]))
         with self.graph.inserting_after(kept):
-            tokens = self.graph.call_function(torch.flatten, (kept,))
-        for node in (grid, kept, tokens):
+            flat = self.graph.call_function(torch.flatten, (kept,))
+        # Of several rows they lie apart, and kernels read them as if they lay together.
+        with self.graph.inserting_after(flat):
+            tokens = self.graph.call_function(torch.clone, (flat,), {"memory_format": torch.contiguous_format})
+        for node in (grid, kept, flat, tokens):
             self._mark(node, x, site.name)
         return tokens
 

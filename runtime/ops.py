@@ -218,6 +218,9 @@ def _(x: Tensor, token_slot: Tensor) -> tuple[Tensor, Tensor]:
     tokens = math.prod(x.shape[:-1])
     if not has_kernels(x.dtype) or not segment_tokens(tokens):
         return _room_for_work(tokens, token_slot)
+    from bdlora_compile.runtime.kernels import launch  # Triton is there on GPUs only
+
+    launch.require_contiguous(token_slot=token_slot)
     work = _grouped(tokens, token_slot)
     return work.order, work.segments
 

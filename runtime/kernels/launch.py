@@ -71,13 +71,22 @@ class Factors(NamedTuple):
         Raises:
             ValueError: a tensor is not contiguous, as kernels take for granted.
         """
-        for name, tensor in (("pool", pool), ("slots", slots), ("token_slot", token_slot)):
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}; the LoRA kernels "
-                    "expect it contiguous: keep a contiguous one, written before the kernel ahead of the call"
-                )
+        require_contiguous(pool=pool, slots=slots, token_slot=token_slot)
         return cls(pool, slots, token_slot, sites)
+
+
+def require_contiguous(**tensors: Tensor) -> None:
+    """Check what kernels take for granted.
+
+    Raises:
+        ValueError: names the tensor that is not contiguous.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tuple(tensor.stride())}; the LoRA kernels "
+                "expect it contiguous: keep a contiguous one, written before the kernel ahead of the call"
+            )
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import BdLoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import bdlora_compile as bd
 from bdlora_compile import factors
 from bdlora_compile.ir import Origin
 from bdlora_compile.passes import lora_placement
+from bdlora_compile.runtime.lockstep import LockStepProgram
 from bdlora_compile.strategy import Strategy
 from tests.models import (
     ALL_SITES,
@@ -144,6 +146,38 @@ def test_kept_tokens_that_look_like_all(write: Write, kept: list[int]) -> None:
     with adapters.use(rows), torch.no_grad(), traced_with(is_dynamic=False):
         found = loaded(ids, logits_to_keep=torch.tensor(kept)).logits
     assert relative_error(found, Reference(model, paths, torch.float64).logits(ids, rows)[:, kept]) < TOLERANCE
+
+
+class Slots(TorchDispatchMode):
+    """Keeps the slots of tokens that LoRA's operators are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = [argument.name for argument in func._schema.arguments]
+        if func.namespace == "bdlora" and "token_slot" in names:
+            self.seen.append(args[names.index("token_slot")])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("strategy", ["local", "slora"])
+def test_slots_of_kept_tokens_lie_together(write: Write, strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `generate` keeps the last one of each row; GPUs' kernels take it for granted, and refuse others."""
+    model, paths = write(ModelSpec(layers=1, vocabulary=131), {"both": SPECS["both"]})
+    loaded, adapters = compiled(model, paths, 2, strategy)
+    slots, run = Slots(), LockStepProgram.__call__
+
+    def watched(self: LockStepProgram, *args: Any) -> Any:
+        with slots:
+            return run(self, *args)
+
+    monkeypatch.setattr(LockStepProgram, "__call__", watched)
+    with adapters.use(["both", None]), torch.no_grad():
+        loaded(torch.randint(3, 131, (2, 5)), logits_to_keep=1)
+    assert {tuple(seen.shape) for seen in slots.seen} >= {(2,)}, "those of the logits are among them"
+    assert all(seen.is_contiguous() for seen in slots.seen)
 
 
 def test_inductor_in_one_process(write: Write) -> None:
