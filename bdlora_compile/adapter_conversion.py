@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bdlora_compile.errors import AdapterError, ConfigError
 from bdlora_compile.factors import dense_a, dense_b
+from bdlora_compile.new_folder import require_new
 from bdlora_compile.runtime.adapter_file import Adapter, LoraFactors, read_adapter
 from bdlora_compile.sites import Role, Site
 
@@ -147,8 +148,7 @@ def write_adapter(sites: Sequence[Converted], nblocks: int, base_model: str | No
     Raises:
         ConfigError: something is at ``out`` already.
     """
-    if out.exists():
-        raise ConfigError(str(out), found="something there", expected="a new folder", remedy="move it, or name another")
+    require_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

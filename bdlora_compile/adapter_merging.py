@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bdlora_compile.errors import AdapterError, ConfigError
 from bdlora_compile.factors import dense_a, dense_b
+from bdlora_compile.new_folder import require_new
 from bdlora_compile.runtime.adapter_file import Adapter, LoraFactors
 from bdlora_compile.sites import Site
 
@@ -52,8 +53,7 @@ def merge_adapter(
         raise ConfigError(
             str(model), found="no safetensors weights", expected="a Hugging Face model folder", remedy="check the path"
         )
-    if out.exists():
-        raise ConfigError(str(out), found="something there", expected="a new folder", remedy="move it, or name another")
+    require_new(out)
     headers = {file: _header(file) for file in files}
     _check_weights(adapter, sites, headers)
     adapter.check_finite()

@@ -23,6 +23,11 @@ class BdloraError(Exception):
         super().__init__(f"{where}: found {found}, expected {expected}; {remedy}")
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, short enough to be part of one of ours."""
+    return (str(error).splitlines() or [""])[0][:300]
+
+
 class AdapterError(BdloraError):
     """An adapter (its configuration, its tensors or its name) cannot be served; nothing was changed."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from bdlora_compile.errors import ConfigError
+from bdlora_compile.errors import ConfigError, first_line
 
 
 def read_model_config(model: str | Path) -> PretrainedConfig:
@@ -20,7 +20,7 @@ def read_model_config(model: str | Path) -> PretrainedConfig:
         if (Path(model) / "adapter_config.json").is_file():
             found = "an adapter's folder"
         else:
-            found = f"no configuration of a model ({_first_line(error)})"
+            found = f"no configuration of a model ({first_line(error)})"
         raise ConfigError(
             str(model),
             found=found,
@@ -40,11 +40,7 @@ def read_tokenizer(model: str | Path, **options: Any) -> Any:
     except (ValueError, OSError) as error:
         raise ConfigError(
             str(model),
-            found=f"no tokenizer ({_first_line(error)})",
+            found=f"no tokenizer ({first_line(error)})",
             expected="its files beside the model's",
             remedy="save it there with `tokenizer.save_pretrained(folder)`",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -53,12 +53,10 @@ class CudaRecorder:
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
         # Each thread has a handle of cuBLAS, and a recording cannot make it: another thread may have warmed up.
         torch.cuda.current_blas_handle()
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         caller = torch.cuda.current_stream()
         try:
             # Other threads (NCCL's watchdog, uploads of adapters) go on calling CUDA meanwhile.

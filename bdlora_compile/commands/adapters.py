@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bdlora_compile.commands.common import check_new
+from bdlora_compile.new_folder import require_new
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,8 +84,9 @@ def convert(
 
     Example: bdlora adapters convert adapters/math adapters/math-bd8 --nblocks 8 --rank 64
     """
-    check_new(out)
     with _errors_said():
+        # The end of the work finds it too late.
+        require_new(out)
         from bdlora_compile.adapter_conversion import convert_adapter, write_adapter  # importing torch takes seconds
         from bdlora_compile.adapter_inspection import plan_for
         from bdlora_compile.errors import ConfigError
@@ -127,8 +128,9 @@ def merge(
 
     Example: bdlora adapters merge ./SmolLM2 examples/adapters/pirate ./SmolLM2-pirate
     """
-    check_new(out)
     with _errors_said():
+        # The end of the work finds it too late.
+        require_new(out)
         from bdlora_compile.adapter_inspection import plan_for  # importing torch takes seconds
         from bdlora_compile.adapter_merging import merge_adapter
         from bdlora_compile.factors import Layout

@@ -76,12 +76,6 @@ def check_output(path: Path | None, option: str) -> None:
         refuse(f"{option} {path}: found no folder {path.parent}, expected one that exists; create it")
 
 
-def check_new(path: Path) -> None:
-    """Before the work, whose result has to lie somewhere."""
-    if path.exists():
-        refuse(f"{path}: found something there, expected a new folder; choose another path, or remove it")
-
-
 def check_model(model: str) -> None:
     """A path must be a folder; anything of the form ``name`` or ``owner/name`` may be on the hub."""
     looks_like_a_path = model.count("/") > 1 or model.startswith((".", "~", "/"))

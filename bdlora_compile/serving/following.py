@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 
-from bdlora_compile.errors import BdloraError, ConfigError, LostRankError
+from bdlora_compile.errors import BdloraError, ConfigError, LostRankError, first_line
 from bdlora_compile.runtime.adapters import AdapterSet
 from bdlora_compile.served import ServedModel
 from bdlora_compile.serving.batch import Batch
@@ -211,10 +211,9 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
     }
     reader = Reader(makers, fixed, model.bdlora.plan.device)
     failure: Exception | None = None
-    message: Message | None = None
     while True:
         # A call holds its cache, which rank 0 may have no more.
-        message = None
+        message: Message | None = None
         try:
             message = reader.read(channel.receive(_GRACE if failure else None))
         except RuntimeError as error:
@@ -232,7 +231,7 @@ def _follow(channel: _Channel, model: ServedModel, fixed: Mapping[str, Any]) -> 
 
 
 def _lost(error: Exception, who: str = "a rank that follows", word: str | None = None) -> LostRankError:
-    found = str(error) if isinstance(error, BdloraError) else _first_line(error)
+    found = str(error) if isinstance(error, BdloraError) else first_line(error)
     return LostRankError(
         who,
         found=f"an error that it had alone ({word})"
@@ -246,7 +245,7 @@ def _lost(error: Exception, who: str = "a rank that follows", word: str | None =
 def _failed_alone(failure: Exception | None, channel: _Channel) -> LostRankError:
     """The error of a rank that cannot go on: a call had another outcome here than on rank 0."""
     who = "rank 0" if failure is None else "this rank"
-    what = "an error" if failure is None else f"{type(failure).__name__}: {_first_line(failure)}"
+    what = "an error" if failure is None else f"{type(failure).__name__}: {first_line(failure)}"
     if failure is not None:
         channel.leave_word(what)
     return LostRankError(
@@ -255,10 +254,6 @@ def _failed_alone(failure: Exception | None, channel: _Channel) -> LostRankError
         expected="the same outcome as on the other ranks",
         remedy="look at that rank's log; then start all ranks again",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 def _dismissed() -> ConfigError:

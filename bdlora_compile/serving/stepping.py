@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from bdlora_compile.errors import BdloraError, EngineClosedError, LostRankError
+from bdlora_compile.errors import BdloraError, EngineClosedError, LostRankError, first_line
 from bdlora_compile.serving.scheduler import Scheduler
 
 _LOG = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def hangs(seconds: float) -> LostRankError:
 def _broken(error: Exception) -> EngineClosedError:
     broken = EngineClosedError(
         "engine",
-        found=f"{type(error).__name__} in a step: {(str(error).splitlines() or [''])[0]:.300}",
+        found=f"{type(error).__name__} in a step: {first_line(error)}",
         expected="a step without errors",
         remedy="look at the log, and start the process again",
     )

@@ -67,8 +67,8 @@ def test_a_row_is_the_estimate_and_the_measurement(row: Row) -> None:
     results = measured(file_of(model, size))
     step, base = results[layout.value, kind, tokens, adapters], results["base", "none", tokens, 1]
     assert took == round((step["gpu"] - base["gpu"]) * 1e3 / LAYERS[model])
-    # What the page says of all rows: up to nearly three times what was measured, and not below it.
-    assert 0.95 < told / took < 3
+    # What the page says: up to nearly three times what was measured where LoRA is little work, and not below it.
+    assert 0.95 < told / took < (3 if model == "70B" or tokens == 16 else 2.3)
 
 
 def test_the_kernels_estimates_are_those_of_the_page() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
 
     recorder = CudaRecorder()
     if "--shared" in sys.argv:
-        recorder._stream = torch.cuda.Stream()
+        recorder._pool, recorder._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         with torch.cuda.stream(recorder._stream):
             forward()
     forward()

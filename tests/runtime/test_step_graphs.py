@@ -1,11 +1,7 @@
 """Recorded decode steps: equal to plain ones, whatever of their inputs changes; a stand-in records on the CPU."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -176,87 +172,6 @@ def test_what_cannot_be_recorded_runs_plain_and_is_reported(caplog: pytest.LogCa
     assert steps.stats.refusals == ("ValueError: a value is read by the host",), "and was tried once"
     assert "cannot be recorded: a value is read" in caplog.text
     assert "refused: ValueError: a value is read" in steps.stats.text()
-
-
-def test_a_thread_has_its_handle_of_cublas_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread may have warmed the forward up, and inside a recording the handle cannot be made."""
-    told: list[str] = []
-
-    @contextmanager
-    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        told.append("recording begins")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
-    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: told.append("handle"))
-    step_graphs.CudaRecorder()(lambda: told.append("forward"))
-    assert told == ["handle", "recording begins", "forward"]
-
-
-def test_each_recorder_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else uses it, and all of a recorder's graphs do: the workspace that cuBLAS has there is their pool's."""
-    streams: list[object] = []
-
-    @contextmanager
-    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        streams.append(stream)
-        yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
-    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
-    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
-    for recorder in (step_graphs.CudaRecorder(), step_graphs.CudaRecorder()):
-        for _ in range(2):
-            recorder(lambda: None)
-    assert streams[0] is streams[1] is not streams[2] is streams[3]
-
-
-def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch leaves its stream current and its pool open: later work would run there, later recordings be refused."""
-    caller, current, open_pools = MagicMock(), [object()], list[object]()
-    streams, pools = [object(), object()], iter([(0, 1), (0, 2)])
-    current[0] = caller
-
-    @contextmanager
-    def recording(graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
-        assert pool not in open_pools, "already recording to it"
-        current[0] = stream
-        open_pools.append(pool)
-        yield
-        open_pools.remove(pool)
-        current[0] = caller
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams.pop())
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: open_pools.remove(pool), raising=False)
-    recorder = step_graphs.CudaRecorder()
-    with pytest.raises(ZeroDivisionError):
-        recorder(lambda: 1 // 0)
-    assert current == [caller]
-    assert not open_pools
-    assert recorder(lambda: "results")[1] == "results"
-    assert not streams, "on another stream than the one that broke"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuBLAS is on GPUs")
-@pytest.mark.parametrize("arguments", [(), ("--shared",)])
-def test_recorded_products_outlive_what_torch_keeps_for_cublas(arguments: Sequence[str]) -> None:
-    """Another model's graphs make torch give its workspaces back; the twin shares its stream with plain forwards."""
-    command = [sys.executable, "-m", "tests.runtime.cleared_workspaces", *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (found.stdout.strip() == "equal") is not bool(arguments), found.stderr
 
 
 def test_a_forward_that_the_caller_records_is_not_replayed(
